@@ -1,0 +1,62 @@
+# From a bare Python 3.11 or newer: `make demo`, `make test`. Nothing is installed outside .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
+export PYTHONUTF8 = 1
+
+.PHONY: help demo test check format docs repin clean
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## build, train, compare and use a mixture of three experts (2 minutes)
+	$(BIN)/loramix demo
+
+test: $(VENV)/.installed-dev ## the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+check: $(VENV)/.installed-dev ## style, types, one-way imports, public names, documents and examples
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_public_names.py tests/test_imports.py \
+	    tests/test_architecture.py tests/test_readme.py tests/test_examples.py tests/cli/test_help_page.py
+
+format: $(VENV)/.installed-dev ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
+	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_architecture.py
+
+repin: ## solve all versions anew and write them to constraints.txt
+	$(PYTHON) -m venv --clear build/repin
+	build/repin/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]' editables
+	sed -n '/^#/p' constraints.txt > build/repin/constraints.txt
+	build/repin/bin/python -m pip freeze --all --exclude-editable | sed -e '/^pip==/d' -e 's/+[a-z0-9.]*$$//' \
+	    >> build/repin/constraints.txt
+	mv build/repin/constraints.txt constraints.txt
+
+clean: ## remove what make made
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("loramix needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras: an install is repeated when what it reads has changed.
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	$(PIP) -e '.[train,plot]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,12 @@
+"""How the ratios of `generate` grow with the number of generated tokens."""
+
+from __future__ import annotations
+
+from benchmarks.generate import measure_length
+from benchmarks.harness import Measurement
+from benchmarks.models import Models
+
+
+def measure(models: Models, rounds: int) -> list[Measurement]:
+    """One measurement for each length."""
+    return [measure_length(models, new, rounds) for new in models.size.lengths]

@@ -1,0 +1,54 @@
+"""The arithmetic limit: how much more a mixture multiplies than its base model, however it is written.
+
+A token costs the base model ΣW + head multiplications: the weights of its linear layers and of its head. A mixture
+runs the backbone twice, the experts once, and the head once: 2 ΣW + ΣR(in + out) + head. Left out, on both sides: the
+attention scores, 2 · S · H for each block and pass (2 % of ΣW at H 512 and S 64), norms, and the router.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from loramix import XLoraLayer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Multiplications for one token: the weights of each part.
+
+    Args:
+        backbone: ΣW, all linear layers but the head.
+        experts: ΣR(in + out), all experts of all adapted layers.
+        head: the head.
+    """
+
+    backbone: int
+    experts: int
+    head: int
+
+    def forward_limit(self) -> float:
+        """Of a forward with logits at every token."""
+        return self.limit(tokens=1, logits=1)
+
+    def generate_limit(self, prompt: int, new: int) -> float:
+        """Of `generate` with a cache: the head is asked for `new` tokens only, the last one is never read again."""
+        return self.limit(tokens=prompt + new - 1, logits=new)
+
+    def limit(self, tokens: int, logits: int) -> float:
+        """Of anything that reads `tokens` tokens and gives logits at `logits` of them."""
+        mixture = tokens * (2 * self.backbone + self.experts) + logits * self.head
+        return mixture / (tokens * self.backbone + logits * self.head)
+
+
+def weights_of(mixture: nn.Module, head: nn.Linear) -> Weights:
+    """Count the weights of a mixture; the router's are left out."""
+    router = set(mixture.get_submodule("internal_xlora_classifier").modules())
+    linears = [m for m in mixture.modules() if isinstance(m, nn.Linear) and m is not head and m not in router]
+    layers = [m for m in mixture.modules() if isinstance(m, XLoraLayer)]
+    return Weights(
+        backbone=sum(m.weight.numel() for m in linears),
+        experts=sum(m.lora_A.numel() + m.lora_B.numel() for m in layers),
+        head=head.weight.numel(),
+    )

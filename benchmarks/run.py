@@ -1,0 +1,80 @@
+"""Measure: `python -m benchmarks.run forward decode generate growth --json docs/benchmarks.json`.
+
+Then `python -m benchmarks.report docs/benchmarks.json` writes the page and the plot beside the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+import transformers
+import typer
+
+from benchmarks import decode, forward, generate, growth
+from benchmarks.harness import Measurement
+from benchmarks.machine import describe
+from benchmarks.models import Models, build
+from benchmarks.report import header, table
+from benchmarks.sizes import SIZES, Name
+
+WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
+    "forward": forward.measure,
+    "decode": decode.measure,
+    "generate": generate.measure,
+    "growth": growth.measure,
+}
+ROUNDS = {"forward": 101, "decode": 201, "generate": 33, "growth": 17}
+
+
+def main(
+    works: Annotated[list[str] | None, typer.Argument(help=f"Any of: {', '.join(WORKS)}; all if none.")] = None,
+    size: Annotated[str, typer.Option(help=f"One of: {', '.join(get_args(Name))}.")] = "small",
+    layerwise: Annotated[bool, typer.Option(help="Scalings for each adapted layer.")] = False,
+    vocabulary: Annotated[int | None, typer.Option(help="Another vocabulary than the size's own.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of each work.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Time loramix, the base model and PEFT side by side, on one thread, in CPU time."""
+    for work in works or ():
+        if work not in WORKS:
+            raise typer.BadParameter(f"{work!r} is none of {', '.join(WORKS)}")
+    if size not in SIZES:
+        raise typer.BadParameter(f"{size!r} is none of {', '.join(SIZES)}", param_hint="--size")
+    chosen = replace(SIZES[size], layerwise=layerwise)
+    if vocabulary is not None:
+        chosen = replace(chosen, vocabulary=vocabulary)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        models = build(chosen, Path(folder))
+    result = preamble(models)
+    print(header(result), flush=True)
+    for work in works or WORKS:
+        measured = WORKS[work](models, rounds or ROUNDS[work])
+        result["works"][work] = [asdict(m) for m in measured]
+        print(f"\n{work}\n\n{table(measured)}", flush=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def preamble(models: Models) -> dict[str, Any]:
+    """What is known before anything is measured."""
+    return {
+        "machine": describe(),
+        "size": asdict(models.size),
+        "weights": asdict(models.weights),
+        "difference": models.difference,
+        "works": {},
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,104 @@
+"""Mixtures of LoRA experts (X-LoRA, arXiv 2402.07148) for Hugging Face models.
+
+The public names are imported when they are first used: `import loramix` itself loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loramix.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from loramix.cache import TwoPassCache
+    from loramix.classifier import XLoraClassifier
+    from loramix.config import LoraConfig, PeftConfig, PeftType, TaskType, XLoraConfig
+    from loramix.errors import (
+        AdapterError,
+        AdapterMismatchError,
+        AdapterNameError,
+        CacheError,
+        CheckpointError,
+        CheckpointNotFoundError,
+        ConfigurationError,
+        CorruptCheckpointError,
+        IncompleteCheckpointError,
+        LoramixError,
+        ModelError,
+        RoutingError,
+        SaveError,
+        UnsupportedAdapterError,
+        UnsupportedOperationError,
+    )
+    from loramix.layers import XLoraLayer
+    from loramix.model import PeftModel, XLoraModel, get_peft_model, prepare_model_for_kbit_training
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "AdapterMismatchError",
+    "AdapterNameError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "CacheError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ConfigurationError",
+    "CorruptCheckpointError",
+    "IncompleteCheckpointError",
+    "LoraConfig",
+    "LoramixError",
+    "ModelError",
+    "PeftConfig",
+    "PeftModel",
+    "PeftType",
+    "RoutingError",
+    "SaveError",
+    "TaskType",
+    "TwoPassCache",
+    "UnsupportedAdapterError",
+    "UnsupportedOperationError",
+    "XLoraClassifier",
+    "XLoraConfig",
+    "XLoraLayer",
+    "XLoraModel",
+    "__version__",
+    "get_peft_model",
+    "prepare_model_for_kbit_training",
+]
+
+_HOMES = {
+    "XLoraClassifier": "classifier",
+    "TwoPassCache": "cache",
+    "XLoraLayer": "layers",
+    **dict.fromkeys(("LoraConfig", "PeftConfig", "PeftType", "TaskType", "XLoraConfig"), "config"),
+    **dict.fromkeys(("PeftModel", "XLoraModel", "get_peft_model", "prepare_model_for_kbit_training"), "model"),
+    **dict.fromkeys((name for name in __all__ if name.startswith("AutoPeft")), "auto"),
+    **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,115 @@
+"""Two key-value caches in one object: the mixture pass's own, and beside it the scaling pass's.
+
+A cache that a user passes in stays the user's object: it gains a twin, and its class becomes a run-time subclass that
+hands every change of shape on to the twin. So it may be reused, cropped, reordered and deep-copied as any cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, TypeVar
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from loramix.errors import CacheError
+
+C = TypeVar("C", bound=Cache)
+
+
+class TwoPassCache(Cache):
+    """A cache of the mixture pass that carries the scaling pass's cache along.
+
+    Not built by hand: `TwoPassCache.pair` makes one of a cache, and a mixture does so by itself.
+
+    Attributes:
+        base: the scaling pass's cache, of the same kind.
+        owner: which mixture filled it; another one refuses it.
+    """
+
+    base: Cache
+    owner: str
+
+    @staticmethod
+    def pair(mixed: Cache, base: Cache, owner: str) -> TwoPassCache:
+        """Make `mixed` a two-pass cache, in place, with `base` as its twin."""
+        mixed.__class__ = _paired(type(mixed))
+        mixed.__dict__.update(base=base, owner=owner)
+        assert isinstance(mixed, TwoPassCache)
+        return mixed
+
+    @staticmethod
+    def adopt(cache: Cache, owner: str) -> TwoPassCache:
+        """`cache` itself as this mixture's two-pass cache; an empty one gains its twin now.
+
+        Raises:
+            CacheError: it was filled by another model, or its two halves have come apart.
+        """
+        if not isinstance(cache, TwoPassCache):
+            if cache.get_seq_length() > 0:
+                raise _foreign("a cache that a model without these experts filled")
+            return TwoPassCache.pair(cache, copy.deepcopy(cache), owner)
+        if cache.owner != owner:
+            raise _foreign("a cache that another mixture filled")
+        if not cache.is_compileable and cache.get_seq_length() != cache.base.get_seq_length():
+            raise CacheError(
+                "Both halves of a two-pass cache hold the same tokens.",
+                received=f"{cache.get_seq_length()} tokens of the mixture pass, {cache.base.get_seq_length()} of the "
+                "scaling pass",
+                remedy="change the cache through its own methods (crop, reset, reorder_cache), not through its layers",
+            )
+        return cache
+
+    @property
+    def mixed(self) -> Cache:
+        """The mixture pass's cache: this object."""
+        return self
+
+    def reset(self) -> None:
+        super().reset()
+        self.base.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.base.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        self.base.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.base.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.base.batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        self.base.activate_past_recording()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+
+def _foreign(received: str) -> CacheError:
+    return CacheError(
+        "A mixture continues only what it has read itself.",
+        received=received,
+        remedy="pass an empty cache, or one that this mixture returned",
+    )
+
+
+@functools.cache
+def _paired(kind: type[Cache]) -> type[TwoPassCache]:
+    if issubclass(kind, TwoPassCache):
+        return kind
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (TwoPassCache, kind), names)
+
+
+def _rebuild(kind: type[Cache]) -> TwoPassCache:
+    paired = _paired(kind)
+    return paired.__new__(paired)

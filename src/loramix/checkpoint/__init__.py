@@ -1,0 +1,29 @@
+"""Files <-> adapters and classifiers: the only place that knows what is called how on disk."""
+
+from __future__ import annotations
+
+from loramix.checkpoint.describe import (
+    Description,
+    ExpertDescription,
+    Kind,
+    RouterDescription,
+    describe,
+    detect,
+)
+from loramix.checkpoint.mixture import MixtureCheckpoint, load_mixture
+from loramix.checkpoint.peft import load_adapter
+from loramix.checkpoint.save import save_adapter, save_mixture
+
+__all__ = [
+    "Description",
+    "ExpertDescription",
+    "Kind",
+    "MixtureCheckpoint",
+    "RouterDescription",
+    "describe",
+    "detect",
+    "load_adapter",
+    "load_mixture",
+    "save_adapter",
+    "save_mixture",
+]

@@ -1,0 +1,105 @@
+"""Tensors in one file: safetensors, read and written; PyTorch's pickle, read without running what it holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+from loramix.errors import CorruptCheckpointError
+
+WRITER = "loramix"
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU in the file's dtypes; those of a safetensors file are mapped, not copied.
+
+    Raises:
+        CorruptCheckpointError: empty, truncated, a Git LFS pointer, or not tensors by name.
+    """
+    try:
+        start = _start_of(path)
+        if not start or start == _LFS_POINTER:
+            raise _corrupt(path, "an empty file" if not start else "a Git LFS pointer instead of the file")
+        return _read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
+    except CorruptCheckpointError:
+        raise
+    # torch.load raises nearly any class for a damaged file, depending on where the damage is.
+    except Exception as error:
+        raise _corrupt(path, f"{type(error).__name__}: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file with the metadata that PEFT and transformers look for.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    try:
+        save_file(_own_storages(tensors), path, metadata={"format": "pt", "writer": WRITER})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `write_tensors` wrote the file; a file that cannot be read is not ours."""
+    try:
+        with _open(path) as file:
+            metadata = cast("dict[str, str] | None", file.metadata())
+    except (OSError, SafetensorError):
+        return False
+    return metadata is not None and metadata.get("writer") == WRITER
+
+
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _open(path) as file:
+        return {key: file.get_tensor(key) for key in cast("list[str]", file.keys())}
+
+
+def _open(path: Path) -> Any:
+    return safe_open(os.fspath(path), framework="pt", device="cpu")
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise _corrupt(path, f"a {type(content).__name__}")
+    tensors = cast("dict[Any, Any]", content)
+    for key, value in tensors.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise _corrupt(path, f"{key!r}, a {type(value).__name__}")
+    return tensors
+
+
+def _own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as safetensors asks for; copied only where they do."""
+    packed: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        packed[key] = tensor
+    return packed
+
+
+def _corrupt(path: Path, found: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        "A weights file must hold tensors by name.",
+        received=f"{path}: {found}",
+        remedy="Download it again (with `git lfs pull` for a clone), or save it again.",
+    )

@@ -1,0 +1,55 @@
+"""The list of commands, and what they have in common: the version, and errors shown as text with exit code 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from loramix import __version__
+from loramix.cli import demo, generate, info
+from loramix.cli.terminal import show_error
+from loramix.errors import LoramixError
+
+COMMANDS = {"demo": demo.demo, "generate": generate.generate, "info": info.info}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loramix {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Mixtures of LoRA experts (X-LoRA) for Hugging Face models."""
+
+
+def build_app() -> typer.Typer:
+    """The typer application, made from `COMMANDS`."""
+    app = typer.Typer(
+        name="loramix", callback=_root, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    for name, command in COMMANDS.items():
+        app.command(name)(command)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and leave the process.
+
+    Args:
+        arguments: the words after `loramix`; those of the process when None.
+
+    Raises:
+        SystemExit: always. 0: done; 1: one of loramix's own errors, told on stderr; 2: wrong usage.
+    """
+    try:
+        build_app()(arguments, prog_name="loramix")
+    except LoramixError as error:
+        show_error(error)
+        raise SystemExit(1) from None

@@ -1,0 +1,198 @@
+"""What `loramix generate` calls: open a mixture with its tokenizer, and continue a text.
+
+T: tokens of prompt and continuation together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TextStreamer,
+    set_seed,
+)
+
+from loramix import demo
+from loramix.config import PeftConfig
+from loramix.demo.routed import RoutedText, route
+from loramix.demo.show import legend, routed_panel
+from loramix.errors import CheckpointNotFoundError, ConfigurationError, UnsupportedOperationError
+from loramix.model import PeftModel, XLoraModel
+
+SHIPPED = "demo"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens; what is None is the base model's own setting."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A mixture on its base model, and what turns text into its tokens."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    mixture: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt with what the mixture wrote after it: `ids` (1, T), the first `prompt_tokens` of them the prompt's."""
+
+    opened: Opened
+    prompt: str
+    ids: Tensor
+    prompt_tokens: int
+
+    @property
+    def text(self) -> str:
+        """What was written after the prompt."""
+        return cast(str, self.opened.tokenizer.decode(self.ids[0, self.prompt_tokens :], skip_special_tokens=True))
+
+    def routing(self) -> RoutedText:
+        """Which expert led when each token was written.
+
+        Raises:
+            UnsupportedOperationError: a single expert has no routing.
+        """
+        if not isinstance(self.opened.model, XLoraModel):
+            raise UnsupportedOperationError(
+                "Only a mixture has a routing to show.",
+                received=f"the single expert {self.opened.mixture!r}",
+                remedy="leave out --show-experts, or name a mixture",
+            )
+        ids: list[int] = self.ids[0].tolist()
+        return route(
+            self.opened.model, self.opened.tokenizer, ids, title=self.opened.mixture, prompt=self.prompt_tokens - 1
+        )
+
+    def document(self, routed: RoutedText | None = None) -> dict[str, Any]:
+        """The same for JSON; with a routing, also the weight of each expert in each written token."""
+        document: dict[str, Any] = {
+            "mixture": self.opened.mixture,
+            "base": self.opened.base,
+            "prompt": self.prompt,
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.ids.shape[1] - self.prompt_tokens,
+        }
+        if routed is not None:
+            steps = list(zip(routed.tokens, routed.leaders, routed.weights, strict=True))[routed.prompt :]
+            document["experts"] = routed.experts
+            document["tokens"] = [{"text": text, "leader": leader, "weights": row} for text, leader, row in steps]
+        return document
+
+
+def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto") -> Opened:
+    """Load a mixture, or a single expert, on its base model, ready to generate.
+
+    Args:
+        mixture: folder or Hub id; "demo" is the one that ships inside the package.
+        base: folder or Hub id of the base model; the one that the mixture names when None.
+        device: a torch device; "auto" is the accelerator where there is one.
+
+    Raises:
+        ConfigurationError: the mixture names no base model and none is given.
+        CheckpointNotFoundError: the base model or its tokenizer cannot be loaded.
+        CheckpointError, AdapterError: as `PeftModel.from_pretrained`.
+    """
+    if mixture == SHIPPED and base is None:
+        model, tokenizer = demo.load()
+        return Opened(_placed(model, device), tokenizer, mixture, SHIPPED)
+    saved = PeftConfig.from_pretrained(mixture)
+    identifier = base or saved.base_model_name_or_path
+    if not identifier:
+        raise ConfigurationError(
+            "A mixture names its base model, or the command does.",
+            received=f"no base_model_name_or_path in {mixture!r}",
+            remedy="add --base FOLDER_OR_HUB_ID",
+        )
+    plain, tokenizer = _load_base(identifier, None if base else saved.revision)
+    return Opened(_placed(PeftModel.from_pretrained(plain, mixture), device), tokenizer, mixture, identifier)
+
+
+def continue_text(
+    opened: Opened, prompt: str, max_new_tokens: int, sampling: Sampling | None, *, stream: bool
+) -> Continuation:
+    """Generate after a prompt: the likeliest tokens, or sampled ones.
+
+    Args:
+        opened: the mixture.
+        prompt: the text to continue; at least one token.
+        max_new_tokens: how many tokens at most.
+        sampling: None takes the likeliest token at each step.
+        stream: print the text to stdout as it is written.
+
+    Raises:
+        ConfigurationError: the prompt has no tokens.
+    """
+    tokenizer = opened.tokenizer
+    encoded = tokenizer(prompt, return_tensors="pt").to(opened.model.device)
+    ids = encoded["input_ids"]
+    if ids.shape[1] == 0:
+        raise ConfigurationError(
+            "A prompt has at least one token.", received=repr(prompt), remedy="pass a text with --prompt"
+        )
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    written = cast(Any, opened.model).generate(
+        **encoded, max_new_tokens=max_new_tokens, streamer=streamer, **_choices(sampling), **_padding(tokenizer)
+    )
+    return Continuation(opened, prompt, _row(written), ids.shape[1])
+
+
+def show_routing(routed: RoutedText) -> None:
+    """Print the text to stdout, each token in the colour of its leading expert, and a legend."""
+    console = Console(highlight=False)
+    console.print(routed_panel(routed, console))
+    console.print(legend(routed.experts))
+
+
+def _load_base(identifier: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(identifier, revision=revision or "main")
+        model = AutoModelForCausalLM.from_pretrained(identifier, revision=revision or "main", dtype="auto")
+    except (OSError, ValueError) as error:
+        raise CheckpointNotFoundError(
+            "The base model and its tokenizer can be loaded from a folder or from the Hub.",
+            received=f"{identifier!r}: {str(error).strip().splitlines()[0]}",
+            remedy="name the base model with --base FOLDER_OR_HUB_ID",
+        ) from error
+    return cast(PreTrainedModel, model), cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    return cast(Any, model).eval().to(device)
+
+
+def _choices(sampling: Sampling | None) -> dict[str, Any]:
+    if sampling is None:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.seed is not None:
+        set_seed(sampling.seed)
+    wanted = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    return {"do_sample": True} | {name: value for name, value in wanted.items() if value is not None}
+
+
+def _padding(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {} if tokenizer.pad_token_id is not None else {"pad_token_id": tokenizer.eos_token_id}
+
+
+def _row(written: Int[Tensor, "1 T"]) -> Int[Tensor, "1 T"]:
+    return written.detach().cpu()

@@ -1,0 +1,100 @@
+"""The comparison: bits per byte of held-out text for the base, each expert alone, both mixtures and the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from loramix.demo.corpus import DOMAINS
+from loramix.demo.text import Passage, Score, heldout_passages, measure, switching_passages, total
+from loramix.model import XLoraModel
+
+BASE, UNIFORM, XLORA, ORACLE = "base model", "uniform mixture", "X-LoRA", "oracle"
+MIXED, SWITCHING = "mixed", "switching"
+COLUMNS = (*DOMAINS, MIXED, SWITCHING)
+
+Scores = dict[str, dict[str, Score]]
+"""Column, then the domain that the text comes from."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Bits per byte, lower is better.
+
+    Attributes:
+        bits_per_byte: by row (base, each expert, uniform, X-LoRA, oracle), then by column (each domain, mixed,
+            switching).
+        best_expert: for each domain, the expert that is best on its own there; the oracle uses it, told the domain.
+        bytes: how much text each column holds.
+    """
+
+    bits_per_byte: dict[str, dict[str, float]]
+    best_expert: dict[str, str]
+    bytes: dict[str, int]
+
+    @property
+    def rivals(self) -> list[str]:
+        """What the router has to beat: each expert alone, and the uniform mixture."""
+        return [row for row in self.bits_per_byte if row not in (BASE, XLORA, ORACLE)]
+
+    @property
+    def router_earns_its_place(self) -> bool:
+        """Whether X-LoRA beats all of them, and the base, on mixed and on switching text."""
+        return all(
+            self.bits_per_byte[XLORA][c] < self.bits_per_byte[row][c]
+            for row in (BASE, *self.rivals)
+            for c in (MIXED, SWITCHING)
+        )
+
+
+def heldout_columns(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, list[Passage]]:
+    """Held-out text: `count` windows of each domain, and `count` that switch domain in mid-sequence."""
+    columns = {domain: heldout_passages(tokenizer, domain, count) for domain in DOMAINS}
+    return columns | {SWITCHING: switching_passages(tokenizer, count)}
+
+
+def compare(model: XLoraModel, tokenizer: PreTrainedTokenizerFast, columns: dict[str, list[Passage]]) -> Comparison:
+    """Measure every row on every column.
+
+    Args:
+        model: a mixture whose experts are named after the domains.
+        tokenizer: its tokenizer.
+        columns: held-out text by column, as `heldout_columns` gives it; "mixed" is the text of all domains together.
+    """
+    rows: dict[str, Scores] = {}
+    for row, settings in _settings(model):
+        with settings:
+            rows[row] = {column: measure(model, tokenizer, passages) for column, passages in columns.items()}
+    best = {d: min(model.expert_names, key=lambda expert: _bits_per_byte(rows[expert], d)) for d in DOMAINS}
+    rows[ORACLE] = {
+        column: {domain: rows[best[domain]][column][domain] for domain in scores}
+        for column, scores in rows[BASE].items()
+    }
+    return Comparison(
+        bits_per_byte={row: {c: _bits_per_byte(scores, c) for c in COLUMNS} for row, scores in rows.items()},
+        best_expert=best,
+        bytes={c: _column(rows[BASE], c).bytes for c in COLUMNS},
+    )
+
+
+def _settings(model: XLoraModel) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    """Each row's name, and what to open around the model to measure it."""
+    experts = model.expert_names
+    yield BASE, model.disable_adapter()
+    for chosen in experts:
+        yield chosen, model.fixed_scalings([float(name == chosen) for name in experts])
+    yield UNIFORM, model.fixed_scalings([1 / len(experts)] * len(experts))
+    yield XLORA, nullcontext()
+
+
+def _column(scores: Scores, column: str) -> Score:
+    if column == MIXED:
+        return total(_column(scores, domain) for domain in DOMAINS)
+    return total(scores[column].values())
+
+
+def _bits_per_byte(scores: Scores, column: str) -> float:
+    return _column(scores, column).bits_per_byte

@@ -1,0 +1,220 @@
+"""The demo: build a mixture, train its router, save it, load it, compare it, and look at its routing.
+
+Everything it prints is measured in the run that prints it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast, Trainer
+
+from loramix.demo import bundle, corpus
+from loramix.demo.compare import Comparison, compare, heldout_columns
+from loramix.demo.picture import can_draw, draw
+from loramix.demo.routed import RoutedText, route, write
+from loramix.demo.router import router_arguments, router_config, router_windows
+from loramix.demo.show import comparison_table, legend, routed_panel, verdict
+from loramix.demo.text import causal_batch, encode, start_token
+from loramix.errors import LoramixError
+from loramix.model import PeftModel, XLoraModel, get_peft_model
+
+PROMPTS = {
+    "code": "def read_lines(path):\n    with open(path) as file:\n",
+    "prose": "The method returns",
+    "math": "Question: Ada has 57 books and gets 68 more. How many books does Ada have now?\n",
+    "tables": '{"code": "03B1", "name": "GREEK SMALL LETTER ALPHA", "category": "Ll", "direction": "L"}\n',
+}
+"""How a text of each domain may begin."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much the demo does.
+
+    Args:
+        steps: steps of router training.
+        batch: windows of a step.
+        windows: held-out windows of each column of the table.
+        tokens: tokens written after each prompt.
+        seed: of the router's first weights, its training text, and the sampling.
+    """
+
+    steps: int = 40
+    batch: int = 8
+    windows: int = 16
+    tokens: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        comparison: bits per byte of every row and column.
+        reload_is_exact: whether the mixture that was saved and loaded gives the same logits, bit for bit.
+        written: for each domain, what the mixture wrote after a prompt.
+        switching: a held-out text that switches domain, with its routing.
+        mixture: the folder of the trained mixture.
+        picture: the picture's file; None without matplotlib.
+        seconds: by stage.
+    """
+
+    comparison: Comparison
+    reload_is_exact: bool
+    written: list[RoutedText]
+    switching: RoutedText
+    mixture: Path
+    picture: Path | None
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the router earned its place and the reloaded mixture is the saved one."""
+        return self.comparison.router_earns_its_place and self.reload_is_exact
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        paths = {"mixture": str(self.mixture), "picture": None if self.picture is None else str(self.picture)}
+        return {"succeeded": self.succeeded, **asdict(self), **paths}
+
+
+def run_demo(
+    out: str | PathLike[str] = "loramix-demo", settings: DemoSettings | None = None, console: Console | None = None
+) -> DemoResult:
+    """Run the demo and print it.
+
+    Args:
+        out: folder for the trained mixture (`mixture/`) and the picture (`routing.png`).
+        settings: how much to do; the default takes about a minute on two cores.
+        console: where to print.
+
+    Raises:
+        LoramixError: the standard library's sources, or a package that training needs, are missing.
+    """
+    _require_trainer()
+    settings, console, clock = settings or DemoSettings(), console or Console(highlight=False), _Clock()
+    folder = Path(out) / "mixture"
+    tokenizer = bundle.tokenizer()
+    with clock.stage(console, "1. Build", "a mixture of LoRA experts; base model and experts ship with loramix"):
+        model = build(settings, console)
+    with clock.stage(console, "2. Train", "the router alone, with transformers.Trainer"):
+        train(model, tokenizer, settings, Path(out), console)
+    with clock.stage(console, "3. Save, and load", "onto a fresh base model"):
+        model, exact = save_and_load(model, tokenizer, folder, console)
+    with clock.stage(console, "4. Compare", "on text that neither base, experts nor router have seen"):
+        comparison = compare(model, tokenizer, heldout_columns(tokenizer, settings.windows))
+        console.print(comparison_table(comparison), verdict(comparison))
+    with clock.stage(
+        console, "5. Generate", "from one prompt a domain; each token in the colour of its leading expert"
+    ):
+        written = generate(model, tokenizer, settings, console)
+    with clock.stage(console, "6. Draw", "the routing of a held-out text that switches domain"):
+        switching, picture = draw_switching(model, tokenizer, Path(out), console)
+    console.print(f"\nDone in {sum(clock.seconds.values()):.0f} s.", style="bold")
+    return DemoResult(comparison, exact, written, switching, folder, picture, clock.seconds)
+
+
+def build(settings: DemoSettings, console: Console) -> XLoraModel:
+    """The mixture, with a router that has learnt nothing yet."""
+    torch.manual_seed(settings.seed)
+    base = bundle.base()
+    model = get_peft_model(base, router_config(base.config.hidden_size, bundle.experts()))
+    assert isinstance(model, XLoraModel)
+    router, everything = model.get_nb_trainable_parameters()
+    console.print(
+        f"{type(base).__name__}, {len(model.adapted_modules)} adapted layers, {len(model.expert_names)} experts:",
+        legend(model.expert_names),
+    )
+    console.print(f"{everything - router:,} parameters are frozen, {router:,} train: the router")
+    return model
+
+
+def train(
+    model: XLoraModel, tokenizer: PreTrainedTokenizerFast, settings: DemoSettings, folder: Path, console: Console
+) -> None:
+    """Train the router on training text of all domains."""
+    trainer = Trainer(
+        model=model,
+        args=router_arguments(folder, settings.steps, settings.batch),
+        train_dataset=router_windows(tokenizer, settings.steps * settings.batch, settings.seed),
+        data_collator=causal_batch,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    console.print(f"loss {float(losses[0]):.3f}, at the end {float(losses[-1]):.3f}")
+
+
+def save_and_load(
+    model: XLoraModel, tokenizer: PreTrainedTokenizerFast, folder: Path, console: Console
+) -> tuple[XLoraModel, bool]:
+    """The mixture after a round trip through files, and whether its logits are the same, bit for bit."""
+    model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(bundle.base(), folder)
+    assert isinstance(loaded, XLoraModel)
+    ids = torch.tensor([[start_token(tokenizer), *encode(tokenizer, "".join(PROMPTS.values()))]])
+    with torch.no_grad():
+        exact = torch.equal(model.eval()(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    console.print(f"{folder}: {'the same logits, bit for bit' if exact else '[bold red]DIFFERENT logits[/]'}")
+    return loaded, exact
+
+
+def generate(
+    model: XLoraModel, tokenizer: PreTrainedTokenizerFast, settings: DemoSettings, console: Console
+) -> list[RoutedText]:
+    """What the mixture writes after the prompt of each domain."""
+    console.print(legend(model.expert_names))
+    written: list[RoutedText] = []
+    for domain, prompt in PROMPTS.items():
+        text = write(model, tokenizer, prompt, title=domain, tokens=settings.tokens, seed=settings.seed)
+        console.print(routed_panel(text, console))
+        written.append(text)
+    return written
+
+
+def draw_switching(
+    model: XLoraModel, tokenizer: PreTrainedTokenizerFast, out: Path, console: Console
+) -> tuple[RoutedText, Path | None]:
+    """A short held-out text of all domains with its routing, and the picture's file, None without matplotlib."""
+    pieces = corpus.switching_pieces(1, held_out=True, piece=50, domains=len(corpus.DOMAINS))[0]
+    tokens = [(token, domain) for domain, text in pieces for token in encode(tokenizer, text)]
+    ids, domains = [token for token, _ in tokens], [domain for _, domain in tokens]
+    title = "How much each expert adds to each token of a held-out text that switches domain"
+    routed = route(model, tokenizer, [start_token(tokenizer), *ids], title=title, domains=domains)
+    if not can_draw():
+        console.print("no picture: it needs matplotlib, pip install 'loramix\\[plot]'", style="yellow")
+        return routed, None
+    draw(routed, out / "routing.png")
+    console.print(f"{out / 'routing.png'}")
+    return routed, out / "routing.png"
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, console: Console, title: str, what: str) -> Generator[None]:
+        console.print(f"\n[bold]{title}[/bold]  {what}")
+        began = time.perf_counter()
+        yield
+        self.seconds[title] = time.perf_counter() - began
+
+
+def _require_trainer() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise LoramixError(
+            "The demo trains its router with transformers.Trainer, which needs accelerate.",
+            received="no package accelerate",
+            remedy="pip install 'loramix[train]'",
+        )

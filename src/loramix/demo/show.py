@@ -1,0 +1,83 @@
+"""How the demo looks in a terminal: the table, the coloured text and its legend.
+
+Where there is no colour (a pipe, NO_COLOR), text says by marks what colour says elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from loramix.demo.compare import BASE, COLUMNS, MIXED, ORACLE, SWITCHING, UNIFORM, XLORA, Comparison
+from loramix.demo.routed import RoutedText
+
+PALETTE = ("#4da6e0", "#e69f00", "#2fb58a", "#d986b8", "#d55e00", "#b8a800")
+"""Okabe and Ito's colours, light enough for dark terminals: told apart with any kind of colour vision."""
+
+
+def colours(experts: list[str]) -> dict[str, str]:
+    """One colour for each expert, in the terminal and in the picture."""
+    return dict(zip(experts, itertools.cycle(PALETTE), strict=False))
+
+
+def legend(experts: list[str]) -> Text:
+    """The experts in their colours."""
+    return Text("  ").join(Text(f"■ {name}", style=colour) for name, colour in colours(experts).items())
+
+
+def comparison_table(result: Comparison) -> Table:
+    """Rows are models, columns are texts; the best figure of a column (the oracle aside) is bold and starred."""
+    table = Table(title="Bits per byte on held-out text (lower is better, * is the best of the column)")
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    rows = {row: figures for row, figures in result.bits_per_byte.items() if row != ORACLE}
+    best = {column: min(figures[column] for figures in rows.values()) for column in COLUMNS}
+    for row, figures in result.bits_per_byte.items():
+        if row in (UNIFORM, ORACLE):
+            table.add_section()
+        cells = [_figure(figures[column], row != ORACLE and figures[column] == best[column]) for column in COLUMNS]
+        table.add_row(Text(_row_title(row), style="bold" if row == XLORA else ""), *cells)
+    return table
+
+
+def verdict(result: Comparison) -> Text:
+    """One sentence for each text that the router must win, with its nearest rival."""
+    lines: list[str] = []
+    for column in (MIXED, SWITCHING):
+        rival = min((BASE, *result.rivals), key=lambda row: result.bits_per_byte[row][column])
+        own, other = result.bits_per_byte[XLORA][column], result.bits_per_byte[rival][column]
+        word = "beats" if own < other else "DOES NOT BEAT"
+        lines.append(f"{column}: X-LoRA ({own:.3f}) {word} the next best, {_row_title(rival)} ({other:.3f})")
+    good = result.router_earns_its_place
+    return Text("\n".join(lines), style="green" if good else "bold red")
+
+
+def routed_panel(routed: RoutedText, console: Console) -> Panel:
+    """The prompt, dim, then what the mixture wrote, each token in the colour of its leading expert."""
+    text = Text("".join(routed.tokens[: routed.prompt]), style="dim")
+    written = list(zip(routed.tokens, routed.leaders, strict=True))[routed.prompt :]
+    paint = colours(routed.experts)
+    if console.color_system and not console.no_color:
+        for token, leader in written:
+            text.append(token, style=f"not dim {paint[leader]}")
+    else:
+        for leader, run in itertools.groupby(written, key=lambda pair: pair[1]):
+            text.append(f"⟨{leader}⟩" + "".join(token for token, _ in run))
+    shares = sorted(routed.shares.items(), key=lambda item: -item[1])
+    subtitle = ", ".join(f"{name} {share:.0%}" for name, share in shares if share)
+    return Panel(text, title=routed.title, subtitle=f"led by {subtitle}", title_align="left", subtitle_align="right")
+
+
+def _row_title(row: str) -> str:
+    if row == ORACLE:
+        return "oracle: best expert of each domain"
+    return row if row in (BASE, UNIFORM, XLORA) else f"{row} expert alone"
+
+
+def _figure(value: float, best: bool) -> Text:
+    return Text(f"{value:.3f}{'*' if best else ' '}", style="bold" if best else "")

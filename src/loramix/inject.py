@@ -1,0 +1,203 @@
+"""Find the layers that experts adapt, number them, replace them.
+
+Everything is checked before the first layer is replaced, so that a refused expert leaves the base model as it was.
+L: adapted layers, numbered 0..L-1 in the order of `named_modules()`; the numbering is part of the checkpoint format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from loramix.adapter import Adapter, LoraWeights
+from loramix.config import LoraConfig
+from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError, UnsupportedAdapterError
+from loramix.layers import Resident, XLoraLayer, XLoraLinear, expected_shapes, layer_class, refuse_module
+from loramix.targets import is_target
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer to adapt: where it is, and who moves in."""
+
+    path: str
+    module: nn.Module
+    residents: tuple[Resident, ...]
+
+
+def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
+    """The layers that at least one expert adapts, in the order of `named_modules()`.
+
+    Raises:
+        AdapterMismatchError: an expert of another base: other modules, or other shapes.
+        UnsupportedAdapterError: an expert that reaches into a layer that no mixture can adapt.
+    """
+    modules = dict(model.named_modules())
+    for adapter in adapters:
+        _check(adapter, modules)
+    paths = [path for path in modules if any(path in adapter.weights for adapter in adapters)]
+    return [Site(path, modules[path], tuple(_residents(path, adapters))) for path in paths]
+
+
+def _residents(path: str, adapters: Sequence[Adapter]) -> Iterator[Resident]:
+    for expert, adapter in enumerate(adapters):
+        if path in adapter.weights:
+            yield Resident(expert, adapter.weights[path], adapter.scaling(path), adapter.config.lora_dropout)
+
+
+def _check(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    absent = [path for path in adapter.weights if path not in modules]
+    if absent:
+        raise _mismatch(adapter, "the base model has no such module", absent)
+    for path, weights in adapter.weights.items():
+        refuse_module(modules[path], weights, adapter.name, path)
+        _check_shapes(adapter, path, modules[path], weights)
+    targets = [] if adapter.config.target_modules in (None, ALL_LINEAR) else targeted(modules, adapter.config)
+    missing = [path for path in targets if path not in adapter.weights]
+    if missing:
+        raise _mismatch(
+            adapter, "target_modules names it in this base model, and the file has no tensors for it", missing
+        )
+
+
+def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraWeights) -> None:
+    rank = weights.A.shape[0]
+    found = {"A": tuple(weights.A.shape), "B": tuple(weights.B.shape)}
+    expected = dict(zip("AB", expected_shapes(module, rank), strict=True))
+    for part in ("bias", "magnitude"):
+        tensor = getattr(weights, part)
+        if tensor is not None:
+            found[part], expected[part] = (tensor.numel(),), (expected["B"][0],)
+    if found != expected:
+        raise AdapterMismatchError(
+            "An expert's matrices fit the base model's layer.",
+            received=f"expert {adapter.name!r}, module {path!r}: expected {expected}, found {found}",
+            remedy=f"use an expert that was trained on this base model, not on {_base_of(adapter)}",
+        )
+
+
+def _mismatch(adapter: Adapter, what: str, paths: Sequence[str]) -> AdapterMismatchError:
+    shown = ", ".join(repr(path) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    return AdapterMismatchError(
+        "An expert adapts the modules of the base model it was trained on.",
+        received=f"expert {adapter.name!r}, module {shown}: {what}",
+        remedy=f"use an expert that was trained on this base model, not on {_base_of(adapter)}",
+    )
+
+
+def _base_of(adapter: Adapter) -> str:
+    name = adapter.config.base_model_name_or_path
+    return repr(name) if name else "another one"
+
+
+def targeted(modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+    """The modules that a configuration's `target_modules` names, among those that can be adapted."""
+    return [path for path, module in modules.items() if layer_class(module) is not None and is_target(config, path)]
+
+
+def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """The modules that a new expert adapts; "all-linear" means every linear layer but the head's.
+
+    Raises:
+        ConfigurationError: `target_modules` is missing, or names no module of this model.
+    """
+    modules = dict(model.named_modules())
+    if config.target_modules == ALL_LINEAR:
+        carriers = [path for path, module in modules.items() if layer_class(module) is XLoraLinear]
+        paths = [path for path in carriers if not in_head(model, path)]
+    elif config.target_modules is None:
+        paths = []
+    else:
+        paths = targeted(modules, config)
+    if not paths:
+        raise ConfigurationError(
+            "target_modules names at least one module of the base model.",
+            received=f"target_modules={config.target_modules!r} for a {type(model).__name__}",
+            remedy='write target_modules="all-linear", or names such as ["q_proj", "v_proj"]',
+        )
+    return paths
+
+
+def carrier_path(model: PreTrainedModel, path: str) -> str:
+    """Where the nearest `PreTrainedModel` above a module is: the part of the model that runs both passes for it."""
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(model.get_submodule(path), PreTrainedModel):
+            return path
+    return path
+
+
+def in_head(model: PreTrainedModel, path: str) -> bool:
+    """Whether a module belongs to the model's head, which runs after both passes."""
+    return carrier_path(model, path) == "" and model.base_model is not model
+
+
+def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[str]) -> PreTrainedModel:
+    """The one `PreTrainedModel` above all adapted layers.
+
+    Args:
+        model: the model given to `get_peft_model`.
+        sites: the layers to adapt.
+        names: the experts' names, for errors.
+
+    Raises:
+        UnsupportedAdapterError: an expert adapts the model's head.
+        ModelError: the adapted layers have no such model, or several.
+    """
+    for site in sites:
+        if in_head(model, site.path):
+            residents = ", ".join(repr(names[r.expert]) for r in site.residents)
+            raise UnsupportedAdapterError(
+                "The head of the model runs after both passes and cannot be routed.",
+                received=f"expert {residents} adapts {site.path!r}",
+                remedy=f"train the expert without {site.path.rpartition('.')[2]!r} in target_modules",
+            )
+    paths = sorted({carrier_path(model, site.path) for site in sites})
+    if len(paths) != 1 or model.config.is_encoder_decoder:
+        raise ModelError(
+            "All adapted layers lie under one decoder.",
+            received=f"{type(model).__name__} with adapted layers in {', '.join(path or 'its root' for path in paths)}",
+            remedy="use a decoder-only base model, or experts that adapt only its language model",
+        )
+    carrier = model.get_submodule(paths[0])
+    assert isinstance(carrier, PreTrainedModel)
+    return carrier
+
+
+def adapt(sites: Sequence[Site], *, precise: bool, dtype: torch.dtype) -> list[XLoraLayer]:
+    """The adapted layers, ready to take their places; the base model is not touched.
+
+    Args:
+        sites: as `plan` gives them.
+        precise: whether the experts are float32 beside a base of any dtype, as experts that train are.
+        dtype: the base model's, for layers whose own weight is not of a floating dtype.
+    """
+    layers: list[XLoraLayer] = []
+    for number, site in enumerate(sites):
+        kind = layer_class(site.module)
+        assert kind is not None
+        own = torch.float32 if precise else _dtype(site.module, dtype)
+        layers.append(kind(site.module, site.residents, number, dtype=own))
+    return layers
+
+
+def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, torch.Tensor) and weight.dtype in _COMPUTED else default
+
+
+_COMPUTED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where the model has its module `path`."""
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    module.train(holder.training)
+    setattr(holder, name, module)

@@ -1,0 +1,79 @@
+"""A new LoRA expert: its modules and its initial matrices (LoRA, arXiv 2106.09685, section 4).
+
+r: the expert's rank in a module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loramix.adapter import Adapter, LoraWeights, pattern_value
+from loramix.config import LoraConfig
+from loramix.errors import ConfigurationError
+from loramix.inject import ALL_LINEAR, new_targets
+from loramix.layers import dense_weight, expected_shapes, layer_class
+from loramix.targets import refuse_unsupported
+
+
+def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapter:
+    """An expert that adds nothing yet: A random, B zero (for an embedding A zero, B random).
+
+    Args:
+        name: of the expert.
+        model: the base model.
+        config: kept in the adapter; "all-linear" becomes the modules' names.
+
+    Raises:
+        UnsupportedAdapterError: a feature that loramix does not train.
+        ConfigurationError: no module to adapt, or an unknown `init_lora_weights`.
+    """
+    refuse_unsupported(config, name)
+    initialise = _initialiser(config)
+    paths = new_targets(model, config)
+    if config.target_modules == ALL_LINEAR:
+        config.target_modules = {path.rpartition(".")[2] for path in paths}
+    weights = {path: _new_weights(model.get_submodule(path), path, config, initialise) for path in paths}
+    return Adapter(name, config, weights, source="")
+
+
+def _new_weights(
+    module: nn.Module, path: str, config: LoraConfig, initialise: Callable[[Tensor], Tensor]
+) -> LoraWeights:
+    rank = pattern_value(config.rank_pattern, path, config.r)
+    shape_A, shape_B = expected_shapes(module, rank)
+    kind = layer_class(module)
+    assert kind is not None
+    A, B = torch.empty(shape_A), torch.empty(shape_B)
+    if kind.is_embedding:
+        (nn.init.normal_(A), nn.init.normal_(B)) if config.init_lora_weights is False else (
+            A.zero_(),
+            nn.init.normal_(B),
+        )
+    else:
+        initialise(A)
+        _kaiming(B) if config.init_lora_weights is False else B.zero_()
+    bias = torch.zeros(shape_B[0]) if config.lora_bias else None
+    magnitude = torch.linalg.vector_norm(dense_weight(module), dim=1) if config.use_dora else None
+    return LoraWeights(A, B, bias, magnitude, kind.is_embedding)
+
+
+def _initialiser(config: LoraConfig) -> Callable[[Tensor], Tensor]:
+    choice = config.init_lora_weights
+    if isinstance(choice, bool):
+        return _kaiming
+    if choice == "gaussian":
+        return lambda tensor: nn.init.normal_(tensor, std=1 / tensor.shape[0])
+    raise ConfigurationError(
+        "init_lora_weights of a new expert is True, False or 'gaussian'.",
+        received=f"init_lora_weights={choice!r}",
+        remedy="use init_lora_weights=True; an expert that was trained from another start is loaded as it is",
+    )
+
+
+def _kaiming(tensor: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))

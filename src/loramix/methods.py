@@ -1,0 +1,303 @@
+"""The methods that a model gains when experts are put on it: PEFT's interface, on a transformers model.
+
+B, S: batch, sequence. L: adapted layers. E: experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from typing import Any, NoReturn, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loramix import checkpoint
+from loramix.adapter import Adapter
+from loramix.classifier import XLoraClassifier
+from loramix.config import LoraConfig, PeftConfig, XLoraConfig
+from loramix.errors import RoutingError, UnsupportedOperationError
+from loramix.inject import replace
+from loramix.layers import XLoraLayer
+from loramix.passes import MixtureState, Specialised
+from loramix.scalings import ConstantRouting, TensorRouting, override
+
+CLASSIFIER = "internal_xlora_classifier"
+ADAPTER_NAME = "default"
+
+
+class PeftMethods:
+    """What a model gains when experts are put on it."""
+
+    _loramix: MixtureState
+    internal_xlora_classifier: XLoraClassifier
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The live configuration, under the name "default"."""
+        return {ADAPTER_NAME: self._loramix.config}
+
+    @property
+    def active_adapter(self) -> str:
+        """The name under which `peft_config` holds the configuration."""
+        return ADAPTER_NAME
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Likewise, as a list."""
+        return [ADAPTER_NAME]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """The E experts, in the order of their scalings."""
+        return list(self._loramix.names)
+
+    @property
+    def adapted_modules(self) -> list[str]:
+        """Paths of the L adapted modules, in the order of their scalings."""
+        return list(self._loramix.paths)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The model itself: the base model with the adapted layers in place."""
+        return cast(PreTrainedModel, self)
+
+    def unload(self) -> PreTrainedModel:
+        """Take the experts out again: the plain base model, the same object."""
+        model = cast(PreTrainedModel, self)
+        for path, layer in _layers(model).items():
+            replace(model, path, layer.base_layer)
+        if self._loramix.classifier is not None:
+            delattr(model, CLASSIFIER)
+        for part in [module for module in model.modules() if isinstance(module, Specialised)]:
+            part.restore()
+        return model
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Inside, in this thread, the model is its base model: one pass, no experts. Nests."""
+        return override(self._loramix, ConstantRouting(0.0))
+
+    def enable_adapter_layers(self) -> None:
+        """Undo `disable_adapter_layers`."""
+        self._loramix.enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Make the model its base model, in every thread, until `enable_adapter_layers`."""
+        self._loramix.enabled = False
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters train, and how many there are."""
+        parameters = list(cast(nn.Module, self).parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both, and their ratio in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Write the adapter: a mixture with its router and its experts, or one LoRA expert (SEMANTICS §4).
+
+        What trains is also written as `model.safetensors`, by the model's own keys: transformers' Trainer resumes from
+        that file, and reads its best model from it. `from_pretrained` does not look at it.
+
+        Args:
+            save_directory: the folder; what lies there and is not ours is left alone.
+            is_main_process: whether this process writes.
+            state_dict: whole tensors to write instead of the model's own, by the model's own keys.
+            push_to_hub: upload the folder afterwards.
+            **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, …
+
+        Raises:
+            SaveError: the folder could not be written; what it held is still in place.
+        """
+        if is_main_process:
+            _save(cast(PreTrainedModel, self), save_directory, state_dict)
+        if push_to_hub:
+            cast(Any, self).push_to_hub(hub.pop("repo_id", str(save_directory)), **hub)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Trainer refuses to train a quantised model that says no here."""
+        return bool(getattr(self, "is_quantized", False))
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: every token has weights of its own."""
+        raise UnsupportedOperationError(
+            "Only weights that are the same for every token can be merged into the base model.",
+            received="merge_and_unload() on a model that routes each token",
+            remedy="keep the mixture as it is; `unload()` takes the experts out",
+        )
+
+    merge_adapter = merge_and_unload
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: the experts of a mixture are its configuration's."""
+        _refuse("load_adapter", "PeftModel.from_pretrained(base, checkpoint, adapters={…}) to replace experts")
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        _refuse("add_adapter", "get_peft_model(base, XLoraConfig(adapters={…})) with all experts")
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        _refuse("set_adapter", "fixed_scalings([…]) to run chosen experts only")
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        _refuse("delete_adapter", "unload(), or build the mixture anew without the expert")
+
+    def enable_adapters(self) -> NoReturn:
+        """Likewise."""
+        _refuse("enable_adapters", "enable_adapter_layers()")
+
+    def disable_adapters(self) -> NoReturn:
+        """Likewise."""
+        _refuse("disable_adapters", "disable_adapter_layers(), or the context manager disable_adapter()")
+
+    def get_adapter_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        _refuse("get_adapter_state_dict", "save_pretrained(folder)")
+
+
+class XLoraMethods(PeftMethods):
+    """What a mixture has beside them: its scalings, and what can be changed while it runs.
+
+    Every change goes into the model's own configuration, counts from the next forward, and is saved.
+    """
+
+    @property
+    def internal_xlora_scalings(self) -> Float[Tensor, "B S L E"] | None:
+        """The scalings of the last forward, before top-k, detached; None before the first."""
+        return self._loramix.latest
+
+    def get_latest_scalings(self) -> Float[Tensor, "B S L E"] | None:
+        """The same."""
+        return self._loramix.latest
+
+    def fixed_scalings(self, values: Tensor | Sequence[float]) -> AbstractContextManager[None]:
+        """Inside, in this thread, one pass with the same final scalings for every token.
+
+        Args:
+            values: (E,) for all layers alike, or (L, E).
+
+        Raises:
+            RoutingError: another shape.
+        """
+        scalings = torch.as_tensor(values, dtype=torch.float32, device=cast(Any, self).device)
+        shapes = [(len(self.expert_names),), (len(self.adapted_modules), len(self.expert_names))]
+        if tuple(scalings.shape) not in shapes:
+            raise RoutingError(
+                "Fixed scalings hold one number for each expert, or for each layer and expert.",
+                received=f"values of shape {tuple(scalings.shape)}",
+                remedy=f"pass shape {shapes[0]} for {', '.join(self.expert_names)}, or {shapes[1]}",
+            )
+        rows = scalings if scalings.dim() == 2 else scalings.unsqueeze(0)
+        return override(self._loramix, TensorRouting(rows, self._xlora_config.global_scaling_weight))
+
+    def set_topk_lora(self, value: int | None) -> None:
+        """Keep the `value` largest scalings of each token; all with None.
+
+        Raises:
+            ConfigurationError: less than 1, or more than there are experts.
+        """
+        self._change(top_k_lora=value)
+
+    def get_global_scaling_weight(self) -> float:
+        """g, the factor on what the experts add."""
+        return self._xlora_config.global_scaling_weight
+
+    def set_global_scaling_weight(self, weight: float) -> None:
+        """Change g.
+
+        Raises:
+            ConfigurationError: not a finite number.
+        """
+        self._change(global_scaling_weight=weight)
+
+    def set_scaling_pass_value(self, value: float | None) -> None:
+        """Change every expert's scaling in the scaling pass; None means 1 / E.
+
+        Raises:
+            ConfigurationError: not a finite number.
+        """
+        self._change(scaling_pass_value=1 / len(self.expert_names) if value is None else value)
+
+    def enable_scalings_logging(self) -> None:
+        """Keep the scalings of every forward from now on, up to the log's capacity."""
+        self._loramix.log.enabled = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stop keeping them; what is logged stays."""
+        self._loramix.log.enabled = False
+
+    def clear_scalings_log(self) -> None:
+        """Forget what is logged."""
+        self._loramix.log.clear()
+
+    def get_scalings_log(self) -> list[Float[Tensor, "B S L E"]]:
+        """The logged scalings, oldest first, on the CPU; S differs from forward to forward."""
+        return self._loramix.log.entries()
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Float[Tensor, "B S L E"]]]]:
+        """The logged scalings by S: their positions in the log, and the tensors."""
+        return self._loramix.log.bucketed()
+
+    @property
+    def _xlora_config(self) -> XLoraConfig:
+        config = self._loramix.config
+        assert isinstance(config, XLoraConfig)
+        return config
+
+    def _change(self, **fields: Any) -> None:
+        trial = copy.copy(self._xlora_config)
+        vars(trial).update(fields)
+        trial.validate_for(len(self.expert_names), trial.hidden_size)
+        vars(self._xlora_config).update(fields)
+
+
+def _layers(model: PreTrainedModel) -> dict[str, XLoraLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, XLoraLayer)}
+
+
+def _save(model: PreTrainedModel, folder: str | PathLike[str], given: Mapping[str, Tensor] | None) -> None:
+    state = cast(PeftMethods, model)._loramix  # pyright: ignore[reportPrivateUsage]
+    tensors = model.state_dict() if given is None else given
+    experts = _experts(model, state, tensors)
+    training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad} or None
+    if isinstance(state.config, LoraConfig):
+        checkpoint.save_adapter(folder, experts[0], trainer_state=training)
+        return
+    assert isinstance(state.config, XLoraConfig)
+    prefix = f"{CLASSIFIER}."
+    router = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    checkpoint.save_mixture(folder, state.config, router, experts, trainer_state=training)
+
+
+def _experts(model: PreTrainedModel, state: MixtureState, tensors: Mapping[str, Tensor]) -> list[Adapter]:
+    """The experts as they are now, from the stacked tensors."""
+    experts = [dataclasses.replace(expert, weights={}) for expert in state.experts]
+    for path, layer in _layers(model).items():
+        own = {name: tensors[f"{path}.{name}"] for name, _ in layer.named_parameters(recurse=False)}
+        for expert, weights in layer.unstack(own).items():
+            experts[expert].weights[path] = weights
+    return experts
+
+
+def _refuse(call: str, remedy: str) -> NoReturn:
+    raise UnsupportedOperationError(
+        "A mixture's experts are fixed when it is built.", received=f"{call}()", remedy=f"use {remedy}"
+    )

@@ -1,0 +1,251 @@
+"""Build a mixture on a Hugging Face model, or load one.
+
+The model stays what it was, a `PreTrainedModel` of its own class, with the methods of `methods.py` added:
+`get_peft_model` and `PeftModel.from_pretrained` return the object they were given.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, ABCMeta
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, cast, overload
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loramix import checkpoint
+from loramix.adapter import Adapter
+from loramix.classifier import XLoraClassifier
+from loramix.config import LoraConfig, PeftConfig, XLoraConfig
+from loramix.errors import AdapterMismatchError, ModelError
+from loramix.hub import HubOptions
+from loramix.inject import adapt, find_carrier, plan, replace
+from loramix.layers import XLoraLayer
+from loramix.lora import new_adapter
+from loramix.methods import ADAPTER_NAME, CLASSIFIER, PeftMethods, XLoraMethods
+from loramix.passes import MixtureState, specialise
+
+if TYPE_CHECKING:
+    from transformers.generation.utils import GenerationMixin
+
+    class _Peft(PeftMethods, PreTrainedModel, GenerationMixin): ...  # pyright: ignore
+
+    class _XLora(XLoraMethods, PreTrainedModel, GenerationMixin): ...  # pyright: ignore
+else:
+    _Peft = _XLora = ABC
+
+
+class PeftModel(_Peft):
+    """Any model with experts on it: `isinstance(model, PeftModel)` holds for what `get_peft_model` returns.
+
+    The model's own class keeps its own `from_pretrained`; this one only recognises it.
+    """
+
+    @staticmethod
+    def from_pretrained(
+        model: PreTrainedModel,
+        model_id: str | PathLike[str],
+        adapter_name: str = ADAPTER_NAME,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        *,
+        adapters: Mapping[str, str] | None = None,
+        **hub: Any,
+    ) -> PeftModel:
+        """Put a saved mixture, or one saved LoRA expert, on a base model.
+
+        Args:
+            model: the base model; it becomes the result.
+            model_id: a folder, or a Hub identifier.
+            adapter_name: kept for PEFT's sake; "default".
+            is_trainable: whether what was trained trains on; otherwise nothing requires gradients.
+            config: a mixture's configuration to use instead of the saved one.
+            adapters: experts to use instead of the saved ones: the same names replace by name, all-new names replace
+                in order and become the names.
+            **hub: revision, subfolder, token, cache_dir, local_files_only, force_download.
+
+        Raises:
+            CheckpointError: files that are missing, broken or incomplete.
+            AdapterError: an expert that this base model cannot carry.
+            ConfigurationError: settings that cannot work.
+            ModelError: a base model that cannot carry a mixture, or carries one already.
+        """
+        _check_base(model)
+        options = HubOptions.from_kwargs(hub)
+        if checkpoint.detect(model_id, options) == "expert":
+            adapter = checkpoint.load_adapter(adapter_name, model_id, options)
+            return _build_lora(model, adapter, trainable=is_trainable)
+        saved = checkpoint.load_mixture(model_id, options, adapters=adapters)
+        chosen = copy.deepcopy(config) if isinstance(config, XLoraConfig) else saved.config
+        chosen.adapters = saved.config.adapters
+        chosen.inference_mode = not is_trainable
+        result = _build_mixture(model, chosen, saved.experts, saved.classifier, trainable=is_trainable)
+        return result if is_trainable else cast(PeftModel, cast(PreTrainedModel, result).eval())
+
+
+class XLoraModel(PeftModel, _XLora):
+    """A mixture: `isinstance(model, XLoraModel)` tells it from a plain LoRA model."""
+
+
+@overload
+def get_peft_model(
+    model: PreTrainedModel, peft_config: XLoraConfig, adapter_name: str = ADAPTER_NAME, **hub: Any
+) -> XLoraModel: ...
+
+
+@overload
+def get_peft_model(
+    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, **hub: Any
+) -> PeftModel: ...
+
+
+def get_peft_model(
+    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, **hub: Any
+) -> PeftModel:
+    """Make a mixture of a base model and the experts a configuration names, with a new router; or a new LoRA expert.
+
+    Args:
+        model: the base model; it becomes the result. It is left as it was if anything here fails.
+        peft_config: an `XLoraConfig`, or a `LoraConfig` to train a new expert with. The model keeps a copy.
+        adapter_name: kept for PEFT's sake.
+        **hub: revision, subfolder, token, cache_dir, local_files_only, force_download of the experts.
+
+    Raises:
+        ConfigurationError, CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
+    """
+    _check_base(model)
+    config = copy.deepcopy(peft_config)
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model.config, "_name_or_path", None) or None
+    if isinstance(config, LoraConfig):
+        return _build_lora(model, new_adapter(adapter_name, model, config), trainable=True)
+    if not isinstance(config, XLoraConfig):
+        raise ModelError(
+            "A model is built from an XLoraConfig or a LoraConfig.",
+            received=f"a {type(config).__name__}",
+            remedy="pass XLoraConfig(adapters={…}) or LoraConfig(target_modules=…)",
+        )
+    options = HubOptions.from_kwargs(hub)
+    config.validate_for(len(config.adapters), hidden_size_of(model))
+    experts = [checkpoint.load_adapter(name, source, options) for name, source in config.adapters.items()]
+    return _build_mixture(model, config, experts, None, trainable=not config.inference_mode)
+
+
+def prepare_model_for_kbit_training(
+    model: PreTrainedModel,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Freeze a quantised base model, hold its small tensors in float32, and checkpoint its gradients.
+
+    Args:
+        model: the base model, before `get_peft_model`.
+        use_gradient_checkpointing: trade time for memory.
+        gradient_checkpointing_kwargs: for transformers; `use_reentrant` is False unless given.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype in (torch.float16, torch.bfloat16) and parameter.dim() == 1:
+            parameter.data = parameter.data.float()
+    if use_gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+    return model
+
+
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """H: the width of the last hidden state, which the head reads where there is one."""
+    head = model.get_output_embeddings()
+    width = getattr(head, "in_features", None)
+    return width if isinstance(width, int) else model.config.get_text_config().hidden_size
+
+
+def _check_base(model: PreTrainedModel) -> None:
+    if isinstance(model, PeftModel) or any(isinstance(module, XLoraLayer) for module in model.modules()):
+        raise ModelError(
+            "Experts are put on a plain base model.",
+            received=f"a {type(model).__name__} that already carries experts",
+            remedy="call model.unload() first, or load the base model anew",
+        )
+    if not isinstance(cast(object, model), PreTrainedModel):
+        raise ModelError(
+            "The base model is a transformers PreTrainedModel.",
+            received=f"a {type(model).__name__}",
+            remedy="load it with AutoModelForCausalLM.from_pretrained(…)",
+        )
+
+
+def _build_mixture(
+    model: PreTrainedModel,
+    config: XLoraConfig,
+    experts: Sequence[Adapter],
+    saved: Mapping[str, Tensor] | None,
+    *,
+    trainable: bool,
+) -> PeftModel:
+    hidden_size = hidden_size_of(model)
+    config.validate_for(len(experts), hidden_size)
+    config.hidden_size = hidden_size
+    sites = plan(model, experts)
+    classifier = XLoraClassifier(config, len(experts), len(sites)).to(model.device)
+    if saved is not None:
+        _load_classifier(classifier, saved)
+    classifier.requires_grad_(trainable).train(model.training)
+    state = MixtureState(config, experts, [site.path for site in sites], classifier)
+    carrier = find_carrier(model, sites, state.names)
+    layers = adapt(sites, precise=config.use_trainable_adapters, dtype=model.dtype)
+    _commit(model, carrier, layers, state, XLoraMethods)
+    _set_trainable(layers, trainable and config.use_trainable_adapters)
+    return _recognised(model, XLoraModel)
+
+
+def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
+    adapter.config.inference_mode = not trainable
+    sites = plan(model, [adapter])
+    state = MixtureState(adapter.config, [adapter], [site.path for site in sites], None)
+    carrier = find_carrier(model, sites, state.names)
+    layers = adapt(sites, precise=True, dtype=model.dtype)
+    _commit(model, carrier, layers, state, PeftMethods)
+    _set_trainable(layers, trainable)
+    return _recognised(model if trainable else model.eval(), PeftModel)
+
+
+def _recognised(model: PreTrainedModel, kind: type[PeftModel]) -> PeftModel:
+    """The model; from now on it is an instance of `kind`, though no method of `kind` stands in its way."""
+    cast(ABCMeta, kind).register(type(model))
+    return cast(PeftModel, model)
+
+
+def _load_classifier(classifier: XLoraClassifier, saved: Mapping[str, Tensor]) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if own != found:
+        raise AdapterMismatchError(
+            "A saved router fits the base model's hidden size, its adapted layers and the experts.",
+            received=f"expected {own}, found {found}",
+            remedy="load it on the base model it was trained on, with as many experts on the same modules",
+        )
+    classifier.load_state_dict(dict(saved))
+
+
+def _commit(
+    model: PreTrainedModel, carrier: PreTrainedModel, layers: Sequence[XLoraLayer], state: MixtureState, methods: type
+) -> None:
+    """Change the model. All checks are behind us: nothing in here may fail."""
+    model.requires_grad_(False)
+    for path, layer in zip(state.paths, layers, strict=True):
+        replace(model, path, layer)
+    if state.classifier is not None:
+        model.add_module(CLASSIFIER, state.classifier)
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(c is carrier for c in m.modules())]
+    for part in parts:
+        part.__dict__["_loramix"] = state
+        part.__class__ = specialise(type(part), *([methods] if part is model else []), carrier=part is carrier)
+
+
+def _set_trainable(layers: Sequence[XLoraLayer], trainable: bool) -> None:
+    for layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(trainable)

@@ -1,0 +1,205 @@
+"""The two passes, in the backbone: first the scalings are made, then the mixture runs with them (SEMANTICS §2).
+
+They live in the nearest `PreTrainedModel` above the adapted layers, the carrier, so that whoever calls the backbone
+and the head separately gets the mixture too. The class of every model from the carrier up to the root becomes a
+run-time subclass of itself with the original name (DESIGN, decisions 1 and 2).
+
+B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+from loramix.adapter import Adapter
+from loramix.cache import TwoPassCache
+from loramix.classifier import XLoraClassifier
+from loramix.config import LoraConfig, XLoraConfig
+from loramix.errors import CacheError, ConfigurationError
+from loramix.gating import activate, select
+from loramix.log import ScalingsLog
+from loramix.scalings import ConstantRouting, Routing, TensorRouting, checkpoint_with, overriding, routed
+
+CACHE = "past_key_values"
+QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+
+
+class MixtureState:
+    """What the passes of one model share: its live configuration, its router, and what it made last.
+
+    Args:
+        config: the model's own copy of the configuration.
+        experts: name, configuration and source of each expert; their tensors live in the adapted layers.
+        paths: the adapted modules, in order.
+        classifier: the router; None for a plain LoRA model, whose one expert has the scaling 1.
+    """
+
+    def __init__(
+        self,
+        config: XLoraConfig | LoraConfig,
+        experts: Sequence[Adapter],
+        paths: list[str],
+        classifier: XLoraClassifier | None,
+    ) -> None:
+        self.config = config
+        self.experts = [replace(expert, weights={}) for expert in experts]
+        self.paths = paths
+        self.classifier = classifier
+        self.owner = uuid.uuid4().hex
+        self.enabled = True
+        self.log = ScalingsLog()
+        self._latest: Tensor | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The experts, in the order of their scalings."""
+        return [expert.name for expert in self.experts]
+
+    def single_pass(self) -> Routing | None:
+        """The routing for one pass, where no scalings are to be made: disabled, fixed, or a plain LoRA model."""
+        if not self.enabled:
+            return ConstantRouting(0.0)
+        override = overriding(self)
+        return ConstantRouting(1.0) if override is None and self.classifier is None else override
+
+    def scaling_pass(self) -> Routing:
+        """The routing of the scaling pass: every expert at `scaling_pass_value`, ungated."""
+        assert isinstance(self.config, XLoraConfig)
+        return ConstantRouting(self.config.scaling_pass_value * self.config.global_scaling_weight)
+
+    def mixture_pass(self, hidden: Float[Tensor, "B S H"]) -> Routing:
+        """The routing of the mixture pass, from the scaling pass's last hidden states."""
+        config, classifier = self.config, self.classifier
+        assert isinstance(config, XLoraConfig)
+        assert classifier is not None
+        logits = classifier.distinct(hidden)
+        scalings = activate(logits, softmax=config.enable_softmax, temperature=config.softmax_temperature)
+        self._latest = scalings.detach()
+        self.log.add(scalings, len(self.paths))
+        final = select(scalings, top_k=config.top_k_lora, renormalise=config.enable_softmax_topk)
+        return TensorRouting(final, config.global_scaling_weight)
+
+    @property
+    def latest(self) -> Float[Tensor, "B S L E"] | None:
+        """The scalings of the last forward, before top-k, detached."""
+        return None if self._latest is None else self._latest.expand(-1, -1, len(self.paths), -1)
+
+
+class RoutedCheckpointing:
+    """Mixin of every model from the carrier up: gradient checkpointing that recomputes with the routing of its time."""
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
+        given: Mapping[str, Any] = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and given.get("use_reentrant"):
+            raise ConfigurationError(
+                "A mixture checkpoints gradients without re-entering autograd.",
+                received="gradient_checkpointing_kwargs={'use_reentrant': True}",
+                remedy="pass gradient_checkpointing_kwargs={'use_reentrant': False}",
+            )
+        inner = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        function = functools.partial(checkpoint_with, inner)
+        super()._set_gradient_checkpointing(enable, function, **options)  # pyright: ignore
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: only re-entrant checkpointing needs inputs with gradients."""
+
+
+def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The carrier's forward: a scaling pass without gradients, then the mixture pass, each with a cache of its own.
+
+    Raises (the result):
+        CacheError: a cache that this mixture did not fill.
+    """
+    parameters = inspect.signature(forward).parameters
+    named = tuple(parameters)[1:]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    quiet = {key: value for key, value in QUIET.items() if takes_any or key in parameters}
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: MixtureState = self._loramix
+        kwargs |= dict(zip(named, args, strict=False))
+        single = state.single_pass()
+        if single is not None:
+            refuse_two_pass_cache(kwargs.get(CACHE))
+            return routed(single, forward, self, **kwargs)
+
+        cache = None if kwargs.get(CACHE) is None else TwoPassCache.adopt(kwargs[CACHE], state.owner)
+        first = kwargs | quiet
+        if cache is not None:
+            first[CACHE] = cache.base
+        elif self.training and torch.is_grad_enabled():
+            first["use_cache"] = False  # a training step returns a cache that nobody continues
+        with torch.no_grad():
+            made = routed(state.scaling_pass(), forward, self, **first)
+        routing = state.mixture_pass(made.last_hidden_state)
+        out = routed(routing, forward, self, **(kwargs | ({"return_dict": True} if "return_dict" in quiet else {})))
+        if cache is None and made.get(CACHE) is not None and out.get(CACHE) is not None:
+            TwoPassCache.pair(out[CACHE], made[CACHE], state.owner)
+        return as_asked(out, kwargs.get("return_dict", getattr(self.config, "return_dict", True)))
+
+    return run
+
+
+def as_asked(out: ModelOutput, return_dict: bool | None) -> Any:
+    """A tuple if the caller asked for one."""
+    return out.to_tuple() if return_dict is False else out
+
+
+def refuse_two_pass_cache(cache: Cache | None) -> None:
+    """Raises CacheError: a cache of two passes where only one is made."""
+    if isinstance(cache, TwoPassCache):
+        raise CacheError(
+            "A cache is continued the way it was filled.",
+            received="a cache of the mixture's two passes, with adapters disabled or scalings fixed",
+            remedy="pass an empty cache to the model inside the context manager",
+        )
+
+
+@functools.cache
+def specialise(kind: type, *mixins: type, carrier: bool) -> type:
+    """The run-time subclass of a model class: the same names, so that what is keyed by them still finds it.
+
+    Args:
+        kind: the model's class.
+        mixins: what comes before it in the resolution order.
+        carrier: whether the two passes run here.
+    """
+    body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    body["_loramix_made_of"] = (kind, mixins, carrier)
+    if carrier:
+        body["forward"] = two_passes(cast(Any, kind).forward)
+    return type(kind.__name__, (*mixins, Specialised, RoutedCheckpointing, kind), body)
+
+
+class Specialised:
+    """Mixin of every run-time subclass: what it was made of, to be made again by pickle, or undone."""
+
+    _loramix_made_of: ClassVar[tuple[type, tuple[type, ...], bool]]
+
+    def restore(self) -> None:
+        """Become an instance of the model's own class again."""
+        del self.__dict__["_loramix"]
+        self.__class__ = self._loramix_made_of[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self._loramix_made_of, self.__dict__
+
+
+def _rebuild(kind: type, mixins: tuple[type, ...], carrier: bool) -> Any:
+    special: Any = specialise(kind, *mixins, carrier=carrier)
+    return special.__new__(special)

@@ -1,0 +1,67 @@
+"""The checks that configurations are made of: each raises ConfigurationError with rule, received and remedy."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from loramix.errors import ConfigurationError
+
+
+def require(holds: bool, rule: str, *, received: str, remedy: str) -> None:
+    """Raise ConfigurationError unless the rule holds."""
+    if not holds:
+        raise ConfigurationError(rule, received=received, remedy=remedy)
+
+
+def require_integer(name: str, value: object, *, at_least: int | None, remedy: str) -> None:
+    """A whole number, and not below `at_least`."""
+    bound = "" if at_least is None else f" of at least {at_least}"
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and (at_least is None or value >= at_least),
+        f"{name} must be a whole number{bound}.",
+        received=f"{name}={value!r}",
+        remedy=remedy,
+    )
+
+
+def require_finite(name: str, value: object, *, remedy: str) -> None:
+    """A number that is neither infinite nor NaN."""
+    require(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+        f"{name} must be a finite number.",
+        received=f"{name}={value!r}",
+        remedy=remedy,
+    )
+
+
+def require_probability(name: str, value: object) -> None:
+    """A dropout probability: from 0 to below 1."""
+    require(
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
+        f"{name} must be in [0, 1).",
+        received=f"{name}={value!r}",
+        remedy=f"Use {name}=0.0 for no dropout, or a value below 1.",
+    )
+
+
+def require_switch(name: str, value: object) -> None:
+    """True or False, and nothing that is merely truthy."""
+    require(
+        isinstance(value, bool),
+        f"{name} must be True or False.",
+        received=f"{name}={value!r}",
+        remedy=f"Write {name}=True or {name}=False.",
+    )
+
+
+def require_expression(name: str, value: str) -> None:
+    """A regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigurationError(
+            f"{name} must be a regular expression.",
+            received=f"{value!r}: {error}",
+            remedy="Correct the expression; a literal name needs its special characters escaped.",
+        ) from error

@@ -1,0 +1,167 @@
+"""How scalings reach the adapted layers: one thread-local slot that a pass fills and every layer reads.
+
+A pass fills the slot for as long as it runs (`routed`). Under gradient checkpointing a block runs again in backward,
+at another time and maybe in another thread; `checkpoint_with` re-fills the slot for that. Neither hooks nor arguments
+of the blocks nor attributes of the layers take part, so two threads, two forwards before one backward, and blocks that
+take no extra arguments all work (DESIGN, decision 3).
+
+B, S: batch, sequence. L: adapted layers. E: experts. R: total rank of an adapted layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from loramix.errors import RoutingError
+
+
+@runtime_checkable
+class Stack(Protocol):
+    """What a routing needs to know of a layer's stacked experts."""
+
+    number: int
+    index: Tensor  # (1,): the layer's number, as a tensor
+    expert_of_rank: Tensor  # (R,): the expert of each rank column
+    rank_scale: Tensor  # (R,): c_e of each rank column
+
+    @property
+    def layout(
+        self,
+    ) -> tuple[object, ...]: ...  # equal for layers with the same experts, ranks, c_e: they share columns
+
+
+class ConstantRouting:
+    """Every expert gets one value, in every layer and for every token. Zero means the base model."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    @property
+    def silent(self) -> bool:
+        return self.value == 0.0
+
+    def columns(self, stack: Stack, dtype: torch.dtype) -> Tensor:
+        """(R,): value · c_e for each rank column."""
+        return (stack.rank_scale * self.value).to(dtype)
+
+    def experts(self, stack: Stack, chosen: Tensor) -> Tensor:
+        """(n,): the scalings of the experts `chosen` (n,)."""
+        return stack.rank_scale.new_full(chosen.shape, self.value)
+
+
+class TensorRouting:
+    """Scalings as a tensor: (B, S, L, E) for tokens of their own, (L, E) for all tokens alike.
+
+    Args:
+        scalings: final scalings s. Their L may be 1 where all layers share them.
+        weight: the global scaling weight g.
+    """
+
+    silent = False
+
+    def __init__(self, scalings: Tensor, weight: float = 1.0) -> None:
+        self.scalings = scalings
+        self._weighted = scalings if weight == 1.0 else scalings * weight
+        self._shared = scalings.shape[-2] == 1
+        self._by_layer = self._weighted.unbind(-2)  # one stack in backward, not a zero-filled tensor for each layer
+        self._columns: dict[object, Tensor] = {}
+
+    def columns(self, stack: Stack, dtype: torch.dtype) -> Tensor:
+        """(B, S, R) or (R,): g · c_e · s[e] for each rank column; computed once for layers that share all of it."""
+        if not self._shared:
+            return self._expand(stack, dtype)
+        key = (stack.layout, dtype)
+        if key not in self._columns:
+            self._columns[key] = self._expand(stack, dtype)
+        return self._columns[key]
+
+    def experts(self, stack: Stack, chosen: Tensor) -> Tensor:
+        """(B, S, n) or (n,): g · s[e] of the experts `chosen` (n,)."""
+        return self._of(stack).index_select(-1, chosen)
+
+    def _expand(self, stack: Stack, dtype: torch.dtype) -> Tensor:
+        return (self._of(stack).index_select(-1, stack.expert_of_rank) * stack.rank_scale).to(dtype)
+
+    def _of(self, stack: Stack) -> Tensor:
+        if self._shared:
+            return self._by_layer[0]
+        if torch.compiler.is_compiling():  # an int that differs in every block would compile every block anew
+            return self._weighted.index_select(-2, stack.index).squeeze(-2)
+        return self._by_layer[stack.number]
+
+
+Routing = ConstantRouting | TensorRouting
+
+
+class _Slot(threading.local):
+    def __init__(self) -> None:  # set here, not on the class: compiled code guards on the instance's own dictionary
+        self.routing: Routing | None = None
+        self.overrides: tuple[tuple[object, Routing], ...] = ()
+
+
+_slot = _Slot()
+
+
+def current() -> Routing:
+    """The routing in force.
+
+    Raises:
+        RoutingError: no pass is under way in this thread.
+    """
+    routing = _slot.routing
+    if routing is None:
+        raise RoutingError(
+            "An adapted layer runs only inside the passes of its model.",
+            received="a call of the layer, or of a block around it, on its own",
+            remedy="call the model or its backbone; they run both passes and hand the scalings to the layers",
+        )
+    return routing
+
+
+def routed(routing: Routing, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call with `routing` in force for this thread, and restore what was in force before."""
+    outer, _slot.routing = _slot.routing, routing
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _slot.routing = outer
+
+
+@contextmanager
+def override(owner: object, routing: Routing) -> Generator[None]:
+    """Inside, in this thread, the model that owns `owner` makes one pass with `routing` instead of two passes.
+
+    Nests: the innermost is in force. Like `torch.no_grad`, it does not reach into other threads.
+    """
+    outer = _slot.overrides
+    _slot.overrides = (*outer, (owner, routing))
+    try:
+        yield
+    finally:
+        _slot.overrides = outer
+
+
+def overriding(owner: object) -> Routing | None:
+    """The innermost override of `owner` in this thread."""
+    for other, routing in reversed(_slot.overrides):
+        if other is owner:
+            return routing
+    return None
+
+
+def checkpoint_with(inner: Callable[..., Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint `call` through `inner` so that its recomputation sees the routing that is in force now."""
+    return inner(functools.partial(_replay, call, _slot.routing), *args, **kwargs)
+
+
+def _replay(call: Callable[..., Any], routing: Routing | None, *args: Any, **kwargs: Any) -> Any:
+    if routing is None or _slot.routing is routing:
+        return call(*args, **kwargs)
+    return routed(routing, call, *args, **kwargs)

@@ -1,0 +1,34 @@
+"""What every test stands on: no network, one thread, quiet transformers, and three experts for each tiny model.
+
+loramix is imported inside the fixtures: its annotations are checked only if pytest's settings come first.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """Architecture -> the folders of its experts math, code and prose, of ranks 2, 3 and 4; written once."""
+    from tiny import save_experts
+
+    return functools.cache(lambda name: save_experts(tmp_path_factory.mktemp(name), name))

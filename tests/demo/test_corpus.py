@@ -1,0 +1,117 @@
+"""The demo's text: deterministic, split by where it comes from, nothing held out that was trained on."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loramix.demo import corpus, sources
+from loramix.demo.arithmetic import worked_problems
+from loramix.demo.split import SHARED_WORDS, is_held_out, module_key, stable_hash, word_runs
+from loramix.errors import LoramixError
+
+SAMPLE = 120_000
+
+
+@pytest.mark.parametrize("domain", corpus.DOMAINS)
+def test_a_document_is_on_one_side(domain: str) -> None:
+    train = {name for name, _ in itertools.islice(corpus.train_documents(domain), 40)}
+    held_out = {name for name, _ in corpus.heldout_documents(domain)}
+    assert train
+    assert held_out
+    assert train.isdisjoint(held_out)
+
+
+@pytest.mark.parametrize("domain", ["code", "prose"])
+def test_no_run_of_words_is_on_both_sides(domain: str) -> None:
+    held_out = set(itertools.chain.from_iterable(map(word_runs, corpus.heldout_text(domain))))
+    for text in corpus.train_text(domain, SAMPLE):
+        for paragraph in text.split("\n\n"):
+            assert held_out.isdisjoint(word_runs(paragraph))
+
+
+def test_repeats_are_what_the_split_removes() -> None:
+    """The rule has work to do: whole documents do repeat held-out text."""
+    held_out = set(itertools.chain.from_iterable(map(word_runs, corpus.heldout_text("prose"))))
+    raw = [
+        source.read() for source in sources.prose() if not is_held_out(source.key) and source.name.startswith("topic")
+    ]
+    assert any(held_out & word_runs(text) for text in raw)
+
+
+def test_no_problem_is_on_both_sides() -> None:
+    """Names and things aside, a held-out answer line (operands and result) never occurs in training text."""
+    answers = re.compile(r"Answer: ([\d+*/ -]+=.*\d)")
+    held_out = {m for text in corpus.heldout_text("math", SAMPLE) for m in answers.findall(text)}
+    train = {m for text in corpus.train_text("math", SAMPLE) for m in answers.findall(text)}
+    assert held_out
+    assert held_out.isdisjoint(train)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_arithmetic_is_right(seed: int) -> None:
+    equations = re.findall(r"(?<![\w*+/.-] )\b(\d[\d+*/ .-]*?) = (\d+(?:\.\d+)?)", worked_problems(seed))
+    assert equations
+    for left, right in equations:
+        assert eval(left) == pytest.approx(float(right)) or "left over" in worked_problems(seed)
+
+
+def test_versions_of_a_module_share_a_key() -> None:
+    names = ["datetime.py", "_pydatetime.py", "_datetime", "datetime"]
+    assert {module_key(name) for name in names} == {"datetime"}
+    assert module_key("_py_warnings.py") == module_key("warnings.py")
+
+
+def test_the_split_is_the_same_everywhere() -> None:
+    """The numbers of a fixed hash, not of this run's `hash`."""
+    assert stable_hash("datetime") == 0
+    assert is_held_out("zipfile")
+
+
+def test_the_text_is_the_same_in_another_process() -> None:
+    code = "from loramix.demo import corpus; print(hash(''.join(corpus.switching_text(4, held_out=True, seed=3))))"
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": "1"}, capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_switching_text_has_different_domains_from_one_side_only() -> None:
+    documents = {domain: "".join(text for _, text in corpus.heldout_documents(domain)) for domain in corpus.DOMAINS}
+    for pieces in corpus.switching_pieces(6, held_out=True, seed=1):
+        assert len({domain for domain, _ in pieces}) == 3
+        assert all(text.removesuffix("\n") in documents[domain] for domain, text in pieces)
+
+
+def test_mixed_text_has_every_domain() -> None:
+    texts = corpus.mixed_heldout(2000)
+    assert all(any(text in own for text in texts) for own in (corpus.heldout_text(d, 2000) for d in corpus.DOMAINS))
+
+
+def test_a_run_of_words_ignores_line_breaks() -> None:
+    words = [f"w{i}" for i in range(SHARED_WORDS + 2)]
+    assert word_runs(" ".join(words)) == word_runs("\n    ".join(words))
+    assert len(word_runs(" ".join(words))) == 3
+    shuffled = random.Random(0).sample(words, len(words))
+    assert word_runs(" ".join(words)).isdisjoint(word_runs(" ".join(shuffled)))
+
+
+def test_a_python_without_sources_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(LoramixError, match="standard library"):
+        sources._standard_library()
+
+
+def test_a_python_without_topics_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(LoramixError, match="pydoc_data"):
+        sources.prose()

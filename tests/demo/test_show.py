@@ -1,0 +1,104 @@
+"""What the demo prints: the same with and without colour."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from loramix.demo.compare import BASE, COLUMNS, MIXED, ORACLE, SWITCHING, UNIFORM, XLORA, Comparison
+from loramix.demo.picture import draw
+from loramix.demo.routed import RoutedText
+from loramix.demo.show import colours, comparison_table, legend, routed_panel, verdict
+
+EXPERTS = ["code", "math"]
+ROUTED = RoutedText(
+    title="math",
+    tokens=["Sum", ":", " 1", "2", " if", " x"],
+    weights=[[0.5, 0.5], [0.5, 0.5], [0.1, 0.9], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]],
+    experts=EXPERTS,
+    prompt=2,
+    domains=["math"] * 4 + ["code"] * 2,
+)
+
+
+def comparison(xlora: float) -> Comparison:
+    figures = {BASE: 2.0, "code": 1.8, "math": 1.9, UNIFORM: 1.6, XLORA: xlora, ORACLE: 1.4}
+    rows = {row: dict.fromkeys(COLUMNS, figure) for row, figure in figures.items()}
+    return Comparison(rows, {"code": "code", "math": "math"}, dict.fromkeys(COLUMNS, 100))
+
+
+def printed(what: object, *, colour: bool = False) -> str:
+    console = Console(
+        file=io.StringIO(), width=100, force_terminal=colour, color_system="truecolor" if colour else None
+    )
+    console.print(what)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def panel(*, colour: bool) -> str:
+    console = Console(
+        file=io.StringIO(), width=100, force_terminal=colour, color_system="truecolor" if colour else None
+    )
+    console.print(routed_panel(ROUTED, console))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_leader_has_the_largest_weight() -> None:
+    assert ROUTED.leaders[2:] == ["math", "math", "code", "code"]
+    assert ROUTED.shares == {"code": 0.5, "math": 0.5}
+
+
+def test_without_colour_marks_say_who_leads() -> None:
+    assert "Sum:⟨math⟩ 12⟨code⟩ if x" in panel(colour=False)
+    assert "\x1b[" not in panel(colour=False)
+
+
+def test_with_colour_each_token_has_its_leaders_colour() -> None:
+    text = panel(colour=True)
+    assert "⟨" not in text
+    for expert in EXPERTS:
+        red, green, blue = (int(colours(EXPERTS)[expert][i : i + 2], 16) for i in (1, 3, 5))
+        assert f"38;2;{red};{green};{blue}m" in text
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = Console(file=io.StringIO(), force_terminal=True)
+    console.print(routed_panel(ROUTED, console))
+    assert isinstance(console.file, io.StringIO)
+    assert "⟨math⟩" in console.file.getvalue()
+
+
+def test_the_legend_names_every_expert() -> None:
+    assert all(expert in printed(legend(EXPERTS)) for expert in EXPERTS)
+
+
+def test_the_table_stars_the_best_of_a_column_and_leaves_the_oracle_out() -> None:
+    lines = printed(comparison_table(comparison(1.5))).splitlines()
+    assert all("1.500*" in line for line in lines if XLORA in line)
+    assert not any("*" in line for line in lines if "oracle" in line)
+
+
+@pytest.mark.parametrize(("xlora", "earned"), [(1.5, True), (1.6, False), (1.7, False)])
+def test_the_verdict_is_measured(xlora: float, earned: bool) -> None:
+    result = comparison(xlora)
+    assert result.router_earns_its_place is earned
+    assert ("DOES NOT BEAT" not in printed(verdict(result))) is earned
+
+
+def test_both_texts_must_be_won() -> None:
+    result = comparison(1.5)
+    for column in (MIXED, SWITCHING):
+        lost = {row: dict(figures) for row, figures in result.bits_per_byte.items()}
+        lost[XLORA][column] = 1.7
+        assert not Comparison(lost, result.best_expert, result.bytes).router_earns_its_place
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    draw(ROUTED, tmp_path / "routing.png")
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")

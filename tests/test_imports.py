@@ -1,0 +1,48 @@
+"""What must not be imported: `import loramix` and the help texts stay light, and PEFT is never a dependency."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib", "safetensors", "typer", "rich")
+LOADED_BY_THE_CLI = ("typer", "rich")
+
+
+def modules_after(code: str) -> set[str]:
+    """The top-level modules that a new interpreter holds after running `code`."""
+    report = "import sys; print('\\n' + ' '.join(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def run_cli(*arguments: str) -> str:
+    return f"from loramix.cli import main\ntry:\n    main({list(arguments)!r})\nexcept SystemExit:\n    pass"
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert modules_after("import loramix").isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), *((c, "--help") for c in ("demo", "generate", "info"))]
+)
+def test_help_loads_no_torch(arguments: tuple[str, ...]) -> None:
+    assert modules_after(run_cli(*arguments)).isdisjoint(set(HEAVY) - set(LOADED_BY_THE_CLI))
+
+
+def test_the_probe_sees_what_is_imported() -> None:
+    assert {"typer", "loramix"} <= modules_after(run_cli("--help"))
+
+
+def test_nothing_of_the_library_imports_peft_or_matplotlib() -> None:
+    everything = (
+        "import importlib, pkgutil, loramix\n"
+        "for module in pkgutil.walk_packages(loramix.__path__, 'loramix.'):\n"
+        "    importlib.import_module(module.name)"
+    )
+    loaded = modules_after(everything)
+    assert {"torch", "transformers"} <= loaded
+    assert loaded.isdisjoint({"peft", "matplotlib", "trl"})

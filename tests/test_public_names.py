@@ -1,0 +1,93 @@
+"""The public names are a promise: adding or losing one is a decision, made here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import loramix
+
+PUBLIC = {
+    "AdapterError": "errors",
+    "AdapterMismatchError": "errors",
+    "AdapterNameError": "errors",
+    "AutoPeftModel": "auto",
+    "AutoPeftModelForCausalLM": "auto",
+    "AutoPeftModelForFeatureExtraction": "auto",
+    "AutoPeftModelForQuestionAnswering": "auto",
+    "AutoPeftModelForSeq2SeqLM": "auto",
+    "AutoPeftModelForSequenceClassification": "auto",
+    "AutoPeftModelForTokenClassification": "auto",
+    "CacheError": "errors",
+    "CheckpointError": "errors",
+    "CheckpointNotFoundError": "errors",
+    "ConfigurationError": "errors",
+    "CorruptCheckpointError": "errors",
+    "IncompleteCheckpointError": "errors",
+    "LoraConfig": "config",
+    "LoramixError": "errors",
+    "ModelError": "errors",
+    "PeftConfig": "config",
+    "PeftModel": "model",
+    "PeftType": "config",
+    "RoutingError": "errors",
+    "SaveError": "errors",
+    "TaskType": "config",
+    "TwoPassCache": "cache",
+    "UnsupportedAdapterError": "errors",
+    "UnsupportedOperationError": "errors",
+    "XLoraClassifier": "classifier",
+    "XLoraConfig": "config",
+    "XLoraLayer": "layers",
+    "XLoraModel": "model",
+    "get_peft_model": "model",
+    "prepare_model_for_kbit_training": "model",
+}
+
+
+def test_the_set_of_public_names_is_locked() -> None:
+    assert sorted(loramix.__all__) == sorted([*PUBLIC, "__version__"])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_name_is_the_object_of_its_module(name: str) -> None:
+    assert getattr(loramix, name) is getattr(importlib.import_module(f"loramix.{PUBLIC[name]}"), name)
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(loramix.__file__).read_text())
+    seen = {
+        alias.name: (node.module or "").removeprefix("loramix.")
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == PUBLIC
+
+
+def test_every_error_is_public() -> None:
+    from loramix import errors
+
+    own = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
+    }
+    assert own == {name for name, module in PUBLIC.items() if module == "errors"}
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"module 'loramix' has no attribute 'get_peft_modell'"):
+        _ = loramix.get_peft_modell  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert set(PUBLIC) < set(dir(loramix))
+
+
+def test_the_version_is_one_that_pip_accepts() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", loramix.__version__)

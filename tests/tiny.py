@@ -1,0 +1,105 @@
+"""Tiny random models and experts, built from configurations: what every test of a model starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from loramix import LoraConfig, get_peft_model
+
+VOCABULARY = 96
+HIDDEN = 64
+_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_BLOCKS: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    **_COMMON,
+}
+_GATED: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2, **_BLOCKS}
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    """Grouped-query attention, SwiGLU, RMSNorm."""
+    return _build(transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**_GATED, **changes}))
+
+
+def qwen3(**changes: Any) -> PreTrainedModel:
+    """Normalised queries and keys."""
+    return _build(transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**{**_GATED, "head_dim": 16, **changes}))
+
+
+def gemma3(**changes: Any) -> PreTrainedModel:
+    """A sliding window of four tokens, scaled and tied embeddings."""
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+    return _build(transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig(**{**_GATED, **windows, **changes}))
+
+
+def opt(**changes: Any) -> PreTrainedModel:
+    """A decoder below the backbone, and fully connected layers that see flattened tokens."""
+    sizes = {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN}
+    return _build(transformers.OPTForCausalLM, transformers.OPTConfig(**{**_BLOCKS, **sizes, **changes}))
+
+
+def gpt2(**changes: Any) -> PreTrainedModel:
+    """Conv1D layers, whose weights are stored as (in, out)."""
+    sizes = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    return _build(transformers.GPT2LMHeadModel, transformers.GPT2Config(**{**_COMMON, **sizes, **changes}))
+
+
+ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": llama,
+    "qwen3": qwen3,
+    "gemma3": gemma3,
+    "opt": opt,
+    "gpt2": gpt2,
+}
+TARGETS: dict[str, list[str]] = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen3": ["q_proj", "v_proj", "down_proj"],
+    "gemma3": ["q_proj", "v_proj", "up_proj"],
+    "opt": ["q_proj", "v_proj", "fc1", "fc2"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+}
+
+
+def _build(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return kind(config).eval()
+
+
+def tokens(rows: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
+    """(rows, length) random token ids, none of them special."""
+    return torch.randint(4, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_expert(folder: Path, base: PreTrainedModel, *, seed: int = 0, **config: Any) -> str:
+    """Write an expert with random, non-zero A and B for this base, which is left as it was; the folder is returned."""
+    settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
+    flags = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(base, LoraConfig(**settings))
+    model.save_pretrained(folder)
+    model.unload()
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(flags[name])
+    return str(folder)
+
+
+def save_experts(
+    folder: Path, architecture: str, names: Sequence[str] = ("math", "code", "prose"), **config: Any
+) -> dict[str, str]:
+    """One expert for each name, with different seeds and ranks 2, 3, 4, …; name -> folder."""
+    base = ARCHITECTURES[architecture]()
+    settings = {"target_modules": TARGETS[architecture], "fan_in_fan_out": architecture == "gpt2", **config}
+    return {
+        name: save_expert(folder / name, base, seed=i, **{"r": 2 + i, "lora_alpha": 4 + 2 * i, **settings})
+        for i, name in enumerate(names)
+    }
