@@ -175,9 +175,28 @@ class PeftConfig:
         values = read_json_object(path)
         kind = _class_of(values.get("peft_type"), cls, source)
         try:
-            return cast(Self, kind(**_known_fields(kind, values, source)))
+            return cast(Self, kind(**kind._known(values, source)))
         except (ConfigurationError, AdapterNameError) as error:
             raise type(error)(error.rule, received=f"{error.received} in {source}", remedy=error.remedy) from error
+
+    @classmethod
+    def _known(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """Leave out what is not stored (`runtime_config`) and, with a warning, what a later PEFT added."""
+        names = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            cls._warn(
+                f"{source} holds fields that {cls.__name__} does not know: {', '.join(unknown)}. They are ignored."
+            )
+        return {name: value for name, value in values.items() if name in names - cls._unsaved}
+
+    @staticmethod
+    def _warn(message: str) -> None:
+        """Warn at the first line outside this file and outside the dataclasses' generated `__init__`."""
+        level, frame = 1, inspect.currentframe()
+        while frame is not None and frame.f_code.co_filename in (__file__, "<string>"):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, UserWarning, stacklevel=level)
 
 
 @no_type_check
@@ -360,10 +379,12 @@ class XLoraConfig(PeftConfig):
         self.peft_type = PeftType.XLORA
         missing_adapters = cast(object, self.adapters) is None
         if cast(object, self.hidden_size) is None:
-            _warn("hidden_size was not given: 4096 stands in for it until the model is built, which takes the base's.")
+            self._warn(
+                "hidden_size was not given: the base model's is taken when the model is built, 4096 until then."
+            )
             self.hidden_size = _AssumedSize(4096)
         if missing_adapters:
-            _warn("adapters was not given: this mixture has no experts yet.")
+            self._warn("adapters was not given: this mixture has no experts yet.")
         self.adapters = {} if missing_adapters else _as_adapters(self.adapters)
         super().__post_init__()
         self._warn_about_gating()
@@ -432,11 +453,13 @@ class XLoraConfig(PeftConfig):
 
     def _warn_about_gating(self) -> None:
         if self.enable_softmax_topk and self.top_k_lora is None:
-            _warn("enable_softmax_topk is set without top_k_lora: the softmax is taken over all experts.")
+            self._warn("enable_softmax_topk is set without top_k_lora: the softmax is taken over all experts.")
         if self.enable_softmax_topk and self.enable_softmax:
-            _warn("enable_softmax_topk and enable_softmax are both set: softmax is taken twice, which performs worse.")
+            self._warn(
+                "enable_softmax_topk and enable_softmax are both set: softmax twice, which performs worse."
+            )
         if self.top_k_lora is not None and self.top_k_lora < 1:
-            _warn(f"top_k_lora must be at least 1, and is {self.top_k_lora}: no model can be built like this.")
+            self._warn(f"top_k_lora must be at least 1, and is {self.top_k_lora}: no model can be built like this.")
 
 
 _SWITCHES = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")
@@ -489,16 +512,6 @@ def _type_of(kind: type[PeftConfig]) -> str:
     return next(peft_type.value for peft_type, known in _CLASSES.items() if known is kind)
 
 
-def _known_fields(kind: type[PeftConfig], values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Leave out what is not stored (`runtime_config`) and, with a warning, what a later PEFT added."""
-    names = {entry.name for entry in fields(kind)}
-    unknown = sorted(set(values) - names)
-    if unknown:
-        _warn(f"{source} holds fields that {kind.__name__} does not know: {', '.join(unknown)}. They are ignored.")
-    unsaved = kind._unsaved  # pyright: ignore[reportPrivateUsage]
-    return {name: value for name, value in values.items() if name in names - unsaved}
-
-
 def _as_set(modules: Iterable[str] | str | None) -> set[str] | str | None:
     return modules if modules is None or isinstance(modules, str) else set(modules)
 
@@ -531,11 +544,3 @@ def _to_jsonable(value: object) -> object:
     if isinstance(value, os.PathLike):
         return os.fspath(cast("os.PathLike[str]", value))
     raise TypeError(f"{type(value).__name__} in a configuration")
-
-
-def _warn(message: str) -> None:
-    """Warn at the first line outside this file and outside the dataclasses' generated `__init__`."""
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename in (__file__, "<string>"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)

@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 from loramix.adapter import Adapter, LoraWeights
 from loramix.config import LoraConfig
 from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError, UnsupportedAdapterError
-from loramix.layers import Resident, XLoraLayer, XLoraLinear, expected_shapes, layer_class, refuse_module
+from loramix.layers import (
+    Resident,
+    XLoraLayer,
+    XLoraLinear,
+    device_of,
+    expected_shapes,
+    layer_class,
+    refuse_module,
+)
 from loramix.targets import is_target
 
 ALL_LINEAR = "all-linear"
@@ -148,7 +156,7 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
 
     Raises:
         UnsupportedAdapterError: an expert adapts the model's head.
-        ModelError: the adapted layers have no such model, or several.
+        ModelError: the adapted layers have no such model, or several; or their weights are not in memory.
     """
     for site in sites:
         if in_head(model, site.path):
@@ -165,25 +173,35 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
             received=f"{type(model).__name__} with adapted layers in {', '.join(path or 'its root' for path in paths)}",
             remedy="use a decoder-only base model, or experts that adapt only its language model",
         )
+    if any(device_of(site.module).type == "meta" for site in sites):
+        raise ModelError(
+            "The base model's weights are in memory when experts are put on it.",
+            received=f"weights on the meta device, such as those of {sites[0].path!r}",
+            remedy="load the base model without offloading to disk or CPU (device_map)",
+        )
     carrier = model.get_submodule(paths[0])
     assert isinstance(carrier, PreTrainedModel)
     return carrier
 
 
-def adapt(sites: Sequence[Site], *, precise: bool, dtype: torch.dtype) -> list[XLoraLayer]:
-    """The adapted layers, ready to take their places; the base model is not touched.
+def adapt(sites: Sequence[Site], *, precise: bool, dtype: torch.dtype) -> dict[str, XLoraLayer]:
+    """The adapted layers by their paths, ready to take their places; the base model is not touched.
 
     Args:
         sites: as `plan` gives them.
         precise: whether the experts are float32 beside a base of any dtype, as experts that train are.
         dtype: the base model's, for layers whose own weight is not of a floating dtype.
     """
-    layers: list[XLoraLayer] = []
+    layers: dict[str, XLoraLayer] = {}
+    layouts: dict[object, int] = {}
     for number, site in enumerate(sites):
         kind = layer_class(site.module)
         assert kind is not None
-        own = torch.float32 if precise else _dtype(site.module, dtype)
-        layers.append(kind(site.module, site.residents, number, dtype=own))
+        layer = kind(
+            site.module, site.residents, number, dtype=torch.float32 if precise else _dtype(site.module, dtype)
+        )
+        layer.layout = layouts.setdefault(layer.arrangement, len(layouts))
+        layers[site.path] = layer
     return layers
 
 

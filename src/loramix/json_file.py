@@ -4,53 +4,49 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from loramix.errors import AdapterNameError, CorruptCheckpointError
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a file that holds one JSON object with no key twice.
+    """Read a file that holds one JSON object, in which no object has a key twice.
 
     Raises:
         CorruptCheckpointError: not JSON, not an object, or a key twice.
         AdapterNameError: two experts of one name under `adapters`.
     """
+    repeats: list[tuple[dict[str, Any], list[str]]] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            repeats.append((result, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]))
+        return result
+
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_JsonObject)
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=collect)
     except (OSError, ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(
-            "A configuration file must be readable JSON.",
-            received=f"{os.fspath(path)}: {error}",
-            remedy="Save or download it again.",
-        ) from error
-    if not isinstance(content, _JsonObject):
-        raise CorruptCheckpointError(
-            "A configuration file must hold a JSON object.",
-            received=f"{os.fspath(path)}: a {type(content).__name__}",
-            remedy="Save or download it again.",
-        )
-    adapters = content.get("adapters")
-    if isinstance(adapters, _JsonObject) and adapters.repeated:
-        raise AdapterNameError(
-            "Two experts must not have one name.",
-            received=f"{', '.join(map(repr, adapters.repeated))} twice under adapters in {os.fspath(path)}",
-            remedy="Rename one of them in that file.",
-        )
-    if content.repeated:
-        raise CorruptCheckpointError(
-            "A configuration file must hold each key once.",
-            received=f"{os.fspath(path)}: {', '.join(map(repr, content.repeated))} twice",
-            remedy="Remove one of the two.",
-        )
-    return dict(content)
+        raise _corrupt(path, "be readable JSON", str(error)) from error
+    if not isinstance(content, dict):
+        raise _corrupt(path, "hold a JSON object", f"a {type(content).__name__}")
+    values = cast("dict[str, Any]", content)
+    for where, names in repeats:
+        if where is values.get("adapters"):
+            raise AdapterNameError(
+                "Two experts must not have one name.",
+                received=f"{', '.join(map(repr, names))} twice under adapters in {os.fspath(path)}",
+                remedy="Rename one of them in that file.",
+            )
+        raise _corrupt(path, "hold each key once", f"{', '.join(map(repr, names))} twice")
+    return values
 
 
-class _JsonObject(dict[str, Any]):
-    """A JSON object that knows which of its keys the text repeats."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        names = [name for name, _ in pairs]
-        self.repeated = sorted({name for name in names if names.count(name) > 1})
+def _corrupt(path: str | os.PathLike[str], rule: str, found: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"A configuration file must {rule}.",
+        received=f"{os.fspath(path)}: {found}",
+        remedy="Save or download it again, or correct it.",
+    )

@@ -58,6 +58,8 @@ class XLoraLayer(nn.Module):
         dtype: of the stacked matrices; of the residents' tensors if None.
 
     Attributes:
+        arrangement: expert, rank, scale and bias of each resident: what the layer's rank columns follow from.
+        layout: the number that all layers of this arrangement have in their model.
         lora_A: the down projections, stacked by rank.
         lora_B: the up projections, stacked by rank, then one column for each LoRA bias.
     """
@@ -82,8 +84,9 @@ class XLoraLayer(nn.Module):
         biased = [i for i, r in enumerate(residents) if r.weights.bias is not None]
         self.biased = tuple(biased)
         columns = [i for i, rank in enumerate(self.ranks) for _ in range(rank)] + biased
-        self.layout = tuple((r.expert, r.rank, r.scale, i in biased) for i, r in enumerate(residents))
-        device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), torch.device("cpu"))
+        self.arrangement = tuple((r.expert, r.rank, r.scale, i in biased) for i, r in enumerate(residents))
+        self.layout = 0
+        device = device_of(base_layer)
 
         def place(tensor: Tensor) -> nn.Parameter:
             return nn.Parameter(tensor.to(device, dtype or tensor.dtype).contiguous(), requires_grad=False)
@@ -128,7 +131,7 @@ class XLoraLayer(nn.Module):
 
     def _gated(self, x: Tensor, routing: Routing) -> Tensor:
         h = self._tokens_last(self._low_rank(x))
-        return gate(h, fit_tokens(routing.columns(self, h.dtype), h.shape[:-1], self.adapts))
+        return gate(h, fit_tokens(routing.columns(self, h), h.shape[:-1], self.adapts))
 
     def _low_rank(self, x: Tensor) -> Tensor:
         h = self._dropped_down(x)
@@ -376,6 +379,11 @@ class XLoraConv(XLoraLayer):
 
     def _up(self, y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
         return y + F.linear(gated, B).movedim(-1, -2).reshape(y.shape).to(y.dtype)
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors are."""
+    return next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

@@ -134,6 +134,13 @@ class PeftMethods:
         """Trainer refuses to train a quantised model that says no here."""
         return bool(getattr(self, "is_quantized", False))
 
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """What a trainer's checkpoint lacks on purpose: all that does not train."""
+        model = cast(nn.Module, self)
+        training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return [name for name in model.state_dict() if name not in training]
+
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not possible: every token has weights of its own."""
         raise UnsupportedOperationError(

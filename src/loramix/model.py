@@ -10,6 +10,7 @@ import copy
 from abc import ABC, ABCMeta
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from types import MethodType
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
@@ -189,13 +190,14 @@ def _build_mixture(
     config.validate_for(len(experts), hidden_size)
     config.hidden_size = hidden_size
     sites = plan(model, experts)
-    classifier = XLoraClassifier(config, len(experts), len(sites)).to(model.device)
+    classifier = XLoraClassifier(config, len(experts), len(sites))
     if saved is not None:
         _load_classifier(classifier, saved)
     classifier.requires_grad_(trainable).train(model.training)
-    state = MixtureState(config, experts, [site.path for site in sites], classifier)
-    carrier = find_carrier(model, sites, state.names)
+    carrier = find_carrier(model, sites, [expert.name for expert in experts])
     layers = adapt(sites, precise=config.use_trainable_adapters, dtype=model.dtype)
+    classifier.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
+    state = MixtureState(config, experts, layers, classifier)
     _commit(model, carrier, layers, state, XLoraMethods)
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return _recognised(model, XLoraModel)
@@ -204,9 +206,9 @@ def _build_mixture(
 def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
-    state = MixtureState(adapter.config, [adapter], [site.path for site in sites], None)
-    carrier = find_carrier(model, sites, state.names)
+    carrier = find_carrier(model, sites, [adapter.name])
     layers = adapt(sites, precise=True, dtype=model.dtype)
+    state = MixtureState(adapter.config, [adapter], layers, None)
     _commit(model, carrier, layers, state, PeftMethods)
     _set_trainable(layers, trainable)
     return _recognised(model if trainable else model.eval(), PeftModel)
@@ -231,11 +233,15 @@ def _load_classifier(classifier: XLoraClassifier, saved: Mapping[str, Tensor]) -
 
 
 def _commit(
-    model: PreTrainedModel, carrier: PreTrainedModel, layers: Sequence[XLoraLayer], state: MixtureState, methods: type
+    model: PreTrainedModel,
+    carrier: PreTrainedModel,
+    layers: Mapping[str, XLoraLayer],
+    state: MixtureState,
+    methods: type,
 ) -> None:
     """Change the model. All checks are behind us: nothing in here may fail."""
     model.requires_grad_(False)
-    for path, layer in zip(state.paths, layers, strict=True):
+    for path, layer in layers.items():
         replace(model, path, layer)
     if state.classifier is not None:
         model.add_module(CLASSIFIER, state.classifier)
@@ -243,9 +249,11 @@ def _commit(
     for part in parts:
         part.__dict__["_loramix"] = state
         part.__class__ = specialise(type(part), *([methods] if part is model else []), carrier=part is carrier)
+    if "_old_forward" in carrier.__dict__:  # a hook of accelerate holds the forward that it wraps
+        carrier.__dict__["_old_forward"] = MethodType(type(carrier).forward, carrier)
 
 
-def _set_trainable(layers: Sequence[XLoraLayer], trainable: bool) -> None:
-    for layer in layers:
+def _set_trainable(layers: Mapping[str, XLoraLayer], trainable: bool) -> None:
+    for layer in layers.values():
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(trainable)

@@ -29,6 +29,7 @@ from loramix.classifier import XLoraClassifier
 from loramix.config import LoraConfig, XLoraConfig
 from loramix.errors import CacheError, ConfigurationError
 from loramix.gating import activate, select
+from loramix.layers import XLoraLayer
 from loramix.log import ScalingsLog
 from loramix.scalings import ConstantRouting, Routing, TensorRouting, checkpoint_with, overriding, routed
 
@@ -42,7 +43,7 @@ class MixtureState:
     Args:
         config: the model's own copy of the configuration.
         experts: name, configuration and source of each expert; their tensors live in the adapted layers.
-        paths: the adapted modules, in order.
+        layers: the adapted layers by their paths, in order.
         classifier: the router; None for a plain LoRA model, whose one expert has the scaling 1.
     """
 
@@ -50,12 +51,13 @@ class MixtureState:
         self,
         config: XLoraConfig | LoraConfig,
         experts: Sequence[Adapter],
-        paths: list[str],
+        layers: Mapping[str, XLoraLayer],
         classifier: XLoraClassifier | None,
     ) -> None:
         self.config = config
         self.experts = [replace(expert, weights={}) for expert in experts]
-        self.paths = paths
+        self.paths = list(layers)
+        self.layouts = list({layer.layout: layer for layer in layers.values()}.values())
         self.classifier = classifier
         self.owner = uuid.uuid4().hex
         self.enabled = True
@@ -89,7 +91,7 @@ class MixtureState:
         self._latest = scalings.detach()
         self.log.add(scalings, len(self.paths))
         final = select(scalings, top_k=config.top_k_lora, renormalise=config.enable_softmax_topk)
-        return TensorRouting(final, config.global_scaling_weight)
+        return TensorRouting(final, config.global_scaling_weight, self.layouts)
 
     @property
     def latest(self) -> Float[Tensor, "B S L E"] | None:

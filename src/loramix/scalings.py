@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,11 +30,8 @@ class Stack(Protocol):
     index: Tensor  # (1,): the layer's number, as a tensor
     expert_of_rank: Tensor  # (R,): the expert of each rank column
     rank_scale: Tensor  # (R,): c_e of each rank column
-
-    @property
-    def layout(
-        self,
-    ) -> tuple[object, ...]: ...  # equal for layers with the same experts, ranks, c_e: they share columns
+    layout: int  # which of the model's layouts it has; equal ones mean equal experts, ranks and c_e
+    lora_A: Tensor
 
 
 class ConstantRouting:
@@ -47,9 +44,9 @@ class ConstantRouting:
     def silent(self) -> bool:
         return self.value == 0.0
 
-    def columns(self, stack: Stack, dtype: torch.dtype) -> Tensor:
-        """(R,): value · c_e for each rank column."""
-        return (stack.rank_scale * self.value).to(dtype)
+    def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        """(R,): value · c_e for each rank column, of the dtype of the activation they weigh."""
+        return (stack.rank_scale * self.value).to(low_rank.dtype)
 
     def experts(self, stack: Stack, chosen: Tensor) -> Tensor:
         """(n,): the scalings of the experts `chosen` (n,)."""
@@ -62,34 +59,35 @@ class TensorRouting:
     Args:
         scalings: final scalings s. Their L may be 1 where all layers share them.
         weight: the global scaling weight g.
+        layouts: one layer of each layout, by the number of the layout. Where all layers share their scalings, the
+            columns of each layout are computed here, once; not inside the blocks, which gradient checkpointing
+            recomputes.
     """
 
     silent = False
 
-    def __init__(self, scalings: Tensor, weight: float = 1.0) -> None:
+    def __init__(self, scalings: Tensor, weight: float = 1.0, layouts: Sequence[Stack] = ()) -> None:
         self.scalings = scalings
         self._weighted = scalings if weight == 1.0 else scalings * weight
         self._shared = scalings.shape[-2] == 1
         self._by_layer = self._weighted.unbind(-2)  # one stack in backward, not a zero-filled tensor for each layer
-        self._columns: dict[object, Tensor] = {}
+        self._columns = [self._expand(stack).to(stack.lora_A.dtype) for stack in layouts] if self._shared else []
 
-    def columns(self, stack: Stack, dtype: torch.dtype) -> Tensor:
-        """(B, S, R) or (R,): g · c_e · s[e] for each rank column; computed once for layers that share all of it."""
-        if not self._shared:
-            return self._expand(stack, dtype)
-        key = (stack.layout, dtype)
-        if key not in self._columns:
-            self._columns[key] = self._expand(stack, dtype)
-        return self._columns[key]
+    def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        """(B, S, R) or (R,): g · c_e · s[e] for each rank column, where and of what dtype the activation is."""
+        return (self._columns[stack.layout] if self._columns else self._expand(stack)).to(low_rank)
 
     def experts(self, stack: Stack, chosen: Tensor) -> Tensor:
         """(B, S, n) or (n,): g · s[e] of the experts `chosen` (n,)."""
         return self._of(stack).index_select(-1, chosen)
 
-    def _expand(self, stack: Stack, dtype: torch.dtype) -> Tensor:
-        return (self._of(stack).index_select(-1, stack.expert_of_rank) * stack.rank_scale).to(dtype)
+    def _expand(self, stack: Stack) -> Tensor:
+        return self._of(stack).index_select(-1, stack.expert_of_rank) * stack.rank_scale
 
     def _of(self, stack: Stack) -> Tensor:
+        return self._select(stack).to(stack.rank_scale.device)
+
+    def _select(self, stack: Stack) -> Tensor:
         if self._shared:
             return self._by_layer[0]
         if torch.compiler.is_compiling():  # an int that differs in every block would compile every block anew

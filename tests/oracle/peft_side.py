@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 
 import loramix
 
-PEFT_WARNINGS = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"  # PEFT asks transformers for it
+PEFT_WARNINGS = (
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT asks transformers for it
+    "ignore:Setting .save_embedding_layers. to .True.:UserWarning",
+    "ignore:Model has .tie_word_embeddings=True.:UserWarning",
+    "ignore:.lora_bias=True. was passed but:UserWarning",  # merging is of no interest here
+    "ignore:Adapter .default.. . LoRA tensor.s. have invalid shape:UserWarning",  # biases are vectors
+)
 SHARPNESS = 40.0
 
 

@@ -5,12 +5,14 @@ T: tokens of prompt and continuation together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Int
 from rich.console import Console
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +22,7 @@ from transformers import (
     TextStreamer,
     set_seed,
 )
+from transformers.utils import logging
 
 from loramix import demo
 from loramix.config import PeftConfig
@@ -77,8 +80,13 @@ class Continuation:
                 remedy="leave out --show-experts, or name a mixture",
             )
         ids: list[int] = self.ids[0].tolist()
-        return route(
-            self.opened.model, self.opened.tokenizer, ids, title=self.opened.mixture, prompt=self.prompt_tokens - 1
+        model, tokenizer, given = self.opened.model, self.opened.tokenizer, self.prompt_tokens
+        routed = route(model, tokenizer, ids, title=self.opened.mixture, prompt=given - 1)
+        return replace(
+            routed,
+            tokens=[self.prompt, *_pieces(tokenizer, ids[given:])],
+            weights=[routed.weights[0], *routed.weights[given - 1 :]],
+            prompt=1,
         )
 
     def document(self, routed: RoutedText | None = None) -> dict[str, Any]:
@@ -111,6 +119,8 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto")
         CheckpointNotFoundError: the base model or its tokenizer cannot be loaded.
         CheckpointError, AdapterError: as `PeftModel.from_pretrained`.
     """
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if mixture == SHIPPED and base is None:
         model, tokenizer = demo.load()
         return Opened(_placed(model, device), tokenizer, mixture, SHIPPED)
@@ -160,6 +170,12 @@ def show_routing(routed: RoutedText) -> None:
     console = Console(highlight=False)
     console.print(routed_panel(routed, console))
     console.print(legend(routed.experts))
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
+    """The text that each token adds; a character of several tokens belongs to the last of them."""
+    stream = DecodeStream(skip_special_tokens=True)
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
 
 
 def _load_base(identifier: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

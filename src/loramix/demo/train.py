@@ -53,6 +53,9 @@ VOCABULARY = 2048
 BASE_STEPS = 1500
 BASE_BATCH = 16
 BLEND = {"general": 0.20, "code": 0.30, "prose": 0.20, "math": 0.10, "tables": 0.10, "switching": 0.10}
+BASE_NAME = "loramix-demo-base"
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERT_STEPS = 500
 EXPERT_BATCH = 8
 
@@ -138,7 +141,14 @@ def train_experts(out: Path, log: Log) -> None:
             continue
         log(f"expert {domain}")
         torch.manual_seed(number)
-        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            base_model_name_or_path=BASE_NAME,
+            r=8,
+            lora_alpha=16,
+            lora_dropout=0.05,
+            target_modules=TARGETS,
+            task_type="CAUSAL_LM",
+        )
         model = get_peft_model(bundle.base(out), config)
         pool = {domain: windows(tokenizer, corpus.train_text(domain, 4_000_000))}
         data = _draw(pool, {domain: 1.0}, EXPERT_STEPS * EXPERT_BATCH, seed=number)
@@ -148,16 +158,15 @@ def train_experts(out: Path, log: Log) -> None:
         log_scores(domain, model, tokenizer, log)
 
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 def train_shipped_router(out: Path, log: Log) -> None:
     """The router that ships: a mixture of the experts, on training text of all domains."""
     tokenizer = bundle.tokenizer(out)
     torch.manual_seed(0)
     base = bundle.base(out)
     experts = {domain: str(out / "experts" / domain) for domain in corpus.DOMAINS}
-    model = get_peft_model(base, router_config(base.config.hidden_size, experts))
+    config = router_config(base.config.hidden_size, experts)
+    config.base_model_name_or_path = BASE_NAME
+    model = get_peft_model(base, config)
     log(f"router parameters {model.get_nb_trainable_parameters()[0]}")
     arguments = router_arguments(out / "work" / "router", ROUTER_STEPS, ROUTER_BATCH)
     arguments.disable_tqdm = True
@@ -209,7 +218,7 @@ def _arguments(folder: Path, steps: int, batch: int, learning_rate: float, weigh
         max_grad_norm=1.0,
         logging_steps=max(1, steps // 20),
         save_strategy="steps",
-        save_steps=max(1, steps // 3),
+        save_steps=max(1, steps // 10),
         save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
@@ -227,7 +236,9 @@ def _train(model: PreTrainedModel, data: Windows, arguments: TrainingArguments, 
     trainer.remove_callback(transformers.PrinterCallback)
     began = time.perf_counter()
     earlier = sorted(Path(arguments.output_dir or ".").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(earlier))
+    if earlier:
+        log(f"  interrupted; goes on from {earlier[-1].name}")
+    trainer.train(resume_from_checkpoint=str(earlier[-1]) if earlier else None)
     log(f"  {arguments.max_steps} steps in {time.perf_counter() - began:.0f} s")
 
 

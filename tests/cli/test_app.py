@@ -1,0 +1,95 @@
+"""What all commands have in common: the list, the version, errors, streams."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from loramix import __version__
+from loramix.cli import app, terminal
+from loramix.errors import ConfigurationError
+
+ERROR = ConfigurationError("A rule holds.", received="something [else]", remedy="do it")
+
+
+def test_the_version(loramix) -> None:
+    done = loramix("--version")
+    assert (done.code, done.out) == (0, f"loramix {__version__}\n")
+
+
+def test_help_lists_every_command_and_each_has_examples(loramix) -> None:
+    overview = loramix("--help").out
+    for name in app.COMMANDS:
+        assert re.search(rf"^│ {name} ", overview, re.MULTILINE)
+        assert f"loramix {name} " in loramix(name, "--help").out
+
+
+def test_an_error_in_a_pipe_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show_error(ERROR)
+    expected = "ConfigurationError: A rule holds.\n  received: something [else]\n  remedy: do it\n"
+    assert tuple(capsys.readouterr()) == ("", expected)
+
+
+def test_an_error_in_a_terminal_is_a_panel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "30")
+    terminal.show_error(ERROR)
+    lines = capsys.readouterr().err.splitlines()
+    assert "ConfigurationError" in lines[0]
+    assert any("received: something [else]" in line for line in lines)
+
+
+def test_an_error_of_the_library_is_exit_code_1(loramix, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        """Fail."""
+        raise ERROR
+
+    monkeypatch.setitem(app.COMMANDS, "fail", fail)
+    done = loramix("fail")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("ConfigurationError: ")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        """Fail."""
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(app.COMMANDS, "fail", fail)
+    with pytest.raises(ZeroDivisionError):
+        app.main(["fail"])
+
+
+def test_stdout_is_kept_for_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.stdout_kept_for_json(True):
+        print("progress")
+    terminal.print_json({"é": 1})
+    assert tuple(capsys.readouterr()) == ('{\n  "é": 1\n}\n', "progress\n")
+
+
+def test_without_json_stdout_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.stdout_kept_for_json(False):
+        print("text")
+    assert tuple(capsys.readouterr()) == ("text\n", "")
+
+
+def coloured(**variables: str) -> bytes:
+    """What `loramix info /nowhere` writes to a real terminal."""
+    leader, follower = pty.openpty()
+    environment = {n: v for n, v in os.environ.items() if n != "NO_COLOR"} | {"TERM": "xterm-256color"} | variables
+    words = [sys.executable, "-c", "from loramix.cli import main; main(['info', '/nowhere'])"]
+    subprocess.run(words, stderr=follower, env=environment, check=False)
+    os.close(follower)
+    written = os.read(leader, 65536)
+    os.close(leader)
+    return written
+
+
+def test_terminals_get_colour_unless_no_color_is_set() -> None:
+    assert b"\x1b[31m" in coloured()
+    assert b"\x1b[31m" not in coloured(NO_COLOR="1")
