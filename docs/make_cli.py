@@ -15,8 +15,8 @@ HEAD = """# The command line
 
 Made from the help texts by `make docs`. All of them answer without loading torch.
 
-Exit codes: 0 done; 1 one of loramix's own errors, with its rule, what was received and the remedy on stderr;
-2 wrong usage. With `--json`, stdout holds one JSON document and nothing else.
+Exit codes: 0 done; 1 one of loramix's own errors, with its rule, what was received and the remedy on stderr, or a demo
+whose router did not earn its place; 2 wrong usage. With `--json`, stdout holds one JSON document and nothing else.
 """
 
 

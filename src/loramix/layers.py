@@ -326,8 +326,7 @@ class XLoraEmbedding(XLoraLayer):
         return self._down(x, self.lora_A)
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
-        base = cast(nn.Embedding, self.base_layer)
-        return F.embedding(x, A, base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
+        return F.embedding(x, A, cast(nn.Embedding, self.base_layer).padding_idx)
 
     def _up(self, y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
         scale = getattr(self.base_layer, "embed_scale", None)
@@ -430,18 +429,24 @@ def expected_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tupl
     return (rank, inputs), (outputs, rank)
 
 
+def _looks_up_its_input(embedding: nn.Embedding) -> bool:
+    return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
+
+
 def refuse_module(module: nn.Module, weights: LoraWeights, expert: str, path: str) -> None:
     """Refuse what no adapted layer computes.
 
     Raises:
-        UnsupportedAdapterError: a module of unknown kind, DoRA on other than a linear layer, a grouped, dilated or
-            unusually padded convolution.
+        UnsupportedAdapterError: a module of unknown kind, DoRA on other than a linear layer, an embedding of computed
+            positions, a grouped, dilated or unusually padded convolution.
     """
     reason = None
     if layer_class(module) is None:
         reason = f"a {type(module).__name__}"
     elif weights.magnitude is not None and layer_class(module) is not XLoraLinear:
         reason = f"DoRA on a {type(module).__name__}"
+    elif isinstance(module, nn.Embedding) and not _looks_up_its_input(module):
+        reason = f"a {type(module).__name__}, which does not look up its input"
     elif isinstance(module, _ConvNd) and (module.groups != 1 or set(module.dilation) != {1}):
         reason = f"a convolution with groups={module.groups}, dilation={tuple(module.dilation)}"
     elif isinstance(module, _ConvNd) and module.padding_mode != "zeros":

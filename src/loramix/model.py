@@ -30,11 +30,11 @@ from loramix.methods import ADAPTER_NAME, CLASSIFIER, PeftMethods, XLoraMethods
 from loramix.passes import MixtureState, specialise
 
 if TYPE_CHECKING:
-    from transformers.generation.utils import GenerationMixin
 
-    class _Peft(PeftMethods, PreTrainedModel, GenerationMixin): ...  # pyright: ignore
+    class _Peft(PeftMethods, PreTrainedModel):  # pyright: ignore
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    class _XLora(XLoraMethods, PreTrainedModel, GenerationMixin): ...  # pyright: ignore
+    class _XLora(XLoraMethods, PreTrainedModel): ...  # pyright: ignore
 else:
     _Peft = _XLora = ABC
 

@@ -31,7 +31,9 @@ class Stack(Protocol):
     expert_of_rank: Tensor  # (R,): the expert of each rank column
     rank_scale: Tensor  # (R,): c_e of each rank column
     layout: int  # which of the model's layouts it has; equal ones mean equal experts, ranks and c_e
-    lora_A: Tensor
+
+    @property
+    def lora_A(self) -> Tensor: ...
 
 
 class ConstantRouting:

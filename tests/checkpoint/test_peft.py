@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint.builders import HIDDEN, PEFT_EXPERTS, make_expert, same_expert, tiny_gpt2, tiny_llama
 from loramix.checkpoint import load_adapter, save_adapter
 from loramix.checkpoint.peft import format_tensors
 from loramix.errors import (
@@ -21,8 +21,6 @@ from loramix.errors import (
     UnsupportedAdapterError,
 )
 from loramix.hub import HubOptions
-
-from .conftest import HIDDEN, PEFT_EXPERTS, make_expert, same_expert, tiny_gpt2, tiny_llama
 
 WEIGHTS = "adapter_model.safetensors"
 Q0 = "model.layers.0.q"
@@ -146,9 +144,7 @@ class TestReading:
     def test_spellings_of_the_magnitude(self, tmp_path, suffix):
         expert = make_expert("math", use_dora=True)
         save_adapter(tmp_path, expert)
-        rewrite(
-            tmp_path, lambda tensors: {k + suffix if k.endswith("vector") else k: t for k, t in tensors.items()}
-        )
+        rewrite(tmp_path, lambda tensors: {k + suffix if k.endswith("vector") else k: t for k, t in tensors.items()})
         assert same_expert(load_adapter("math", tmp_path), expert)
 
     def test_a_subfolder(self, folder):

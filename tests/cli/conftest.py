@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-import tiny
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import tiny
 from loramix import XLoraConfig, get_peft_model
 from loramix.cli import main
 

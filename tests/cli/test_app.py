@@ -78,12 +78,20 @@ def test_without_json_stdout_is_left_alone(capsys: pytest.CaptureFixture[str]) -
     assert tuple(capsys.readouterr()) == ("text\n", "")
 
 
-def coloured(**variables: str) -> bytes:
-    """What `loramix info /nowhere` writes to a real terminal."""
+def written_to_a_terminal(**variables: str) -> bytes:
+    """What an error looks like on a real terminal."""
+    code = (
+        "from loramix.cli.terminal import show_error; from loramix.errors import ConfigurationError\n"
+        "show_error(ConfigurationError('rule', received='received', remedy='remedy'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     leader, follower = pty.openpty()
-    environment = {n: v for n, v in os.environ.items() if n != "NO_COLOR"} | {"TERM": "xterm-256color"} | variables
-    words = [sys.executable, "-c", "from loramix.cli import main; main(['info', '/nowhere'])"]
-    subprocess.run(words, stderr=follower, env=environment, check=False)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        stderr=follower,
+        env=environment | {"TERM": "xterm-256color"} | variables,
+        check=True,
+    )
     os.close(follower)
     written = os.read(leader, 65536)
     os.close(leader)
@@ -91,5 +99,5 @@ def coloured(**variables: str) -> bytes:
 
 
 def test_terminals_get_colour_unless_no_color_is_set() -> None:
-    assert b"\x1b[31m" in coloured()
-    assert b"\x1b[31m" not in coloured(NO_COLOR="1")
+    assert b"\x1b[31m" in written_to_a_terminal()
+    assert b"\x1b[31m" not in written_to_a_terminal(NO_COLOR="1")

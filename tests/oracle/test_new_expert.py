@@ -53,6 +53,7 @@ def test_a_training_step_equals_pefts(kind: str, tmp_path: Path) -> None:
     step(lora(base(), start, is_trainable=True), tmp_path / "peft")
     step(loramix.PeftModel.from_pretrained(base(), start, is_trainable=True), tmp_path / "ours")
     before, theirs, mine = (load(tmp_path / name) for name in ("start", "peft", "ours"))
+    assert mine.keys() == theirs.keys()
     for name, expected in theirs.items():
         assert_close(mine[name], expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
         assert (expected - before[name]).abs().max() > 1e-4, name

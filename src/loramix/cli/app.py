@@ -15,10 +15,11 @@ from loramix.errors import LoramixError
 COMMANDS = {"demo": demo.demo, "generate": generate.generate, "info": info.info}
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"loramix {__version__}")
         raise typer.Exit
+    return wanted
 
 
 def _root(
