@@ -39,7 +39,7 @@ docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
 
 repin: ## solve all versions anew and write them to constraints.txt
 	$(PYTHON) -m venv --clear build/repin
-	build/repin/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]' editables
+	build/repin/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
 	sed -n '/^#/p' constraints.txt > build/repin/constraints.txt
 	build/repin/bin/python -m pip freeze --all --exclude-editable | sed -e '/^pip==/d' -e 's/+[a-z0-9.]*$$//' \
 	    >> build/repin/constraints.txt

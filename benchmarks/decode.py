@@ -1,4 +1,4 @@
-"""One token of batch 1 after the prompt, with a cache: the time between two tokens of `generate`, without `generate`."""
+"""One token of batch 1 after the prompt, with a cache: what `generate` does for each token, without its loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy `generate` of 64 tokens after the prompt: the base model and loramix with a cache, PEFT without (it has none)."""
+"""Greedy `generate` of 64 tokens after the prompt: the base model and loramix with a cache, PEFT, which has none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.models import Models
 
 LENGTH = 64
 TARGET = 2.3
-PEFT_EVERY = 8
+PEFT_EVERY = 4
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:

@@ -90,7 +90,7 @@ def interleave(contenders: Sequence[Contender], rounds: int, *, warm_ups: int = 
 def _cpu_seconds(call: Callable[[], object]) -> float:
     start = time.process_time()
     call()
-    return time.process_time() - start
+    return round(time.process_time() - start, 6)
 
 
 def spread(values: Sequence[float]) -> Spread:

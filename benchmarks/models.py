@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def build(size: Size, folder: Path) -> Models:
         "task_type": "CAUSAL_LM",
     }
     ours: Any = get_peft_model(llama(size), XLoraConfig(**router)).eval()
-    theirs: Any = peft.get_peft_model(llama(size, use_cache=False), peft.XLoraConfig(**router)).eval()  # as PEFT wants
+    theirs = _peft(size, router)
     theirs.base_model.internal_xlora_classifier.load_state_dict(ours.internal_xlora_classifier.state_dict())
     prompt = torch.randint(size.vocabulary, (1, size.prompt), generator=torch.Generator().manual_seed(0))
     weights = weights_of(ours, ours.get_output_embeddings())
@@ -82,6 +83,12 @@ def llama(size: Size, **settings: Any) -> LlamaForCausalLM:
         **settings,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def _peft(size: Size, router: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers renames
+        return peft.get_peft_model(llama(size, use_cache=False), peft.XLoraConfig(**router)).eval()  # as PEFT wants it
 
 
 def _save_expert(folder: Path, size: Size, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""The page and the plot, from the JSON that `benchmarks.run` wrote: `python -m benchmarks.report docs/benchmarks.json`."""
+"""The page and the plot, from what `benchmarks.run` wrote: `python -m benchmarks.report docs/benchmarks.json`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.generate import PEFT_EVERY
 from benchmarks.harness import Measurement, Spread
 
 TITLES = {
@@ -23,7 +24,8 @@ loramix, its base model and PEFT's X-LoRA side by side in one process, on one th
 each of them once, in turning order; a ratio is taken within a round, and what stands here is the median over the
 rounds with the quartiles in brackets. Both mixtures are made of the same expert files and the same router, and their
 logits were compared before anything was timed (largest difference {difference:.1e} of the largest logit). PEFT's
-X-LoRA generates without a cache; it takes part in one round of eight of `generate`.
+X-LoRA generates without a cache, which makes it slow enough to take part in one round of {every} of `generate` only.
+The last number in the brackets counts the rounds.
 
 To measure again, then to write this page:
 
@@ -55,7 +57,7 @@ def main(source: Path) -> None:
 def page(result: dict[str, Any], works: dict[str, list[Measurement]], plot: str | None) -> str:
     """The whole page, in Markdown."""
     command = f"python -m benchmarks.run {' '.join(works)} --json docs/benchmarks.json"
-    parts = [PAGE.format(command=command, header=header(result), difference=result["difference"])]
+    parts = [PAGE.format(command=command, every=PEFT_EVERY, header=header(result), difference=result["difference"])]
     for name, measured in works.items():
         parts.append(f"\n## {TITLES[name]}\n\n{table(measured)}\n")
         if name == "growth" and plot is not None:
@@ -71,12 +73,13 @@ def header(result: dict[str, Any]) -> str:
     kind = "layerwise" if size["layerwise"] else "shared by all layers"
     return f"""\
 - Machine: {machine["processor"]} ({machine["instructions"]}), {machine["cores"]} cores, {machine["system"]}; \
-{machine["torch threads"]} torch thread
+{machine["torch threads"]} torch thread, load average {machine["load"]} from all that ran there
 - Versions: {versions}
-- Base: Llama, H {size["hidden"]}, {size["blocks"]} blocks, intermediate {size["intermediate"]}, {size["heads"]} heads, \
-{size["kv_heads"]} KV heads of {size["hidden"] // size["heads"]}, vocabulary {size["vocabulary"]}, float32, batch 1
-- Mixture: all seven linear layers, L {layers}, E {size["experts"]}, r {size["rank"]}, router of depth {size["depth"]}, \
-scalings {kind}
+- Base: Llama, H {size["hidden"]}, {size["blocks"]} blocks, intermediate {size["intermediate"]}, \
+{size["heads"]} heads, {size["kv_heads"]} KV heads of {size["hidden"] // size["heads"]}, \
+vocabulary {size["vocabulary"]}, float32, batch 1
+- Mixture: all seven linear layers, L {layers}, E {size["experts"]}, r {size["rank"]}, \
+router of depth {size["depth"]}, scalings {kind}
 - Weights: ΣW {weights["backbone"] / 1e6:.2f} M, ΣR(in + out) {weights["experts"] / 1e6:.2f} M, head \
 {weights["head"] / 1e6:.2f} M"""
 

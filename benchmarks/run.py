@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
-import transformers
 import typer
 
 from benchmarks import decode, forward, generate, growth
@@ -30,7 +28,7 @@ WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "generate": generate.measure,
     "growth": growth.measure,
 }
-ROUNDS = {"forward": 101, "decode": 201, "generate": 33, "growth": 17}
+ROUNDS = {"forward": 61, "decode": 101, "generate": 17, "growth": 9}
 
 
 def main(
@@ -51,8 +49,6 @@ def main(
     if vocabulary is not None:
         chosen = replace(chosen, vocabulary=vocabulary)
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         models = build(chosen, Path(folder))
     result = preamble(models)
@@ -61,8 +57,8 @@ def main(
         measured = WORKS[work](models, rounds or ROUNDS[work])
         result["works"][work] = [asdict(m) for m in measured]
         print(f"\n{work}\n\n{table(measured)}", flush=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def preamble(models: Models) -> dict[str, Any]:

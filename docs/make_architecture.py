@@ -20,7 +20,7 @@ WHAT = {
     "classifier": "the router: h → logits",
     "cli": "demo · generate · info",
     "config": "PEFT's fields and files; what cannot work is an error",
-    "demo": "a tiny base model, three experts, the tour",
+    "demo": "a small base model, its experts, the tour",
     "errors": "rule, received, remedy",
     "functional": "the stacked product, fast and slow",
     "gating": "logits → scalings",
@@ -164,7 +164,7 @@ def picture() -> str:
     way, end = token(bottom + 64)
     parts = [
         text(MARGIN, 32, "The house", size=18, style=title),
-        text(MARGIN, 51, "A row imports only from the rows below it; a check enforces it.", fill=SOFT),
+        text(MARGIN, 51, "A row imports only from itself and the rows below it; a check enforces that.", fill=SOFT),
         *rows,
         text(MARGIN, bottom + 34, "The way of a token", size=18, style=title),
         text(MARGIN, bottom + 53, "B, S batch and sequence · H hidden size · L adapted layers · E experts", fill=SOFT),

@@ -12,10 +12,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import functools
 from collections.abc import Callable
 
+import hypothesis
 import pytest
 import torch
 import transformers
 
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -379,9 +379,7 @@ class XLoraConfig(PeftConfig):
         self.peft_type = PeftType.XLORA
         missing_adapters = cast(object, self.adapters) is None
         if cast(object, self.hidden_size) is None:
-            self._warn(
-                "hidden_size was not given: the base model's is taken when the model is built, 4096 until then."
-            )
+            self._warn("hidden_size was not given: the base model's is taken when the model is built, 4096 until then.")
             self.hidden_size = _AssumedSize(4096)
         if missing_adapters:
             self._warn("adapters was not given: this mixture has no experts yet.")
@@ -455,9 +453,7 @@ class XLoraConfig(PeftConfig):
         if self.enable_softmax_topk and self.top_k_lora is None:
             self._warn("enable_softmax_topk is set without top_k_lora: the softmax is taken over all experts.")
         if self.enable_softmax_topk and self.enable_softmax:
-            self._warn(
-                "enable_softmax_topk and enable_softmax are both set: softmax twice, which performs worse."
-            )
+            self._warn("enable_softmax_topk and enable_softmax are both set: softmax twice, which performs worse.")
         if self.top_k_lora is not None and self.top_k_lora < 1:
             self._warn(f"top_k_lora must be at least 1, and is {self.top_k_lora}: no model can be built like this.")
 

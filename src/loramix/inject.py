@@ -64,7 +64,7 @@ def _check(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     if absent:
         raise _mismatch(adapter, "the base model has no such module", absent)
     for path, weights in adapter.weights.items():
-        refuse_module(modules[path], weights, adapter.name, path)
+        refuse_module(modules[path], path, adapter.name, dora=weights.magnitude is not None)
         _check_shapes(adapter, path, modules[path], weights)
     targets = [] if adapter.config.target_modules in (None, ALL_LINEAR) else targeted(modules, adapter.config)
     missing = [path for path in targets if path not in adapter.weights]

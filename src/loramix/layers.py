@@ -97,7 +97,8 @@ class XLoraLayer(nn.Module):
         self.lora_B = place(torch.cat([*ups, *biases], dim=1))
         self._buffer("index", torch.tensor([number], device=device))
         self._buffer("expert_of_rank", torch.tensor([residents[i].expert for i in columns], device=device))
-        self._buffer("rank_scale", torch.tensor([residents[i].scale for i in columns], device=device))
+        scales = [residents[i].scale for i in columns]
+        self._buffer("rank_scale", torch.tensor(scales, dtype=torch.float32, device=device))
 
     def _buffer(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
@@ -141,17 +142,18 @@ class XLoraLayer(nn.Module):
         return torch.cat([h, one], dim=self._rank_dim(h))
 
     def _dropped_down(self, x: Tensor) -> Tensor:
-        x = self._input(x)
+        stacked = self.lora_A
+        x = self._input(x, stacked.dtype)
         if not self.training or not any(self.dropouts):
-            return self._down(x, self.lora_A)
+            return self._down(x, stacked)
         if len(set(self.dropouts)) == 1:
-            return self._down(F.dropout(x, self.dropouts[0]), self.lora_A)
-        parts = zip(self.dropouts, self.lora_A.split(self.ranks), strict=True)
+            return self._down(F.dropout(x, self.dropouts[0]), stacked)
+        parts = zip(self.dropouts, stacked.split(self.ranks), strict=True)
         h = [self._down(F.dropout(x, p), A) for p, A in parts]
         return torch.cat(h, dim=self._rank_dim(h[0]))
 
-    def _input(self, x: Tensor) -> Tensor:
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+    def _input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
     def _rank_dim(self, h: Tensor) -> int:
         return h.dim() - 1
@@ -201,9 +203,10 @@ class XLoraLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XLoraLayer:
         kept = keep_dtype(fn)
+        pinned = [self.rank_scale, *(parameter.grad for parameter in self.parameters(recurse=False))]
 
         def own(tensor: Tensor) -> Tensor:
-            precise = tensor.requires_grad or tensor is self.rank_scale
+            precise = tensor.requires_grad or any(tensor is other for other in pinned)
             return kept(tensor) if precise else fn(tensor)
 
         if recurse:
@@ -433,7 +436,7 @@ def _looks_up_its_input(embedding: nn.Embedding) -> bool:
     return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
 
 
-def refuse_module(module: nn.Module, weights: LoraWeights, expert: str, path: str) -> None:
+def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> None:
     """Refuse what no adapted layer computes.
 
     Raises:
@@ -443,7 +446,7 @@ def refuse_module(module: nn.Module, weights: LoraWeights, expert: str, path: st
     reason = None
     if layer_class(module) is None:
         reason = f"a {type(module).__name__}"
-    elif weights.magnitude is not None and layer_class(module) is not XLoraLinear:
+    elif dora and layer_class(module) is not XLoraLinear:
         reason = f"DoRA on a {type(module).__name__}"
     elif isinstance(module, nn.Embedding) and not _looks_up_its_input(module):
         reason = f"a {type(module).__name__}, which does not look up its input"

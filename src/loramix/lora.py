@@ -16,7 +16,7 @@ from loramix.adapter import Adapter, LoraWeights, pattern_value
 from loramix.config import LoraConfig
 from loramix.errors import ConfigurationError
 from loramix.inject import ALL_LINEAR, new_targets
-from loramix.layers import dense_weight, expected_shapes, layer_class
+from loramix.layers import dense_weight, expected_shapes, layer_class, refuse_module
 from loramix.targets import refuse_unsupported
 
 
@@ -29,7 +29,7 @@ def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapte
         config: kept in the adapter; "all-linear" becomes the modules' names.
 
     Raises:
-        UnsupportedAdapterError: a feature that loramix does not train.
+        UnsupportedAdapterError: a feature that loramix does not train, or a module that it does not adapt.
         ConfigurationError: no module to adapt, or an unknown `init_lora_weights`.
     """
     refuse_unsupported(config, name)
@@ -37,6 +37,8 @@ def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapte
     paths = new_targets(model, config)
     if config.target_modules == ALL_LINEAR:
         config.target_modules = {path.rpartition(".")[2] for path in paths}
+    for path in paths:
+        refuse_module(model.get_submodule(path), path, name, dora=config.use_dora)
     weights = {path: _new_weights(model.get_submodule(path), path, config, initialise) for path in paths}
     return Adapter(name, config, weights, source="")
 

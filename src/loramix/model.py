@@ -27,7 +27,7 @@ from loramix.inject import adapt, find_carrier, plan, replace
 from loramix.layers import XLoraLayer
 from loramix.lora import new_adapter
 from loramix.methods import ADAPTER_NAME, CLASSIFIER, PeftMethods, XLoraMethods
-from loramix.passes import MixtureState, specialise
+from loramix.passes import MixtureState, route_checkpoints, specialise
 
 if TYPE_CHECKING:
 
@@ -164,18 +164,19 @@ def hidden_size_of(model: PreTrainedModel) -> int:
 
 
 def _check_base(model: PreTrainedModel) -> None:
-    if isinstance(model, PeftModel) or any(isinstance(module, XLoraLayer) for module in model.modules()):
-        raise ModelError(
-            "Experts are put on a plain base model.",
-            received=f"a {type(model).__name__} that already carries experts",
-            remedy="call model.unload() first, or load the base model anew",
-        )
     if not isinstance(cast(object, model), PreTrainedModel):
         raise ModelError(
             "The base model is a transformers PreTrainedModel.",
             received=f"a {type(model).__name__}",
             remedy="load it with AutoModelForCausalLM.from_pretrained(…)",
         )
+    if isinstance(model, PeftModel) or any(isinstance(module, XLoraLayer) for module in model.modules()):
+        raise ModelError(
+            "Experts are put on a plain base model.",
+            received=f"a {type(model).__name__} that already carries experts",
+            remedy="call model.unload() first, or load the base model anew",
+        )
+    route_checkpoints(model, dry_run=True)
 
 
 def _build_mixture(
@@ -241,6 +242,7 @@ def _commit(
 ) -> None:
     """Change the model. All checks are behind us: nothing in here may fail."""
     model.requires_grad_(False)
+    route_checkpoints(model)
     for path, layer in layers.items():
         replace(model, path, layer)
     if state.classifier is not None:

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -74,23 +75,58 @@ def run(save, error, *, fatal=False):
             return
 
 
-def is_state(folder, mixture):
+def state_of(folder, *mixtures):
+    """Which of the mixtures a folder holds, bit by bit; anything else fails the test."""
     loaded = load_mixture(folder)
-    config, classifier, experts = mixture
-    return (
-        loaded.config == config
+    found = [
+        i
+        for i, (config, classifier, experts) in enumerate(mixtures)
+        if loaded.config == config
         and same_tensors(loaded.classifier, classifier)
         and all(same_expert(one, two) for one, two in zip(loaded.experts, experts, strict=True))
-    )
+    ]
+    assert len(found) == 1, "neither the one state nor the other"
+    return found[0]
+
+
+def clear(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def put(folder, mixture, **kwargs):
-    """Bring a folder into a state, whatever was in it, with the foreign files beside."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+    """Save into an empty folder, and put foreign files beside."""
     save_mixture(folder, *mixture, **kwargs)
     for name, data in FOREIGN.items():
         (folder / name).write_bytes(data)
+
+
+def restore(folder, template):
+    clear(folder)
+    shutil.copytree(template, folder, dirs_exist_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def old_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("old")
+    put(folder, OLD, trainer_state=STATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted_folder(tmp_path_factory, old_folder):
+    """A save of NEW over OLD that was stopped right after its commit, with every temporary still in its place."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    restore(folder, old_folder)
+    for _at, _faults, _outcome in run(lambda: save_mixture(folder, *NEW), Killed(), fatal=True):
+        if (folder / journal.JOURNAL_NAME).exists():
+            return folder
+    raise AssertionError("no save was stopped after its commit")
 
 
 def leftovers(folder):
@@ -107,13 +143,12 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_overwriting_a_mixture(tmp_path, kind):
+def test_overwriting_a_mixture(tmp_path, old_folder, kind):
     error, fatal = ERRORS[kind]
-    put(tmp_path, OLD, trainer_state=STATE)
+    restore(tmp_path, old_folder)
     states = set()
-    for at, faults, outcome in run(lambda: save_mixture(tmp_path, *NEW), error, fatal=fatal):
-        old, new = is_state(tmp_path, OLD), is_state(tmp_path, NEW)
-        assert old != new, f"a mixture of both after call {at} ({faults.failed})"
+    for _at, faults, outcome in run(lambda: save_mixture(tmp_path, *NEW), error, fatal=fatal):
+        old = state_of(tmp_path, OLD, NEW) == 0
         states.add("old" if old else "new")
         assert contents(tmp_path).items() >= FOREIGN.items()
         if kind == "disk full" and outcome is not None:
@@ -126,27 +161,26 @@ def test_overwriting_a_mixture(tmp_path, kind):
         if old:
             assert (tmp_path / "model.safetensors").exists()
         save_mixture(tmp_path, *NEW)
-        assert is_state(tmp_path, NEW)
+        assert state_of(tmp_path, OLD, NEW) == 1
         assert not (tmp_path / "model.safetensors").exists()
         assert not (tmp_path / journal.JOURNAL_NAME).exists()
-        put(tmp_path, OLD, trainer_state=STATE)
+        restore(tmp_path, old_folder)
     assert states == {"old", "new"}
-    assert at > 20
+    assert faults.count > 20
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_a_first_save(tmp_path, kind):
     error, fatal = ERRORS[kind]
     folder = tmp_path / "a" / "b"
-    for at, faults, _outcome in run(lambda: save_mixture(folder, *NEW), error, fatal=fatal):
+    for _at, faults, _outcome in run(lambda: save_mixture(folder, *NEW), error, fatal=fatal):
         try:
-            assert is_state(folder, NEW), f"after call {at} ({faults.failed})"
+            state_of(folder, NEW)
         except CheckpointNotFoundError:
             assert faults.failed
             if kind != "killed" and faults.failed not in ("unlink", "rmdir"):
                 assert not (tmp_path / "a").exists()
-        for path in sorted(tmp_path.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+        clear(tmp_path)
 
 
 def test_an_expert_of_its_own(tmp_path):
@@ -158,27 +192,15 @@ def test_an_expert_of_its_own(tmp_path):
         save_adapter(tmp_path, old)
 
 
-def interrupted(folder, mixture):
-    """Stop a save right after its commit, with every temporary still in its place."""
-    for at in itertools.count(1):
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            Faults(monkeypatch, at, Killed(), fatal=True)
-            with contextlib.suppress(Killed):
-                save_mixture(folder, *mixture)
-        if (folder / journal.JOURNAL_NAME).exists():
-            return
-
-
 class TestAnInterruptedSave:
     @pytest.fixture
-    def folder(self, tmp_path):
-        put(tmp_path, OLD)
-        interrupted(tmp_path, NEW)
+    def folder(self, tmp_path, interrupted_folder):
+        restore(tmp_path, interrupted_folder)
         return tmp_path
 
     def test_reading_writes_nothing(self, folder):
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert is_state(folder, NEW)
+        assert state_of(folder, OLD, NEW) == 1
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
         assert leftovers(folder)
 
@@ -188,12 +210,11 @@ class TestAnInterruptedSave:
         assert config == NEW[0]
         assert same_expert(load_adapter("math", folder / "math"), NEW[2][0])
 
-    def test_a_later_save_that_fails_again_changes_nothing(self, folder):
+    def test_a_later_save_that_is_stopped_too(self, folder, interrupted_folder):
         third = make_mixture(seed=300)
-        for at, _faults, _outcome in run(lambda: save_mixture(folder, *third), Killed(), fatal=True):
-            assert is_state(folder, NEW) != is_state(folder, third), f"after call {at}"
-            put(folder, OLD)
-            interrupted(folder, NEW)
+        for _at, _faults, _outcome in run(lambda: save_mixture(folder, *third), Killed(), fatal=True):
+            state_of(folder, NEW, third)
+            restore(folder, interrupted_folder)
 
     def test_saving_one_of_its_experts_alone(self, folder):
         expert = make_expert("math", seed=400)
@@ -232,7 +253,7 @@ def test_a_journal_without_temporaries_says_nothing(tmp_path):
     files = {"adapter_config.json": ".loramix-0-adapter_config.json"}
     (tmp_path / journal.JOURNAL_NAME).write_text(journal.Journal(files, ["model.safetensors"]).to_json())
     (tmp_path / "model.safetensors").write_bytes(b"a trainer's")
-    assert is_state(tmp_path, OLD)
+    assert state_of(tmp_path, OLD, NEW) == 0
     save_mixture(tmp_path, *NEW)
-    assert is_state(tmp_path, NEW)
+    assert state_of(tmp_path, OLD, NEW) == 1
     assert (tmp_path / "model.safetensors").read_bytes() == b"a trainer's"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint.builders import HIDDEN, make_expert, make_mixture, same_expert, same_tensors
+from checkpoint.builders import HIDDEN, make_expert, make_mixture, same_expert, same_tensors, tiny_llama
 from loramix.checkpoint import load_adapter, load_mixture, save_adapter, save_mixture
 from loramix.checkpoint.mixture import classifier_shapes
 from loramix.config import XLoraConfig
@@ -138,6 +138,13 @@ class TestPeft:
         assert set(mixture.classifier) == {"layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"}
         assert mixture.config.adapters == {"0": str(peft_folder / "plain"), "1": str(peft_folder / "rslora")}
         assert same_expert(mixture.experts[1], load_adapter("1", peft_folder / "rslora"))
+        assert (folder / "1" / WEIGHTS).exists()
+
+    def test_experts_that_peft_trained_and_did_not_save_are_warned_about(self, folder, tmp_path):
+        edit(as_peft(folder, tmp_path), use_trainable_adapters=True)
+        with pytest.warns(UserWarning, match=r"trained expert .* does not hold it") as seen:
+            load_mixture(folder)
+        assert [str(warning.message).split("'")[1] for warning in seen] == ["math", "code"]
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("depth", [1, 2, 4])
@@ -159,6 +166,24 @@ class TestPeft:
         theirs = peft.PeftConfig.from_pretrained(folder)
         assert (type(theirs).__name__, list(theirs.adapters)) == ("XLoraConfig", ["math", "code"])
         assert type(peft.PeftConfig.from_pretrained(folder / "math")).__name__ == "LoraConfig"
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_peft_reads_our_mixture_from_inside_its_folder(self, peft_folder, tmp_path, monkeypatch):
+        import peft
+
+        experts = [load_adapter(str(i), peft_folder / name) for i, name in enumerate(("plain", "rslora"))]
+        settings = {"xlora_depth": 3, "xlora_size": 8, "names": ("0", "1")}
+        config, classifier, _ = make_mixture(**settings)
+        config.adapters = {"0": str(peft_folder / "plain"), "1": str(peft_folder / "rslora")}
+        save_mixture(tmp_path, config, classifier, experts)
+        monkeypatch.chdir(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).base_model
+        assert same_tensors(theirs.internal_xlora_classifier.state_dict(), classifier)
+        q = theirs.lora_model.model.model.layers[0].self_attn.q_proj
+        for i, expert in enumerate(experts):
+            weights = expert.weights["model.layers.0.self_attn.q_proj"]
+            assert torch.equal(q.lora_A[str(i)].weight, weights.A)
+            assert torch.equal(q.lora_B[str(i)].weight, weights.B)
 
     def test_experts_elsewhere_by_path(self, folder, tmp_path):
         before = load_mixture(folder)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tiny import ARCHITECTURES, tokens
 from torch import Tensor
 
 import loramix
+from tiny import ARCHITECTURES, tokens
 
 SPARSE: dict[str, Any] = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2}
 HARD: dict[str, Any] = {"enable_softmax": False, "top_k_lora": 2}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from laws.mixtures import HARD, SPARSE, far, logits_of, mixture
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, llama, save_expert, tokens
 from torch.testing import assert_close
 
 import loramix
+from laws.mixtures import HARD, SPARSE, far, logits_of, mixture
+from tiny import ARCHITECTURES, llama, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -56,7 +56,9 @@ def test_names_do_not_matter(experts: Experts) -> None:
 
 def test_an_expert_split_in_two_halves_of_its_rank_is_the_same_expert(tmp_path: Path) -> None:
     whole = save_expert(tmp_path / "whole", llama(), target_modules=["q_proj", "down_proj"], r=6, lora_alpha=6)
-    halves = {name: _part_of(whole, tmp_path / name, part) for name, part in {"a": slice(0, 3), "b": slice(3, 6)}.items()}
+    halves = {
+        name: _part_of(whole, tmp_path / name, part) for name, part in {"a": slice(0, 3), "b": slice(3, 6)}.items()
+    }
     expected = logits_of(loramix.PeftModel.from_pretrained(llama(), whole))
     model = mixture(halves)
     with model.fixed_scalings([1.0, 1.0]):

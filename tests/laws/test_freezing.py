@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from laws.mixtures import mixture
-from tiny import llama, tokens
 
 import loramix
+from laws.mixtures import mixture
 from loramix import PeftModel
+from tiny import llama, tokens
 
 Experts = Callable[[str], dict[str, str]]
 
@@ -63,9 +63,7 @@ def test_a_step_changes_the_router_and_nothing_else(experts: Experts) -> None:
     assert changed == {name for name in before if name.startswith("internal_xlora_classifier.")}
 
 
-def test_the_count_of_trainable_parameters_is_the_routers(
-    experts: Experts, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_count_of_trainable_parameters_is_the_routers(experts: Experts, capsys: pytest.CaptureFixture[str]) -> None:
     model = mixture(experts("llama"))
     total = sum(parameter.numel() for parameter in model.parameters())
     assert model.get_nb_trainable_parameters() == (64 * 3 + 3, total)

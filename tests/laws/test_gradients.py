@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from laws.mixtures import HARD, SPARSE, mixture
-from tiny import ARCHITECTURES, llama, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from laws.mixtures import HARD, SPARSE, mixture
 from loramix.checkpoint import load_adapter
 from loramix.errors import ConfigurationError
 from loramix.functional import lora_mixture_reference
+from tiny import ARCHITECTURES, llama, tokens
 
 Experts = Callable[[str], dict[str, str]]
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
@@ -42,10 +42,14 @@ class PlainMixture:
         adapters = [load_adapter(name, folder) for name, folder in folders.items()]
         self.layers: dict[str, PlainLayer] = {}
         for path in model.adapted_modules:
-            parts = [(nn.Parameter(a.weights[path].A), nn.Parameter(a.weights[path].B), a.scaling(path)) for a in adapters]
+            parts = [
+                (nn.Parameter(a.weights[path].A), nn.Parameter(a.weights[path].B), a.scaling(path)) for a in adapters
+            ]
             self.layers[path] = PlainLayer(self.base.get_submodule(path), parts)
             self.base.set_submodule(path, self.layers[path])
-        first, _, last = (layer for layer in model.internal_xlora_classifier.layers if not isinstance(layer, nn.Dropout))
+        first, _, last = (
+            layer for layer in model.internal_xlora_classifier.layers if not isinstance(layer, nn.Dropout)
+        )
         self.router = [p.detach().clone().requires_grad_() for p in (*first.parameters(), *last.parameters())]
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -93,9 +97,9 @@ def test_logits_and_gradients_equal_the_written_down_mixture(
         ours = model.get_submodule(path)
         got = ours.unstack({"lora_A": ours.lora_A.grad, "lora_B": ours.lora_B.grad})
         for e, (A, B, _) in enumerate(layer.experts):
-            assert A.grad.abs().max() > 1e-6
             assert_close(got[e].A, A.grad, **TOLERANCE)
             assert_close(got[e].B, B.grad, **TOLERANCE)
+        assert any(A.grad.abs().max() > 1e-5 and B.grad.abs().max() > 1e-5 for A, B, _ in layer.experts)
 
 
 def test_frozen_experts_give_the_router_the_same_gradients(experts: Experts) -> None:
@@ -149,12 +153,20 @@ def test_checkpointing_under_fixed_scalings_survives_the_end_of_their_context(ex
 def test_checkpointing_can_be_switched_on_before_the_mixture_is_built(experts: Experts) -> None:
     """As `prepare_model_for_kbit_training` does."""
     base = llama()
-    base.activation_checkpointing_enable({"use_reentrant": False})
-    early = mixture(experts("llama"), base=base, use_trainable_adapters=True).train()
+    base.activation_checkpointing_enable()
+    early = trained_mixture(experts, base=base)
     stored = trained_mixture(experts)
     for model in (stored, early):
         loss_of(model(tokens()).logits).backward()
     assert_gradients_equal(early, stored)
+
+
+def test_a_base_model_with_reentrant_checkpointing_is_refused(experts: Experts) -> None:
+    base = llama()
+    base.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ConfigurationError, match="use_reentrant"):
+        mixture(experts("llama"), base=base)
+    assert type(base) is type(llama())
 
 
 def test_reentrant_checkpointing_is_refused(experts: Experts) -> None:
@@ -168,9 +180,9 @@ def test_reentrant_checkpointing_is_refused(experts: Experts) -> None:
     assert len(calls) == 2
 
 
-def trained_mixture(experts: Experts, architecture: str = "llama") -> Any:
+def trained_mixture(experts: Experts, architecture: str = "llama", base: Any = None) -> Any:
     """In train mode, everything trainable, nothing random."""
-    base = ARCHITECTURES[architecture](**({"dropout": 0.0} if architecture == "opt" else {}))
+    base = base or ARCHITECTURES[architecture](**({"dropout": 0.0} if architecture == "opt" else {}))
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from laws.mixtures import far, logits_of, mixture
 from tiny import llama, tokens
-from torch.testing import assert_close
 
 Experts = Callable[[str], dict[str, str]]
 

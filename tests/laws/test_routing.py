@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from laws.mixtures import HARD, SPARSE, far, logits_of, mixture
-from tiny import tokens
 from torch import Tensor
 from torch.testing import assert_close
 
+from laws.mixtures import HARD, SPARSE, far, logits_of, mixture
 from loramix.scalings import TensorRouting, current
+from tiny import tokens
 
 Experts = Callable[[str], dict[str, str]]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from laws.mixtures import SPARSE, far, logits_of, mixture
 from tiny import ARCHITECTURES, tokens
-from torch.testing import assert_close
 
 Experts = Callable[[str], dict[str, str]]
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny import HIDDEN, VOCABULARY
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from tiny import HIDDEN, VOCABULARY
 
 
 class ConvolutionConfig(PreTrainedConfig):

@@ -29,7 +29,7 @@ def write_expert(folder: Path, base: PreTrainedModel, *, seed: int = 0, **config
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, peft.LoraConfig(**settings))
     for name, parameter in model.named_parameters():
-        if "magnitude" in name or "lora_B" in name and name.endswith("bias"):
+        if "magnitude" in name or ("lora_B" in name and name.endswith("bias")):
             parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return str(folder)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
 from oracle.convolution import tiny_convolution
 from oracle.peft_side import PEFT_WARNINGS, lora, ours, write_expert
 from tiny import ARCHITECTURES, TARGETS, gpt2, llama, tokens
-from torch.testing import assert_close
-from transformers import PreTrainedModel
 
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS)
 

@@ -9,14 +9,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracle.convolution import tiny_convolution
-from oracle.peft_side import PEFT_WARNINGS, lora, write_expert
 from safetensors.torch import load_file
-from tiny import gemma3, gpt2, llama, save_expert, tokens
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import loramix
+from oracle.convolution import tiny_convolution
+from oracle.peft_side import PEFT_WARNINGS, lora, write_expert
+from tiny import gemma3, gpt2, llama, save_expert, tokens
 
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS)
 

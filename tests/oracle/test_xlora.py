@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from oracle.peft_side import PEFT_WARNINGS, ours, xlora
 from tiny import ARCHITECTURES, llama, tokens
-from torch.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS)
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from loramix.adapter import Adapter
 from loramix.checkpoint.peft import find_weights, load_adapter
-from loramix.checkpoint.tensors import read_tensors
+from loramix.checkpoint.tensors import is_ours, read_tensors
 from loramix.config import CONFIG_NAME, XLoraConfig
 from loramix.errors import (
     CheckpointNotFoundError,
@@ -61,8 +62,9 @@ def load_mixture(
 ) -> MixtureCheckpoint:
     """Read a mixture, on the CPU and in its files' dtypes.
 
-    An expert is read from the folder of its name inside the checkpoint; where there is none, from its path in
-    `adapters` inside the checkpoint; where there is none, from that identifier.
+    An expert is read from the folder of its name inside the checkpoint, where loramix wrote it; else from its path in
+    `adapters` inside the checkpoint; else from that identifier. The numbered folders that PEFT writes beside an
+    X-LoRA checkpoint are not read: they lack whatever lies in the blocks whose number is that of another expert.
 
     Args:
         identifier: a local folder or a Hub identifier (see `loramix.hub`).
@@ -86,12 +88,14 @@ def load_mixture(
     path = find_weights(identifier, options)
     classifier = _parse_classifier(read_tensors(path), path)
     check_classifier(config, classifier, str(path))
-    experts = [
-        load_adapter(name, place, options.elsewhere())
-        if adapters is not None and name in adapters
-        else _load_member(identifier, options, name, place)
-        for name, place in chosen.items()
-    ]
+    self_contained = is_ours(path)
+    experts: list[Adapter] = []
+    for name, place in chosen.items():
+        if adapters is not None and name in adapters:
+            experts.append(load_adapter(name, place, options.elsewhere()))
+        else:
+            folders = [folder for folder in ([name] if self_contained else []) + [place] if _is_inside(folder)]
+            experts.append(_load_member(identifier, options, name, place, folders, config.use_trainable_adapters))
     config.adapters = chosen
     return MixtureCheckpoint(config, classifier, experts)
 
@@ -118,22 +122,35 @@ def replace_adapters(saved: Mapping[str, str], given: Mapping[str, str | os.Path
     )
 
 
-def _load_member(identifier: str | os.PathLike[str], options: HubOptions, name: str, place: str) -> Adapter:
-    inside = [folder for folder in (name, place) if _is_inside(folder)]
-    for folder in inside:
+def _load_member(
+    identifier: str | os.PathLike[str],
+    options: HubOptions,
+    name: str,
+    place: str,
+    folders: Sequence[str],
+    trained: bool,
+) -> Adapter:
+    for folder in folders:
         if _has_adapter(identifier, options.below(folder)):
             adapter = load_adapter(name, identifier, options.below(folder))
             adapter.source = f"{os.fspath(identifier)}/{folder}"
             return adapter
     try:
-        return load_adapter(name, place, options.elsewhere())
+        adapter = load_adapter(name, place, options.elsewhere())
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
             "Every expert of a mixture lies in the mixture's folder, or where adapters says.",
-            received=f"expert {name!r} neither in folder {name!r} of {os.fspath(identifier)!r} nor at {place!r}: "
+            received=f"expert {name!r} neither in {os.fspath(identifier)!r} ({', '.join(folders)}) nor at {place!r}: "
             f"{error.received}",
             remedy=f'Say where it is: from_pretrained(…, adapters={{"{name}": "path or Hub id"}}).',
         ) from error
+    if trained:
+        warnings.warn(
+            f"The mixture trained expert {name!r}, but does not hold it; the one at {place!r} may be untrained. PEFT "
+            "does not save trained experts.",
+            stacklevel=3,
+        )
+    return adapter
 
 
 def _is_inside(place: str) -> bool:

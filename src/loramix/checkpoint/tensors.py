@@ -42,10 +42,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: the file could not be written.
     """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(_own_storages(tensors), path, metadata={"format": "pt", "writer": WRITER})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(mode)  # safetensors leaves a file that only its owner can read
 
 
 def is_ours(path: Path) -> bool:

@@ -10,6 +10,7 @@ import ast
 import html.entities
 import importlib
 import json
+import os
 import sysconfig
 import unicodedata
 import warnings
@@ -107,10 +108,13 @@ def _topics() -> dict[str, str]:
 def _modules() -> list[tuple[str, str, Path]]:
     root = _standard_library()
     found: list[tuple[str, str, Path]] = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
-        if _NOT_LIBRARY.isdisjoint(parts) and not parts[0].startswith("_sysconfigdata"):
-            found.append(("/".join(parts), module_key(parts[0]), path))
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        for name in files:
+            if name.endswith(".py") and name not in _NOT_LIBRARY and not name.startswith("_sysconfigdata"):
+                path = Path(folder, name)
+                parts = path.relative_to(root).parts
+                found.append(("/".join(parts), module_key(parts[0]), path))
     return sorted(found)
 
 

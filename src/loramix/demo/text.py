@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from loramix.demo import corpus
 
@@ -111,13 +111,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Int[Tensor, " V"]:
 
 def token_bits(logits: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S-1"]:
     """Bits of information of each token after the first: -log2 of the probability that the model gave it."""
-    nats = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    nats = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     return nats / math.log(2)
 
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, passages: Sequence[Passage], batch: int = 8
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, passages: Sequence[Passage], batch: int = 8
 ) -> dict[str, Score]:
     """Bits and bytes of the passages under the model, for each domain that occurs in them.
 

@@ -152,7 +152,7 @@ def train_experts(out: Path, log: Log) -> None:
         model = get_peft_model(bundle.base(out), config)
         pool = {domain: windows(tokenizer, corpus.train_text(domain, 4_000_000))}
         data = _draw(pool, {domain: 1.0}, EXPERT_STEPS * EXPERT_BATCH, seed=number)
-        arguments = _arguments(out / "work" / domain, EXPERT_STEPS, EXPERT_BATCH, learning_rate=2e-3, weight_decay=0.0)
+        arguments = _arguments(out / "work" / domain, EXPERT_STEPS, EXPERT_BATCH, learning_rate=4e-3, weight_decay=0.0)
         _train(model, data, arguments, log)
         model.save_pretrained(folder)
         log_scores(domain, model, tokenizer, log)

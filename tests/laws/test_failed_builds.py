@@ -1,0 +1,179 @@
+"""A build that fails leaves the base model as it was, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+import loramix
+from laws.mixtures import logits_of, mixture
+from loramix import errors
+from tiny import gpt2, llama, qwen3, save_expert
+
+Experts = Callable[[str], dict[str, str]]
+Build = Callable[[PreTrainedModel, Experts, Path], object]
+
+
+def build(base: PreTrainedModel, adapters: dict[str, str], **config: Any) -> object:
+    return loramix.get_peft_model(base, loramix.XLoraConfig(**{"hidden_size": 64, "adapters": adapters, **config}))
+
+
+def edited(folder: str, copy: Path, **fields: object) -> str:
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | fields))
+    return str(copy)
+
+
+def truncated(folder: str, copy: Path) -> str:
+    shutil.copytree(folder, copy)
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return str(copy)
+
+
+def without(folder: str, copy: Path, part: str) -> str:
+    shutil.copytree(folder, copy)
+    weights = copy / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if part not in name}, weights)
+    return str(copy)
+
+
+def second(bad: Callable[[dict[str, str], Path], str], **config: Any) -> Build:
+    """Build from a good expert and then a bad one."""
+    return lambda base, experts, tmp: build(
+        base, {"good": experts("llama")["math"], "bad": bad(experts("llama"), tmp / "bad")}, **config
+    )
+
+
+def load(base: PreTrainedModel, experts: Experts, tmp: Path, **changes: Any) -> object:
+    mixture(experts("llama")).save_pretrained(tmp / "saved")
+    return loramix.PeftModel.from_pretrained(base, edited(str(tmp / "saved"), tmp / "edited", **changes))
+
+
+FAILURES: dict[str, tuple[type[errors.LoramixError], Build]] = {
+    "no such folder": (errors.CheckpointNotFoundError, second(lambda _, bad: str(bad))),
+    "truncated weights": (errors.CorruptCheckpointError, second(lambda e, bad: truncated(e["code"], bad))),
+    "a missing matrix": (
+        errors.IncompleteCheckpointError,
+        second(lambda e, bad: without(e["code"], bad, "layers.1.mlp.up_proj.lora_A")),
+    ),
+    "a missing module": (
+        errors.AdapterMismatchError,
+        second(lambda e, bad: without(e["code"], bad, "layers.1.mlp.up_proj")),
+    ),
+    "modules_to_save": (
+        errors.UnsupportedAdapterError,
+        second(lambda e, bad: edited(e["code"], bad, modules_to_save=["lm_head"])),
+    ),
+    "another rank": (errors.CorruptCheckpointError, second(lambda e, bad: edited(e["code"], bad, r=5))),
+    "a deeper base": (
+        errors.AdapterMismatchError,
+        second(lambda _, bad: save_expert(bad, llama(num_hidden_layers=3), target_modules=["q_proj"])),
+    ),
+    "a shallower base": (
+        errors.AdapterMismatchError,
+        second(lambda _, bad: save_expert(bad, llama(num_hidden_layers=1), target_modules=["q_proj"])),
+    ),
+    "a wider base": (
+        errors.AdapterMismatchError,
+        second(lambda _, bad: save_expert(bad, llama(intermediate_size=96), target_modules=["down_proj"])),
+    ),
+    "another architecture": (
+        errors.AdapterMismatchError,
+        second(lambda _, bad: save_expert(bad, gpt2(), target_modules=["c_attn"], fan_in_fan_out=True)),
+    ),
+    "the head": (errors.UnsupportedAdapterError, second(lambda e, bad: _of_the_head(e["code"], bad))),
+    "another hidden size": (errors.ConfigurationError, second(lambda e, _: e["code"], hidden_size=65)),
+    "top-k above E": (errors.ConfigurationError, second(lambda e, _: e["code"], top_k_lora=3)),
+    "no experts": (errors.ConfigurationError, lambda base, *_: build(base, {})),
+    "a new expert without modules": (
+        errors.ConfigurationError,
+        lambda base, *_: loramix.get_peft_model(base, loramix.LoraConfig(target_modules=["no_such"])),
+    ),
+    "a new expert of the head": (
+        errors.UnsupportedAdapterError,
+        lambda base, *_: loramix.get_peft_model(base, loramix.LoraConfig(target_modules=["q_proj", "lm_head"])),
+    ),
+    "a new expert with an unknown start": (
+        errors.ConfigurationError,
+        lambda base, *_: loramix.get_peft_model(
+            base, loramix.LoraConfig(target_modules=["q_proj"], init_lora_weights="orthogonal")
+        ),
+    ),
+    "DoRA on an embedding": (
+        errors.UnsupportedAdapterError,
+        lambda base, *_: loramix.get_peft_model(
+            base, loramix.LoraConfig(target_modules=["q_proj", "embed_tokens"], use_dora=True)
+        ),
+    ),
+    "a router of another depth": (errors.CheckpointError, lambda *args: load(*args, xlora_depth=2)),
+    "a router of another width": (errors.LoramixError, lambda *args: load(*args, hidden_size=32)),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_base_model_stays_as_it_was(failure: str, experts: Experts, tmp_path: Path) -> None:
+    error, fails = FAILURES[failure]
+    base = llama().train()
+    base.model.embed_tokens.requires_grad_(False)
+    before = everything(base)
+    with pytest.raises(error):
+        fails(base, experts, tmp_path)
+    assert everything(base) == before
+    assert all(map(torch.equal, base.state_dict().values(), llama().state_dict().values()))
+    good = build(base, experts("llama"))
+    assert isinstance(good, loramix.XLoraModel)
+
+
+def test_a_mixture_is_no_base_model(experts: Experts) -> None:
+    model = mixture(experts("llama"))
+    before, logits = everything(model), logits_of(model)
+    with pytest.raises(errors.ModelError, match="already carries"):
+        build(model, experts("llama"))
+    with pytest.raises(errors.ModelError, match="already carries"):
+        loramix.get_peft_model(model.model, loramix.LoraConfig(target_modules=["q_proj"]))
+    assert everything(model) == before
+    assert torch.equal(logits_of(model), logits)
+
+
+def test_the_error_names_expert_module_expected_and_found(experts: Experts, tmp_path: Path) -> None:
+    wider = save_expert(tmp_path / "wide", llama(intermediate_size=96), target_modules=["down_proj"])
+    with pytest.raises(errors.AdapterMismatchError) as caught:
+        build(llama(), {"math": experts("llama")["math"], "wide": wider})
+    for part in ("'wide'", "'model.layers.0.mlp.down_proj'", "(4, 128)", "(4, 96)"):
+        assert part in caught.value.received
+
+
+def test_an_expert_of_another_architecture_with_equal_names_and_shapes_is_accepted(tmp_path: Path) -> None:
+    """Nothing in the files tells them apart, and PEFT's users rely on it for fine-tuned bases."""
+    folder = save_expert(tmp_path, qwen3(), target_modules=["v_proj"])
+    assert isinstance(build(llama(), {"v": folder}), loramix.XLoraModel)
+
+
+def everything(model: Any) -> object:
+    """Its class, its modules as objects, what trains, its modes, its tensors as objects, its attributes."""
+    return (
+        type(model),
+        [(name, id(module), type(module), module.training) for name, module in model.named_modules()],
+        [(name, id(p), p.requires_grad, p.dtype, p._version) for name, p in model.named_parameters()],
+        [(name, id(buffer)) for name, buffer in model.named_buffers()],
+        [sorted(module.__dict__) for module in model.modules()],
+        model.config.to_dict(),
+    )
+
+
+def _of_the_head(folder: str, copy: Path) -> str:
+    edited(folder, copy, target_modules=["lm_head"])
+    tensors = {"lora_A": torch.zeros(3, 64), "lora_B": torch.zeros(96, 3)}
+    weights = {f"base_model.model.lm_head.{name}.weight": tensor for name, tensor in tensors.items()}
+    save_file(weights, copy / "adapter_model.safetensors")
+    return str(copy)

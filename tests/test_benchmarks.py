@@ -1,0 +1,86 @@
+"""The benchmarks' structure and arithmetic, at sizes that take no time. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks import report
+from benchmarks.harness import Contender, Measurement, interleave, spread
+from benchmarks.limit import Weights
+from benchmarks.models import Models, build
+from benchmarks.run import WORKS, main, preamble
+from benchmarks.sizes import SIZES
+
+TINY = SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The three models of the tiny size."""
+    return build(TINY, tmp_path_factory.mktemp("experts"))
+
+
+def test_the_limit_is_the_formula_of_the_page() -> None:
+    weights = Weights(backbone=100, experts=30, head=50)
+    assert weights.forward_limit() == (2 * 100 + 30 + 50) / (100 + 50)
+    # A prompt of 3 and 2 new tokens: 4 tokens are read, 2 of them meet the head.
+    assert weights.generate_limit(prompt=3, new=2) == (4 * 230 + 2 * 50) / (4 * 100 + 2 * 50)
+
+
+def test_the_weights_are_those_of_the_size(models: Models) -> None:
+    hidden, intermediate, kv = TINY.hidden, TINY.intermediate, TINY.hidden * TINY.kv_heads // TINY.heads
+    shapes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)] + 3 * [(hidden, intermediate)]
+    assert models.weights == Weights(
+        backbone=TINY.blocks * sum(i * o for i, o in shapes),
+        experts=TINY.blocks * TINY.experts * TINY.rank * sum(i + o for i, o in shapes),
+        head=hidden * TINY.vocabulary,
+    )
+
+
+def test_rounds_are_interleaved_and_slow_contenders_sit_some_out() -> None:
+    calls: list[str] = []
+    contenders = [
+        Contender("a", lambda: calls.append("a")),
+        Contender("b", lambda: calls.append("b")),
+        Contender("slow", lambda: calls.append("slow"), every=2),
+    ]
+    times = interleave(contenders, rounds=3, warm_ups=1)
+    assert calls == ["a", "b", "slow", *("a", "b", "slow"), *("b", "a"), *("slow", "a", "b")]
+    assert [t is None for t in times["slow"]] == [False, True, False]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    measured = Measurement("m", {"base": [1.0, 10.0, 2.0], "x": [2.0, 30.0, None]})
+    ratio = measured.ratio("x")
+    assert (ratio.median, ratio.rounds) == (2.5, 2)
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == spread([5.0, 3.0, 1.0, 2.0, 4.0])
+    assert (spread([1.0, 2.0, 3.0, 4.0, 5.0]).lower, spread([1.0, 2.0, 3.0, 4.0, 5.0]).upper) == (2.0, 4.0)
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_every_work_measures_every_contender(models: Models, work: str) -> None:
+    for measured in WORKS[work](models, 2):
+        assert {"base", "loramix"} <= set(measured.seconds)
+        assert all(len(times) == 2 for times in measured.seconds.values())
+        assert measured.limit is not None
+        assert measured.facts.get("tokens in common") == measured.facts.get("new")
+        assert report.table([measured]).count("\n") == 2
+
+
+def test_the_run_writes_what_the_report_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "figures.json"
+    main(["forward", "growth"], size="tiny", rounds=2, json_file=target)
+    assert "limit" in capsys.readouterr().out
+    assert list(json.loads(target.read_text(encoding="utf-8"))["works"]) == ["forward", "growth"]
+    report.main(target)
+    page = target.with_suffix(".md").read_text(encoding="utf-8")
+    assert "## Forward" in page
+    assert "](figures.svg)" in page
+    assert target.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_the_preamble_names_machine_versions_and_sizes(models: Models) -> None:
+    text = report.header(preamble(models))
+    assert all(word in text for word in ("torch", "transformers", "peft", "vocabulary 96", "intermediate 48"))
