@@ -9,7 +9,7 @@ INPUTS := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 export PYTHONUTF8 = 1
 
-.PHONY: help demo test check format docs repin clean
+.PHONY: help demo test check format docs readme repin clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -36,6 +36,9 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the house style
 docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_architecture.py
+
+readme: $(VENV)/.installed-dev ## run the demo and put what it printed into README.md
+	$(BIN)/python docs/make_demo.py
 
 repin: ## solve all versions anew and write them to constraints.txt
 	$(PYTHON) -m venv --clear build/repin

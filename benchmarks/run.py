@@ -1,5 +1,6 @@
 """Measure: `python -m benchmarks.run forward decode generate growth --json docs/benchmarks.json`.
 
+A work that is measured again replaces its own part of the file; other works stay if machine, versions and sizes do.
 Then `python -m benchmarks.report docs/benchmarks.json` writes the page and the plot beside the JSON.
 """
 
@@ -52,6 +53,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         models = build(chosen, Path(folder))
     result = preamble(models)
+    if json_file is not None and json_file.exists():
+        result["works"] = kept_works(json.loads(json_file.read_text(encoding="utf-8")), result)
     print(header(result), flush=True)
     for work in works or WORKS:
         measured = WORKS[work](models, rounds or ROUNDS[work])
@@ -70,6 +73,14 @@ def preamble(models: Models) -> dict[str, Any]:
         "difference": models.difference,
         "works": {},
     }
+
+
+def kept_works(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What was measured earlier, in the same circumstances but for the load; nothing if they were others."""
+    same = all(earlier[part] == now[part] for part in ("size", "weights")) and all(
+        earlier["machine"][fact] == now["machine"][fact] for fact in now["machine"] if fact != "load"
+    )
+    return earlier["works"] if same else {}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from benchmarks import report
 from benchmarks.harness import Contender, Measurement, interleave, spread
 from benchmarks.limit import Weights
 from benchmarks.models import Models, build
-from benchmarks.run import WORKS, main, preamble
+from benchmarks.run import WORKS, kept_works, main, preamble
 from benchmarks.sizes import SIZES
 
 TINY = SIZES["tiny"]
@@ -84,3 +84,11 @@ def test_the_run_writes_what_the_report_reads(tmp_path: Path, capsys: pytest.Cap
 def test_the_preamble_names_machine_versions_and_sizes(models: Models) -> None:
     text = report.header(preamble(models))
     assert all(word in text for word in ("torch", "transformers", "peft", "vocabulary 96", "intermediate 48"))
+
+
+def test_a_work_is_replaced_and_the_others_stay_in_equal_circumstances(models: Models) -> None:
+    now = preamble(models)
+    earlier = {**preamble(models), "works": {"forward": []}}
+    earlier["machine"]["load"] = -1.0
+    assert kept_works(earlier, now) == {"forward": []}
+    assert kept_works({**earlier, "size": {**earlier["size"], "experts": 99}}, now) == {}

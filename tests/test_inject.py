@@ -90,7 +90,7 @@ def test_an_expert_of_a_shallower_base_is_refused() -> None:
     assert Q.format(1) in caught.value.received
 
 
-def test_the_head_is_refused_and_so_is_one_tied_to_the_embedding() -> None:
+def test_the_head_is_refused() -> None:
     model = llama()
     sites = plan(model, [adapter("heady", model, [Q.format(0), "lm_head"])])
     with pytest.raises(UnsupportedAdapterError, match="after both passes") as caught:
@@ -135,7 +135,7 @@ def test_the_carrier_is_the_nearest_model_above_the_layers() -> None:
         assert find_carrier(model, sites, ["one"]) is model.get_submodule(carrier)
 
 
-def test_a_backbone_without_a_head_becomes_a_mixture_too(experts: Any) -> None:
+def test_a_backbone_without_a_head_is_adapted_too() -> None:
     whole, bare = llama(), llama().model
     config = loramix.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     torch.manual_seed(1)

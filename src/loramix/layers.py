@@ -260,6 +260,7 @@ class XLoraLinear(XLoraLayer):
         self._buffer("position_of_rank", torch.tensor(positions, device=device))
         self._dora_scales = tuple(residents[i].scale for i in dora)
         self._buffer("dora_norm", self._norms())
+        self._norm_is_stale = False
 
     dora_positions: Tensor
     dora_experts: Tensor
@@ -290,7 +291,16 @@ class XLoraLinear(XLoraLayer):
 
     def _dora_ratio(self) -> Tensor:
         """(experts with DoRA, out): m / n; the norm is fixed at load and follows experts that are trained."""
-        return self.lora_magnitude / (self._norms() if self.lora_A.requires_grad else self.dora_norm)
+        if self.lora_A.requires_grad:
+            self._norm_is_stale = True
+            return self.lora_magnitude / self._norms()
+        if self._norm_is_stale:
+            self.dora_norm, self._norm_is_stale = self._norms(), False
+        return self.lora_magnitude / self.dora_norm
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._norm_is_stale = True
 
     def _dora_B(self, ratio: Tensor) -> Tensor:
         every = ratio.new_ones(len(self.ranks), ratio.shape[1]).index_copy(0, self.dora_positions, ratio)

@@ -91,6 +91,11 @@ class XLoraModel(PeftModel, _XLora):
     """A mixture: `isinstance(model, XLoraModel)` tells it from a plain LoRA model."""
 
 
+# Whatever has the methods is an instance, also when unpickled; no method of these classes stands in its way.
+cast(ABCMeta, PeftModel).register(PeftMethods)
+cast(ABCMeta, XLoraModel).register(XLoraMethods)
+
+
 @overload
 def get_peft_model(
     model: PreTrainedModel, peft_config: XLoraConfig, adapter_name: str = ADAPTER_NAME, **hub: Any
@@ -201,7 +206,7 @@ def _build_mixture(
     state = MixtureState(config, experts, layers, classifier)
     _commit(model, carrier, layers, state, XLoraMethods)
     _set_trainable(layers, trainable and config.use_trainable_adapters)
-    return _recognised(model, XLoraModel)
+    return cast(XLoraModel, model)
 
 
 def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
@@ -212,13 +217,7 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     state = MixtureState(adapter.config, [adapter], layers, None)
     _commit(model, carrier, layers, state, PeftMethods)
     _set_trainable(layers, trainable)
-    return _recognised(model if trainable else model.eval(), PeftModel)
-
-
-def _recognised(model: PreTrainedModel, kind: type[PeftModel]) -> PeftModel:
-    """The model; from now on it is an instance of `kind`, though no method of `kind` stands in its way."""
-    cast(ABCMeta, kind).register(type(model))
-    return cast(PeftModel, model)
+    return cast(PeftModel, model if trainable else model.eval())
 
 
 def _load_classifier(classifier: XLoraClassifier, saved: Mapping[str, Tensor]) -> None:

@@ -6,12 +6,12 @@ import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from loramix.demo.compare import BASE, COLUMNS, MIXED, ORACLE, SWITCHING, UNIFORM, XLORA, Comparison
 from loramix.demo.picture import draw
 from loramix.demo.routed import RoutedText
-from loramix.demo.show import colours, comparison_table, legend, routed_panel, verdict
+from loramix.demo.show import colours, comparison_table, explanation, legend, routed_panel, verdict
 
 EXPERTS = ["code", "math"]
 ROUTED = RoutedText(
@@ -30,22 +30,25 @@ def comparison(xlora: float) -> Comparison:
     return Comparison(rows, {"code": "code", "math": "math"}, dict.fromkeys(COLUMNS, 100))
 
 
-def printed(what: object, *, colour: bool = False) -> str:
-    console = Console(
-        file=io.StringIO(), width=100, force_terminal=colour, color_system="truecolor" if colour else None
-    )
-    console.print(what)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def console(*, colour: bool) -> Console:
+    return Console(file=io.StringIO(), width=100, force_terminal=colour, color_system="truecolor" if colour else None)
+
+
+def printed(what: RenderableType) -> str:
+    out = console(colour=False)
+    out.print(what)
+    return written(out)
 
 
 def panel(*, colour: bool) -> str:
-    console = Console(
-        file=io.StringIO(), width=100, force_terminal=colour, color_system="truecolor" if colour else None
-    )
-    console.print(routed_panel(ROUTED, console))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    out = console(colour=colour)
+    out.print(routed_panel(ROUTED, out))
+    return written(out)
+
+
+def written(out: Console) -> str:
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue()
 
 
 def test_the_leader_has_the_largest_weight() -> None:
@@ -68,20 +71,27 @@ def test_with_colour_each_token_has_its_leaders_colour() -> None:
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    console = Console(file=io.StringIO(), force_terminal=True)
-    console.print(routed_panel(ROUTED, console))
-    assert isinstance(console.file, io.StringIO)
-    assert "⟨math⟩" in console.file.getvalue()
+    out = Console(file=io.StringIO(), force_terminal=True)
+    out.print(routed_panel(ROUTED, out))
+    assert "⟨math⟩" in written(out)
 
 
-def test_the_legend_names_every_expert() -> None:
-    assert all(expert in printed(legend(EXPERTS)) for expert in EXPERTS)
+@pytest.mark.parametrize("colour", [True, False])
+def test_the_legend_names_every_expert(colour: bool) -> None:
+    text = legend(EXPERTS, console(colour=colour)).plain
+    assert all(expert in text for expert in EXPERTS)
+    assert ("⟨" in text) is not colour
+
+
+def test_the_explanation_counts_the_experts() -> None:
+    assert "1/2" in explanation(comparison(1.5)).plain
 
 
 def test_the_table_stars_the_best_of_a_column_and_leaves_the_oracle_out() -> None:
     lines = printed(comparison_table(comparison(1.5))).splitlines()
     assert all("1.500*" in line for line in lines if XLORA in line)
     assert not any("*" in line for line in lines if "oracle" in line)
+    assert sum("oracle" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(("xlora", "earned"), [(1.5, True), (1.6, False), (1.7, False)])

@@ -10,7 +10,7 @@ import torch
 from tiny import gemma3, llama, save_expert, tokens
 from torch import Tensor
 
-NEW = 12
+NEW = 8
 PADDING = torch.tensor([[0, 0, 0] + [1] * 6, [1] * 9])
 CACHED_ONLY = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
 
@@ -101,7 +101,7 @@ def test_the_sliding_window_is_exceeded() -> None:
 
 def test_generation_ends_at_the_end_token(model: Any) -> None:
     whole = generated(model, input_ids=tokens(1))[0]
-    end = whole[9 + 4].item()
+    end = whole[9 + 3].item()
     found = generated(model, input_ids=tokens(1), eos_token_id=end)[0]
     assert torch.equal(found, whole[: len(found)])
     assert found[-1] == end

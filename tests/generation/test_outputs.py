@@ -93,7 +93,7 @@ def test_the_latest_scalings_are_those_of_the_last_token(of_llama: Any) -> None:
     generated(of_llama, input_ids=tokens())
     assert of_llama.get_latest_scalings().shape == (2, 1, len(of_llama.adapted_modules), 3)
     generated(of_llama, input_ids=tokens(), use_cache=False)
-    assert of_llama.get_latest_scalings().shape == (2, 20, len(of_llama.adapted_modules), 3)
+    assert of_llama.get_latest_scalings().shape == (2, 16, len(of_llama.adapted_modules), 3)
 
 
 def test_in_train_mode_generation_is_cached_too(of_llama: Any) -> None:

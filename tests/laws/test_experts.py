@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 
 import loramix
 from laws.mixtures import HARD, SPARSE, far, logits_of, mixture
+from loramix.passes import specialise
 from tiny import ARCHITECTURES, llama, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
@@ -124,6 +126,21 @@ def test_unloading_gives_the_base_model_back(experts: Experts) -> None:
     assert type(base) is kind
     assert list(base.named_modules()) == modules
     assert torch.equal(logits_of(base), expected)
+
+
+def test_a_model_unpickled_by_another_process_is_the_same_and_recognised(experts: Experts) -> None:
+    model = mixture(experts("llama"))
+    expected, pickled = logits_of(model), pickle.dumps(model)
+    specialise.cache_clear()  # another process has made none of the classes yet
+    same = pickle.loads(pickled)
+    assert type(same) is not type(model)
+    assert torch.equal(logits_of(same), expected)
+    assert isinstance(same, loramix.PeftModel)
+    assert isinstance(same, loramix.XLoraModel)
+    plain = loramix.get_peft_model(llama(), loramix.LoraConfig(target_modules=["q_proj"]))
+    assert isinstance(plain, loramix.PeftModel)
+    assert not isinstance(plain, loramix.XLoraModel)
+    assert not isinstance(llama(), loramix.PeftModel)
 
 
 def _router(model: loramix.PeftModel) -> list[torch.Tensor]:

@@ -13,21 +13,32 @@ from transformers import PreTrainedModel
 
 from oracle.convolution import tiny_convolution
 from oracle.peft_side import PEFT_WARNINGS, lora, ours, write_expert
-from tiny import ARCHITECTURES, TARGETS, gpt2, llama, tokens
+from tiny import ARCHITECTURES, TARGETS, gpt2, llama, opt, tokens
 
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS)
 
 Base = Callable[[], PreTrainedModel]
+
+
+def biased(model: PreTrainedModel) -> PreTrainedModel:
+    """With biases that are not zero, as they are when a model is made."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model
+
+
 # each: the base model, the expert, and the setting without which it is another expert
 EXPERTS: dict[str, tuple[Base, dict[str, Any], str]] = {
     "dora": (llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}, "lora_magnitude_vector"),
     "dora with a base bias": (
-        ARCHITECTURES["opt"],
+        lambda: biased(opt()),
         {"target_modules": ["v_proj", "fc1"], "use_dora": True, "use_rslora": True},
         "lora_magnitude_vector",
     ),
     "dora on Conv1D": (
-        gpt2,
+        lambda: biased(gpt2()),
         {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True},
         "lora_magnitude_vector",
     ),

@@ -71,6 +71,17 @@ def test_a_new_expert_starts_as_the_base_model_and_trains_like_pefts(tmp_path: P
         assert theirs[name].abs().max() > 1e-4
 
 
+def test_dropout_is_drawn_as_peft_draws(tmp_path: Path) -> None:
+    folder = write_expert(tmp_path, llama(), target_modules=["q_proj", "down_proj"], lora_dropout=0.5)
+    model = loramix.PeftModel.from_pretrained(llama(), folder, is_trainable=True).train()
+    drawn = []
+    for each in (model, lora(llama(), folder, is_trainable=True).train()):
+        torch.manual_seed(9)
+        drawn.append(logits_of(each))
+    assert_close(*drawn, atol=1e-5, rtol=1e-5)
+    assert (logits_of(model.eval()) - drawn[0]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("choice", [True, "gaussian"])
 def test_a_new_expert_is_drawn_as_peft_draws(choice: bool | str) -> None:
     config: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": choice, "r": 32}
@@ -98,6 +109,27 @@ def step(model: Any, folder: Path) -> None:
 def load(folder: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "adapter_model.safetensors")
     return {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+
+
+def test_freezing_a_trained_dora_expert_changes_no_output(tmp_path: Path) -> None:
+    """The norms follow the matrices as long as these train; they must not fall back to where they started."""
+    model = loramix.get_peft_model(llama(), loramix.LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with torch.no_grad():
+        for path in model.adapted_modules:
+            model.get_submodule(path).lora_B.normal_()
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path)
+    assert_close(logits_of(lora(llama(), str(tmp_path))), expected, atol=1e-5, rtol=1e-5)
+    model.requires_grad_(False)
+    assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loaded_state_of_a_dora_expert_brings_its_norms(tmp_path: Path) -> None:
+    folders = [write_expert(tmp_path / str(i), llama(), seed=i, **KINDS["dora"][1]) for i in range(2)]
+    one, other = (loramix.PeftModel.from_pretrained(llama(), folder) for folder in folders)
+    assert (logits_of(one) - logits_of(other)).abs().max() > 1e-3
+    one.load_state_dict(other.state_dict())
+    assert_close(logits_of(one), logits_of(other), atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def show_routing(routed: RoutedText) -> None:
     """Print the text to stdout, each token in the colour of its leading expert, and a legend."""
     console = Console(highlight=False)
     console.print(routed_panel(routed, console))
-    console.print(legend(routed.experts))
+    console.print(legend(routed.experts, console))
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:

@@ -23,7 +23,7 @@ from loramix.demo.compare import Comparison, compare, heldout_columns
 from loramix.demo.picture import can_draw, draw
 from loramix.demo.routed import RoutedText, route, write
 from loramix.demo.router import router_arguments, router_config, router_windows
-from loramix.demo.show import comparison_table, legend, routed_panel, verdict
+from loramix.demo.show import comparison_table, explanation, legend, routed_panel, verdict
 from loramix.demo.text import causal_batch, encode, start_token
 from loramix.errors import LoramixError
 from loramix.model import PeftModel, XLoraModel, get_peft_model
@@ -114,7 +114,7 @@ def run_demo(
         model, exact = save_and_load(model, tokenizer, folder, console)
     with clock.stage(console, "4. Compare", "on text that neither base, experts nor router have seen"):
         comparison = compare(model, tokenizer, heldout_columns(tokenizer, settings.windows))
-        console.print(comparison_table(comparison), verdict(comparison))
+        console.print(comparison_table(comparison), explanation(comparison), verdict(comparison))
     with clock.stage(
         console, "5. Generate", "from one prompt a domain; each token in the colour of its leading expert"
     ):
@@ -132,11 +132,9 @@ def build(settings: DemoSettings, console: Console) -> XLoraModel:
     model = get_peft_model(base, router_config(base.config.hidden_size, bundle.experts()))
     assert isinstance(model, XLoraModel)
     router, everything = model.get_nb_trainable_parameters()
-    console.print(
-        f"{type(base).__name__}, {len(model.adapted_modules)} adapted layers, {len(model.expert_names)} experts:",
-        legend(model.expert_names),
-    )
-    console.print(f"{everything - router:,} parameters are frozen, {router:,} train: the router")
+    console.print(f"{type(base).__name__} with the experts {', '.join(model.expert_names)}")
+    console.print(f"{len(model.adapted_modules)} adapted layers, {everything - router:,} frozen parameters")
+    console.print(f"a router of {router:,} parameters, not yet trained")
     return model
 
 
@@ -152,7 +150,7 @@ def train(
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    console.print(f"loss {float(losses[0]):.3f}, at the end {float(losses[-1]):.3f}")
+    console.print(f"loss {float(losses[0]):.3f} at first, {float(losses[-1]):.3f} at last")
 
 
 def save_and_load(
@@ -173,7 +171,7 @@ def generate(
     model: XLoraModel, tokenizer: PreTrainedTokenizerFast, settings: DemoSettings, console: Console
 ) -> list[RoutedText]:
     """What the mixture writes after the prompt of each domain."""
-    console.print(legend(model.expert_names))
+    console.print(legend(model.expert_names, console))
     written: list[RoutedText] = []
     for domain, prompt in PROMPTS.items():
         text = write(model, tokenizer, prompt, title=domain, tokens=settings.tokens, seed=settings.seed)

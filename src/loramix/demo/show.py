@@ -24,15 +24,17 @@ def colours(experts: list[str]) -> dict[str, str]:
     return dict(zip(experts, itertools.cycle(PALETTE), strict=False))
 
 
-def legend(experts: list[str]) -> Text:
-    """The experts in their colours."""
+def legend(experts: list[str], console: Console) -> Text:
+    """The experts in their colours; where there are none, how text is marked instead."""
+    if not _has_colour(console):
+        return Text("⟨name⟩ stands where another expert takes the lead: " + ", ".join(experts))
     return Text("  ").join(Text(f"■ {name}", style=colour) for name, colour in colours(experts).items())
 
 
 def comparison_table(result: Comparison) -> Table:
     """Rows are models, columns are texts; the best figure of a column (the oracle aside) is bold and starred."""
-    table = Table(title="Bits per byte on held-out text (lower is better, * is the best of the column)")
-    table.add_column("")
+    table = Table(title="Bits per byte of held-out text: lower is better, * is best", title_justify="left")
+    table.add_column("", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right")
     rows = {row: figures for row, figures in result.bits_per_byte.items() if row != ORACLE}
@@ -52,9 +54,20 @@ def verdict(result: Comparison) -> Text:
         rival = min((BASE, *result.rivals), key=lambda row: result.bits_per_byte[row][column])
         own, other = result.bits_per_byte[XLORA][column], result.bits_per_byte[rival][column]
         word = "beats" if own < other else "DOES NOT BEAT"
-        lines.append(f"{column}: X-LoRA ({own:.3f}) {word} the next best, {_row_title(rival)} ({other:.3f})")
+        lines.append(f"{column + ':':10} X-LoRA ({own:.3f}) {word} the next best, {_row_title(rival)} ({other:.3f})")
     good = result.router_earns_its_place
     return Text("\n".join(lines), style="green" if good else "bold red")
+
+
+def explanation(result: Comparison) -> Text:
+    """What the rows and columns are."""
+    experts = len(result.rivals) - 1
+    return Text(
+        f"uniform mixture: every expert at 1/{experts}, for every token. best expert (oracle): told which domain the "
+        "text is from, it takes the best expert there; X-LoRA is not told. mixed: the text of all domains. "
+        "switching: texts that change domain twice in mid-sequence.",
+        style="dim",
+    )
 
 
 def routed_panel(routed: RoutedText, console: Console) -> Panel:
@@ -62,7 +75,7 @@ def routed_panel(routed: RoutedText, console: Console) -> Panel:
     text = Text("".join(routed.tokens[: routed.prompt]), style="dim")
     written = list(zip(routed.tokens, routed.leaders, strict=True))[routed.prompt :]
     paint = colours(routed.experts)
-    if console.color_system and not console.no_color:
+    if _has_colour(console):
         for token, leader in written:
             text.append(token, style=f"not dim {paint[leader]}")
     else:
@@ -75,9 +88,13 @@ def routed_panel(routed: RoutedText, console: Console) -> Panel:
 
 def _row_title(row: str) -> str:
     if row == ORACLE:
-        return "oracle: best expert of each domain"
+        return "best expert (oracle)"
     return row if row in (BASE, UNIFORM, XLORA) else f"{row} expert alone"
 
 
 def _figure(value: float, best: bool) -> Text:
     return Text(f"{value:.3f}{'*' if best else ' '}", style="bold" if best else "")
+
+
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color

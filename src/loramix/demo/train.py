@@ -50,7 +50,7 @@ from loramix.model import PeftModel, get_peft_model
 START = "<|start|>"
 VOCABULARY = 2048
 
-BASE_STEPS = 1500
+BASE_STEPS = 700
 BASE_BATCH = 16
 BLEND = {"general": 0.20, "code": 0.30, "prose": 0.20, "math": 0.10, "tables": 0.10, "switching": 0.10}
 BASE_NAME = "loramix-demo-base"
@@ -145,7 +145,6 @@ def train_experts(out: Path, log: Log) -> None:
             base_model_name_or_path=BASE_NAME,
             r=8,
             lora_alpha=16,
-            lora_dropout=0.05,
             target_modules=TARGETS,
             task_type="CAUSAL_LM",
         )
