@@ -38,7 +38,7 @@ python -m benchmarks.report docs/benchmarks.json
 
 The limit is arithmetic: a mixture runs the backbone twice, the experts once and the head once, so a forward costs
 (2 ΣW + ΣR(in + out) + head) / (ΣW + head) times the base model's multiplications. ΣW are the weights of all linear
-layers but the head; attention scores (2 · S · H a block, 2 % of ΣW here), norms and the router are left out on both
+layers but the head; attention scores (2 · S · H a block, 2 % of ΣW at S 64), norms and the router are left out on both
 sides. For `generate` the head counts for the new tokens only. Its limit counts a token of the prompt like a generated
 one; in time it costs much less (compare a forward of the prompt with one token after it), and since the prompt's tokens
 have the higher ratio, what is measured can lie below that limit.

@@ -37,6 +37,7 @@ WHAT = {
     "passes": "scaling pass, then mixture pass",
     "rules": "checks of a configuration",
     "scalings": "the slot that layers read",
+    "base_layers": "what a layer is to an expert",
     "targets": "which modules an expert adapts",
 }
 

@@ -43,7 +43,8 @@ def written_in_colour(result: DemoResult) -> str:
     screen.print(legend(result.switching.experts, screen))
     for text in result.written:
         screen.print(routed_panel(text, screen))
-    return re.sub(r"@font-face \{.*?\}\s*", "", screen.export_svg(title="loramix demo"), flags=re.DOTALL)
+    picture = screen.export_svg(title="loramix demo")
+    return re.sub(r"@font-face \{.*?\}\s*|[\x00-\x08\x0b-\x1f]", "", picture, flags=re.DOTALL)
 
 
 def main() -> None:

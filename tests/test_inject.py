@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import nn
 
 import loramix
 from loramix.adapter import Adapter, LoraWeights
+from loramix.base_layers import expected_shapes
 from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError, UnsupportedAdapterError
 from loramix.inject import adapt, find_carrier, new_targets, plan
-from loramix.layers import XLoraLayer, expected_shapes
+from loramix.layers import XLoraLayer
 from tiny import ARCHITECTURES, TARGETS, gpt2, llama, opt, tokens
 
 Q, V = "model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj"
@@ -153,3 +155,15 @@ def test_encoder_decoders_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match="T5ForConditionalGeneration"):
         loramix.get_peft_model(model, loramix.LoraConfig(target_modules=["q"]))
     assert not any(isinstance(module, XLoraLayer) for module in model.modules())
+
+
+def test_a_saved_embedding_tells_the_experts_base_model() -> None:
+    """PEFT saves the embedding's own weight beside an expert that adapts it; rounding to bfloat16 is no difference."""
+    model = llama()
+    path = "model.embed_tokens"
+    own = model.get_submodule(path).weight.detach()
+    for saved in (own.clone(), own.bfloat16()):
+        assert plan(model, [replace(adapter("one", model, [path]), base_weights={path: saved})])
+    for saved in (torch.randn_like(own), own[:-1]):
+        with pytest.raises(AdapterMismatchError, match=r"'one'.*embed_tokens.*another one"):
+            plan(model, [replace(adapter("one", model, [path]), base_weights={path: saved})])

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from loramix.adapter import LoraWeights
+from loramix.base_layers import dense_weight, expected_shapes
 from loramix.errors import RoutingError
-from loramix.layers import Resident, XLoraLayer, dense_weight, expected_shapes, layer_class
+from loramix.layers import Resident, XLoraLayer, layer_class
 from loramix.scalings import ConstantRouting, TensorRouting, routed
 from tiny import gemma3
 

@@ -10,21 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix.adapter import Adapter, LoraWeights
+from loramix.base_layers import device_of, expected_shapes, kind_of, refuse_module
 from loramix.config import LoraConfig
 from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError, UnsupportedAdapterError
-from loramix.layers import (
-    Resident,
-    XLoraLayer,
-    XLoraLinear,
-    device_of,
-    expected_shapes,
-    layer_class,
-    refuse_module,
-)
+from loramix.layers import Resident, XLoraLayer, layer_class
 from loramix.targets import is_target
 
 ALL_LINEAR = "all-linear"
@@ -60,9 +53,12 @@ def _residents(path: str, adapters: Sequence[Adapter]) -> Iterator[Resident]:
 
 
 def _check(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
-    absent = [path for path in adapter.weights if path not in modules]
+    absent = [path for path in (*adapter.weights, *adapter.base_weights) if path not in modules]
     if absent:
         raise _mismatch(adapter, "the base model has no such module", absent)
+    foreign = [path for path, weight in adapter.base_weights.items() if not _is_weight_of(modules[path], weight)]
+    if foreign:
+        raise _mismatch(adapter, "the file holds the weight of its own base model, and it is another one", foreign)
     for path, weights in adapter.weights.items():
         refuse_module(modules[path], path, adapter.name, dora=weights.magnitude is not None)
         _check_shapes(adapter, path, modules[path], weights)
@@ -72,6 +68,15 @@ def _check(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
         raise _mismatch(
             adapter, "target_modules names it in this base model, and the file has no tensors for it", missing
         )
+
+
+def _is_weight_of(module: nn.Module, saved: Tensor) -> bool:
+    """Whether a weight saved with an expert is the base model's, as far as rounding to another dtype lets it be."""
+    own = getattr(module, "weight", None)
+    if not isinstance(own, Tensor) or own.shape != saved.shape:
+        return False
+    own, saved = own.detach().float(), saved.to(own.device).float()
+    return bool((own - saved).abs().max() <= 0.01 * own.abs().max())
 
 
 def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraWeights) -> None:
@@ -106,7 +111,7 @@ def _base_of(adapter: Adapter) -> str:
 
 def targeted(modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
     """The modules that a configuration's `target_modules` names, among those that can be adapted."""
-    return [path for path, module in modules.items() if layer_class(module) is not None and is_target(config, path)]
+    return [path for path, module in modules.items() if kind_of(module) is not None and is_target(config, path)]
 
 
 def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
@@ -117,7 +122,7 @@ def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """
     modules = dict(model.named_modules())
     if config.target_modules == ALL_LINEAR:
-        carriers = [path for path, module in modules.items() if layer_class(module) is XLoraLinear]
+        carriers = [path for path, module in modules.items() if kind_of(module) == "linear"]
         paths = [path for path in carriers if not in_head(model, path)]
     elif config.target_modules is None:
         paths = []

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
-from transformers.pytorch_utils import Conv1D
 
 from loramix.adapter import LoraWeights
+from loramix.base_layers import dense_weight, device_of, kind_of
 from loramix.classifier import keep_dtype
-from loramix.errors import RoutingError, UnsupportedAdapterError
+from loramix.errors import RoutingError
 from loramix.functional import add_up_projection, gate
 from loramix.scalings import Routing, current
 
@@ -393,80 +393,9 @@ class XLoraConv(XLoraLayer):
         return y + F.linear(gated, B).movedim(-1, -2).reshape(y.shape).to(y.dtype)
 
 
-def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer's tensors are."""
-    return next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """(out, in) float32 weight of a linear layer, by pushing the identity through it: any quantisation is undone."""
-    if type(layer) is nn.Linear:
-        return layer.weight.detach().float()
-    if isinstance(layer, Conv1D):
-        return layer.weight.detach().float().T
-    reference = next(t for t in (*layer.parameters(), *layer.buffers()))
-    dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
-    eye = torch.eye(linear_sizes(layer)[0], device=reference.device, dtype=dtype)
-    out: Tensor = layer(eye)
-    bias = getattr(layer, "bias", None)
-    return (out if bias is None else out - bias).T.float()
-
-
-def linear_sizes(layer: nn.Module) -> tuple[int, int]:
-    """in and out of a linear layer, without a look at its weight."""
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    return layer.in_features, layer.out_features  # pyright: ignore[reportReturnType]
-
-
 def layer_class(module: nn.Module) -> type[XLoraLayer] | None:
     """The adapted layer for a module of the base model; None where there is none."""
-    if isinstance(module, nn.Embedding):
-        return XLoraEmbedding
-    if isinstance(module, _ConvNd):
-        return None if module.transposed else XLoraConv
-    linear = isinstance(module, Conv1D) or (
-        isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
+    kind = kind_of(module)
+    return (
+        None if kind is None else {"linear": XLoraLinear, "embedding": XLoraEmbedding, "convolution": XLoraConv}[kind]
     )
-    return XLoraLinear if linear else None
-
-
-def expected_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes that A and B of an expert of this rank have in its file, for this module."""
-    if isinstance(module, nn.Embedding):
-        return (rank, module.num_embeddings), (module.embedding_dim, rank)
-    if isinstance(module, _ConvNd):
-        kernel = tuple(module.kernel_size)
-        return (rank, module.in_channels, *kernel), (module.out_channels, rank, *[1] * len(kernel))
-    inputs, outputs = linear_sizes(module)
-    return (rank, inputs), (outputs, rank)
-
-
-def _looks_up_its_input(embedding: nn.Embedding) -> bool:
-    return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
-
-
-def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> None:
-    """Refuse what no adapted layer computes.
-
-    Raises:
-        UnsupportedAdapterError: a module of unknown kind, DoRA on other than a linear layer, an embedding of computed
-            positions, a grouped, dilated or unusually padded convolution.
-    """
-    reason = None
-    if layer_class(module) is None:
-        reason = f"a {type(module).__name__}"
-    elif dora and layer_class(module) is not XLoraLinear:
-        reason = f"DoRA on a {type(module).__name__}"
-    elif isinstance(module, nn.Embedding) and not _looks_up_its_input(module):
-        reason = f"a {type(module).__name__}, which does not look up its input"
-    elif isinstance(module, _ConvNd) and (module.groups != 1 or set(module.dilation) != {1}):
-        reason = f"a convolution with groups={module.groups}, dilation={tuple(module.dilation)}"
-    elif isinstance(module, _ConvNd) and module.padding_mode != "zeros":
-        reason = f"a convolution with padding_mode={module.padding_mode!r}"
-    if reason is not None:
-        raise UnsupportedAdapterError(
-            "Experts may adapt linear layers, Conv1D, embeddings, and plain convolutions (DoRA: linear layers only).",
-            received=f"expert {expert!r} adapts {path!r}: {reason}",
-            remedy="train the expert without this module in target_modules",
-        )

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix.adapter import Adapter, LoraWeights, pattern_value
+from loramix.base_layers import dense_weight, expected_shapes, kind_of, refuse_module
 from loramix.config import LoraConfig
 from loramix.errors import ConfigurationError
 from loramix.inject import ALL_LINEAR, new_targets
-from loramix.layers import dense_weight, expected_shapes, layer_class, refuse_module
 from loramix.targets import refuse_unsupported
 
 
@@ -48,20 +48,17 @@ def _new_weights(
 ) -> LoraWeights:
     rank = pattern_value(config.rank_pattern, path, config.r)
     shape_A, shape_B = expected_shapes(module, rank)
-    kind = layer_class(module)
-    assert kind is not None
+    embedding = kind_of(module) == "embedding"
     A, B = torch.empty(shape_A), torch.empty(shape_B)
-    if kind.is_embedding:
-        (nn.init.normal_(A), nn.init.normal_(B)) if config.init_lora_weights is False else (
-            A.zero_(),
-            nn.init.normal_(B),
-        )
+    start, other = (A, B) if not embedding else (B, A)  # the random one, and the one that makes the product zero
+    (nn.init.normal_ if embedding else initialise)(start)
+    if config.init_lora_weights is False:
+        (nn.init.normal_ if embedding else _kaiming)(other)
     else:
-        initialise(A)
-        _kaiming(B) if config.init_lora_weights is False else B.zero_()
+        other.zero_()
     bias = torch.zeros(shape_B[0]) if config.lora_bias else None
     magnitude = torch.linalg.vector_norm(dense_weight(module), dim=1) if config.use_dora else None
-    return LoraWeights(A, B, bias, magnitude, kind.is_embedding)
+    return LoraWeights(A, B, bias, magnitude, embedding)
 
 
 def _initialiser(config: LoraConfig) -> Callable[[Tensor], Tensor]:

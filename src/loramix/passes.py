@@ -55,7 +55,7 @@ class MixtureState:
         classifier: XLoraClassifier | None,
     ) -> None:
         self.config = config
-        self.experts = [replace(expert, weights={}) for expert in experts]
+        self.experts = [replace(expert, weights={}, base_weights={}) for expert in experts]
         self.paths = list(layers)
         self.layouts = list({layer.layout: layer for layer in layers.values()}.values())
         self.classifier = classifier

@@ -1,0 +1,95 @@
+"""What a layer of the base model is to an expert: its kind, its sizes, and what no expert can adapt.
+
+Only sizes are read, never `weight.shape`, so that quantised layers work.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+from transformers.pytorch_utils import Conv1D
+
+from loramix.errors import UnsupportedAdapterError
+
+Kind = Literal["linear", "embedding", "convolution"]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """How experts adapt a module; None where they cannot. A linear layer is what has `in_features`, `out_features`."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, _ConvNd):
+        return None if module.transposed else "convolution"
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return "linear" if isinstance(module, Conv1D) or all(isinstance(size, int) for size in sizes) else None
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors are."""
+    return next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """(out, in) float32 weight of a linear layer, by pushing the identity through it: any quantisation is undone."""
+    if type(layer) is nn.Linear:
+        return layer.weight.detach().float()
+    if isinstance(layer, Conv1D):
+        return layer.weight.detach().float().T
+    reference = next(t for t in (*layer.parameters(), *layer.buffers()))
+    dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
+    eye = torch.eye(linear_sizes(layer)[0], device=reference.device, dtype=dtype)
+    out: Tensor = layer(eye)
+    bias = getattr(layer, "bias", None)
+    return (out if bias is None else out - bias).T.float()
+
+
+def linear_sizes(layer: nn.Module) -> tuple[int, int]:
+    """in and out of a linear layer, without a look at its weight."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features  # pyright: ignore[reportReturnType]
+
+
+def expected_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes that A and B of an expert of this rank have in its file, for this module."""
+    if isinstance(module, nn.Embedding):
+        return (rank, module.num_embeddings), (module.embedding_dim, rank)
+    if isinstance(module, _ConvNd):
+        kernel = tuple(module.kernel_size)
+        return (rank, module.in_channels, *kernel), (module.out_channels, rank, *[1] * len(kernel))
+    inputs, outputs = linear_sizes(module)
+    return (rank, inputs), (outputs, rank)
+
+
+def _looks_up_its_input(embedding: nn.Embedding) -> bool:
+    return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
+
+
+def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> None:
+    """Refuse what no adapted layer computes.
+
+    Raises:
+        UnsupportedAdapterError: a module of unknown kind, DoRA on other than a linear layer, an embedding of computed
+            positions, a grouped, dilated or unusually padded convolution.
+    """
+    reason = None
+    kind = kind_of(module)
+    if kind is None:
+        reason = f"a {type(module).__name__}"
+    elif dora and kind != "linear":
+        reason = f"DoRA on a {type(module).__name__}"
+    elif isinstance(module, nn.Embedding) and not _looks_up_its_input(module):
+        reason = f"a {type(module).__name__}, which does not look up its input"
+    elif isinstance(module, _ConvNd) and (module.groups != 1 or set(module.dilation) != {1}):
+        reason = f"a convolution with groups={module.groups}, dilation={tuple(module.dilation)}"
+    elif isinstance(module, _ConvNd) and module.padding_mode != "zeros":
+        reason = f"a convolution with padding_mode={module.padding_mode!r}"
+    if reason is not None:
+        raise UnsupportedAdapterError(
+            "Experts may adapt linear layers, Conv1D, embeddings, and plain convolutions (DoRA: linear layers only).",
+            received=f"expert {expert!r} adapts {path!r}: {reason}",
+            remedy="train the expert without this module in target_modules",
+        )
