@@ -36,6 +36,7 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the house style
 docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_architecture.py
+	$(BIN)/python -m docs.make_speed
 
 readme: $(VENV)/.installed-dev ## run the demo and put what it printed into README.md
 	$(BIN)/python docs/make_demo.py
@@ -44,8 +45,8 @@ repin: ## solve all versions anew and write them to constraints.txt
 	$(PYTHON) -m venv --clear build/repin
 	build/repin/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
 	sed -n '/^#/p' constraints.txt > build/repin/constraints.txt
-	build/repin/bin/python -m pip freeze --all --exclude-editable | sed -e '/^pip==/d' -e 's/+[a-z0-9.]*$$//' \
-	    >> build/repin/constraints.txt
+	build/repin/bin/python -m pip freeze --all --exclude-editable | sed -e '/^pip==/d' -e 's/+[a-z0-9.]*$$//' | \
+	    LC_ALL=C sort -f >> build/repin/constraints.txt
 	mv build/repin/constraints.txt constraints.txt
 
 clean: ## remove what make made
@@ -57,9 +58,11 @@ $(BIN)/python:
 
 # One stamp for each set of extras: an install is repeated when what it reads has changed.
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
-	$(PIP) -e '.[train,plot]'
+	@echo "installing into $(VENV), once: a minute or two"
+	@$(PIP) -e '.[train,plot]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
-	$(PIP) -e '.[dev]'
+	@echo "installing into $(VENV), once: a minute or two"
+	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.installed

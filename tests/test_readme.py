@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -76,3 +77,8 @@ def test_the_readme_shows_the_two_commands_and_runs_python() -> None:
     assert {"demo", "test"} <= set(make_targets())
     assert loramix_commands()
     assert blocks(readme, "python")
+
+
+def test_the_figures_are_those_of_the_benchmarks() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "make_speed.py"))
+    assert script["BEGIN"] + script["section"]() + script["END"] in (ROOT / "README.md").read_text(), "run `make docs`"

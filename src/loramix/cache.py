@@ -47,15 +47,15 @@ class TwoPassCache(Cache):
             CacheError: it was filled by another model, or its two halves have come apart.
         """
         if not isinstance(cache, TwoPassCache):
-            if cache.get_seq_length() > 0:
+            if _tokens_in(cache) > 0:
                 raise _foreign("a cache that a model without these experts filled")
             return TwoPassCache.pair(cache, copy.deepcopy(cache), owner)
         if cache.owner != owner:
             raise _foreign("a cache that another mixture filled")
-        if not cache.is_compileable and cache.get_seq_length() != cache.base.get_seq_length():
+        if not cache.is_compileable and _tokens_in(cache) != _tokens_in(cache.base):
             raise CacheError(
                 "Both halves of a two-pass cache hold the same tokens.",
-                received=f"{cache.get_seq_length()} tokens of the mixture pass, {cache.base.get_seq_length()} of the "
+                received=f"{_tokens_in(cache)} tokens of the mixture pass, {_tokens_in(cache.base)} of the "
                 "scaling pass",
                 remedy="change the cache through its own methods (crop, reset, reorder_cache), not through its layers",
             )
@@ -92,6 +92,14 @@ class TwoPassCache(Cache):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+
+def _tokens_in(cache: Cache) -> int:
+    """How many tokens a cache holds; one that keeps states only, as Mamba's does, knows no more than none or some."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return int(cache.has_previous_state())
 
 
 def _foreign(received: str) -> CacheError:

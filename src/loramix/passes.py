@@ -33,7 +33,7 @@ from loramix.layers import XLoraLayer
 from loramix.log import ScalingsLog
 from loramix.scalings import ConstantRouting, Routing, TensorRouting, checkpoint_with, overriding, routed
 
-CACHE = "past_key_values"
+CACHES = ("past_key_values", "cache_params")  # what models call the cache among the arguments and in the output
 QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
@@ -151,6 +151,7 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
     named = tuple(parameters)[1:]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     quiet = {key: value for key, value in QUIET.items() if takes_any or key in parameters}
+    its_cache = next((name for name in CACHES if name in parameters), CACHES[0])
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,21 +159,21 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
         kwargs |= dict(zip(named, args, strict=False))
         single = state.single_pass()
         if single is not None:
-            refuse_two_pass_cache(kwargs.get(CACHE))
+            refuse_two_pass_cache(kwargs.get(its_cache))
             return routed(single, forward, self, **kwargs)
 
-        cache = None if kwargs.get(CACHE) is None else TwoPassCache.adopt(kwargs[CACHE], state.owner)
+        cache = None if kwargs.get(its_cache) is None else TwoPassCache.adopt(kwargs[its_cache], state.owner)
         first = kwargs | quiet
         if cache is not None:
-            first[CACHE] = cache.base
+            first[its_cache] = cache.base
         elif self.training and torch.is_grad_enabled():
             first["use_cache"] = False  # a training step returns a cache that nobody continues
         with torch.no_grad():
             made = routed(state.scaling_pass(), forward, self, **first)
         routing = state.mixture_pass(made.last_hidden_state)
         out = routed(routing, forward, self, **(kwargs | ({"return_dict": True} if "return_dict" in quiet else {})))
-        if cache is None and made.get(CACHE) is not None and out.get(CACHE) is not None:
-            TwoPassCache.pair(out[CACHE], made[CACHE], state.owner)
+        if cache is None and made.get(its_cache) is not None and out.get(its_cache) is not None:
+            TwoPassCache.pair(out[its_cache], made[its_cache], state.owner)
         return as_asked(out, kwargs.get("return_dict", getattr(self.config, "return_dict", True)))
 
     return run
@@ -213,6 +214,11 @@ class Specialised:
     """Mixin of every run-time subclass: what it was made of, to be made again by pickle, or undone."""
 
     _loramix_made_of: ClassVar[tuple[type, tuple[type, ...], bool]]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """The base class's own: a new, plain base model."""
+        return cast(Any, cls._loramix_made_of[0]).from_pretrained(*args, **kwargs)
 
     def restore(self) -> None:
         """Become an instance of the model's own class again."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, llama, tokens
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
@@ -16,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from generation.conftest import ROUTING
 from generation.test_exactness import generated, recomputed
 from loramix import CacheError, LoraConfig, get_peft_model
+from tiny import llama, tokens
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 KINDS: dict[str, Callable[[Any], Any]] = {
@@ -61,7 +61,9 @@ def test_the_given_object_is_the_one_that_is_filled_and_returned(model: Any) -> 
     assert read(model, tokens(), cache) is cache
     assert isinstance(cache, DynamicCache)
     assert type(cache).__name__ == "DynamicCache"
-    record = generated(model, input_ids=tokens(1), past_key_values=(mine := DynamicCache()), return_dict_in_generate=True)
+    record = generated(
+        model, input_ids=tokens(1), past_key_values=(mine := DynamicCache()), return_dict_in_generate=True
+    )
     assert record.past_key_values is mine
 
 
@@ -170,5 +172,3 @@ def test_halves_that_have_come_apart_are_refused(of_llama: Any, part: str, recei
         layer.crop(-2)
     with pytest.raises(CacheError, match=received):
         of_llama(tokens(2, 1), past_key_values=cache)
-
-

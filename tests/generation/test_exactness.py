@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import gemma3, llama, save_expert, tokens
 from torch import Tensor
+
+from tiny import gemma3, llama, save_expert, tokens
 
 NEW = 8
 PADDING = torch.tensor([[0, 0, 0] + [1] * 6, [1] * 9])

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tokens
 from torch.testing import assert_close
 
 from generation.test_exactness import generated
+from tiny import tokens
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 
 def test_the_record_has_the_base_models_shapes(model: Any, base: Any) -> None:
-    asked = {name: True for name in ("output_scores", "output_logits", "output_hidden_states", "output_attentions")}
+    asked = dict.fromkeys(("output_scores", "output_logits", "output_hidden_states", "output_attentions"), True)
     settings = {"input_ids": tokens(), "max_new_tokens": 4, "return_dict_in_generate": True, **asked}
     for part in (model, base):
         part.set_attn_implementation("eager")
@@ -51,7 +51,9 @@ def test_disabled_it_generates_what_the_base_model_does(model: Any, base: Any) -
     expected = generated(base, input_ids=tokens())
     with model.disable_adapter():
         assert torch.equal(generated(model, input_ids=tokens()), expected)
-        assert torch.equal(generated(model, input_ids=tokens(), num_beams=2), generated(base, input_ids=tokens(), num_beams=2))
+        assert torch.equal(
+            generated(model, input_ids=tokens(), num_beams=2), generated(base, input_ids=tokens(), num_beams=2)
+        )
     assert not torch.equal(generated(model, input_ids=tokens()), expected)
 
 
@@ -79,9 +81,8 @@ def test_fixed_scalings_of_zero_are_the_base_model(model: Any, base: Any) -> Non
 
 
 def test_fixed_scalings_equal_a_plain_lora_model(model: Any, experts: Any, architecture: str) -> None:
-    from tiny import ARCHITECTURES
-
     from loramix import PeftModel
+    from tiny import ARCHITECTURES
 
     for i, folder in enumerate(experts(architecture).values()):
         alone = PeftModel.from_pretrained(ARCHITECTURES[architecture](), folder)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
+
+from tiny import VOCABULARY
 
 PROMPT = "w5 w17 w33 w8 w21"
 
@@ -23,7 +24,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(WordLevel(words, unk_token="<s>"))
     inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", padding_side="left", clean_up_tokenization_spaces=False
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
 
 

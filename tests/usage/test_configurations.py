@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, save_experts, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from loramix import PeftModel, XLoraConfig, XLoraModel, get_peft_model
 from loramix.scalings import current
+from tiny import llama, save_experts, tokens
 
 Adapters = Callable[[int], dict[str, str]]
 USAGES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -174,11 +174,12 @@ def test_the_scaling_pass_value_is_every_experts_in_the_scaling_pass(adapters: A
 
 
 def test_new_adapters_replace_the_saved_ones(adapters: Adapters, tmp_path: Path) -> None:
-    two: Adapters = lambda _: adapters(2)
-    model = build(two)
+    model = build(lambda _: adapters(2))
     model.save_pretrained(tmp_path / "mixture")
     checkpoint = tmp_path / "mixture"
-    new = save_experts(tmp_path, "llama", ("other", "new_adapter1", "new_adapter2"), target_modules=["q_proj", "v_proj"])
+    new = save_experts(
+        tmp_path, "llama", ("other", "new_adapter1", "new_adapter2"), target_modules=["q_proj", "v_proj"]
+    )
     new.pop("other")
     base = llama()
     loaded: Any = PeftModel.from_pretrained(base, checkpoint, adapters=new)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, tokens
 
 from loramix import ConfigurationError, PeftModel, XLoraConfig, get_peft_model
+from tiny import llama, tokens
 from usage.test_configurations import Adapters, build, final_scalings, logits, scalings
 
 CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {

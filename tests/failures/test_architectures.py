@@ -1,0 +1,144 @@
+"""Other architectures: they work, or one clear error names what is not supported. The base model stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch.testing import assert_close
+
+from failures.test_bad_input import refused
+from loramix import PeftModel, XLoraConfig, errors, get_peft_model
+from oracle.peft_side import PEFT_WARNINGS, write_expert
+from tiny import llama, tokens
+
+SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+COMMON: dict[str, Any] = {**SIZES, "intermediate_size": 128, "max_position_embeddings": 64, "pad_token_id": 0}
+ENDLESS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": False}
+ENCODER_DECODER: dict[str, Any] = {"vocab_size": 96, "d_model": 64, "pad_token_id": 0, "decoder_start_token_id": 0}
+
+
+def bart() -> hf.BartConfig:
+    layers = {f"{side}_{part}": n for side in ("encoder", "decoder") for part, n in (("layers", 2), ("ffn_dim", 128))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "forced_eos_token_id": None}
+    return hf.BartConfig(**ENCODER_DECODER, **layers, **heads)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**COMMON, **ENDLESS)),
+    "bloom": lambda: hf.BloomForCausalLM(
+        hf.BloomConfig(**{**SIZES, "n_layer": 2, "n_head": 4}, pad_token_id=0, **ENDLESS)
+    ),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES, ffn_hidden_size=128, pad_token_id=0, **ENDLESS)),
+    "gptj": lambda: hf.GPTJForCausalLM(
+        hf.GPTJConfig(vocab_size=96, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64, **ENDLESS)
+    ),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**COMMON, num_key_value_heads=2, **ENDLESS)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**COMMON, num_key_value_heads=2, **ENDLESS)),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**COMMON, num_key_value_heads=2, num_local_experts=4, **ENDLESS)
+    ),
+    "mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=8, pad_token_id=0, **ENDLESS)
+    ),
+    "bert, classification": lambda: hf.BertForSequenceClassification(hf.BertConfig(**COMMON)),
+    "bert, tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**COMMON)),
+    "bert, masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**COMMON)),
+    "llama, classification": lambda: hf.LlamaForSequenceClassification(llama().config),
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(**ENCODER_DECODER, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    ),
+    "bart": lambda: hf.BartForConditionalGeneration(bart()),
+}
+WORK: dict[str, list[str]] = {
+    "neox": ["query_key_value", "dense_h_to_4h"],
+    "bloom": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "falcon": ["query_key_value"],
+    "gptj": ["q_proj", "fc_in"],
+    "mistral": ["q_proj", "up_proj"],
+    "phi3": ["qkv_proj", "down_proj"],
+    "mixtral": ["q_proj", "o_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "bert, classification": ["query", "value"],
+    "bert, tokens": ["query", "intermediate.dense"],
+    "bert, masked": ["query", "value", "output.dense"],
+    "llama, classification": ["q_proj", "down_proj"],
+}
+REFUSED: dict[str, tuple[str, list[str], type[errors.LoramixError], str]] = {
+    "an encoder and a decoder": ("t5", ["q", "v"], errors.ModelError, "decoder, encoder"),
+    "a decoder beside an encoder": ("t5", [r"decoder.*\.q"], errors.ModelError, "decoder"),
+    "both under one model": ("bart", ["q_proj"], errors.ModelError, "model.decoder, model.encoder"),
+    "a head that classifies": ("llama, classification", ["q_proj", "score"], errors.UnsupportedAdapterError, "'score'"),
+    "BERT's head": ("bert, classification", ["query", "classifier"], errors.UnsupportedAdapterError, "'classifier'"),
+}
+
+pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS, "ignore:.*tie_word_embeddings.*:UserWarning")
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def folders(root: Path, name: str, targets: list[str] | str) -> dict[str, str]:
+    settings = {"target_modules": targets, "task_type": None}
+    return {expert: write_expert(root / expert, make(name), seed=i, **settings) for i, expert in enumerate("ab")}
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(tokens(), use_cache=False).logits if model.can_generate() else model(tokens()).logits
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_it_runs_generates_saves_and_loads(name: str, tmp_path: Path) -> None:
+    experts = folders(tmp_path, name, WORK[name])
+    model: Any = get_peft_model(make(name), XLoraConfig(hidden_size=64, adapters=experts)).eval()
+    with torch.no_grad():
+        model.internal_xlora_classifier.layers[-1].weight.mul_(20)
+    found, base = logits(model), logits(make(name))
+    assert (found - base).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert_close(logits(model), base)
+    for i, folder in enumerate(experts.values()):
+        alone: Any = PeftModel.from_pretrained(make(name), folder)
+        with model.fixed_scalings([1.0 - i, float(i)]):
+            assert_close(logits(model), logits(alone), atol=1e-5, rtol=1e-4)
+    if model.can_generate():
+        settings = {"max_new_tokens": 6, "do_sample": False}
+        cached = model.generate(tokens(), **settings)
+        assert torch.equal(cached, model.generate(tokens(), use_cache=False, **settings))
+        assert not torch.equal(cached, make(name).generate(tokens(), **settings))
+    model.save_pretrained(tmp_path / "mixture")
+    assert torch.equal(logits(PeftModel.from_pretrained(make(name), tmp_path / "mixture")), found)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_supported_is_named_and_the_base_stays(case: str, tmp_path: Path) -> None:
+    name, targets, error, named = REFUSED[case]
+    experts = folders(tmp_path, name, targets[0] if "*" in targets[0] else targets)
+    base = make(name)
+    config = XLoraConfig(hidden_size=64, adapters=experts)
+    assert named in refused(error, base, tmp_path, lambda: get_peft_model(base, config)).received
+
+
+def test_a_pooler_is_refused_when_it_runs(tmp_path: Path) -> None:
+    """It sees one vector for each sequence; that shows only in the forward."""
+    name = "bert, classification"
+    config = XLoraConfig(hidden_size=64, adapters=folders(tmp_path, name, ["query", "pooler.dense"]))
+    model: Any = get_peft_model(make(name), config).eval()
+    with pytest.raises(errors.RoutingError, match="poolers"):
+        model(tokens())
+    assert_close(logits(model.unload()), logits(make(name)))
+
+
+def test_a_mamba_cache_of_another_model_is_refused(tmp_path: Path) -> None:
+    config = XLoraConfig(hidden_size=64, adapters=folders(tmp_path, "mamba", ["in_proj"]))
+    model: Any = get_peft_model(make("mamba"), config).eval()
+    cache = make("mamba")(tokens(), use_cache=True).cache_params
+    with pytest.raises(errors.CacheError):
+        model(tokens(2, 1), cache_params=cache)
