@@ -39,12 +39,6 @@ def train_documents(domain: str) -> Iterator[tuple[str, str]]:
     return _without_repeats(documents) if domain in _REPEATING else documents
 
 
-def general_text(characters: int | None = None) -> list[str]:
-    """Other text of the installation (tests, tools), which only the base model trains on."""
-    documents = _without_repeats(_documents(sources.general(), held_out=False))
-    return _until(characters, (text for _, text in documents))
-
-
 def train_text(domain: str, characters: int | None = None) -> list[str]:
     """Training texts of a domain, whole documents, about `characters` of them (default: all)."""
     return _until(characters, (text for _, text in train_documents(domain)))

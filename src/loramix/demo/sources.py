@@ -32,8 +32,6 @@ _NOT_LIBRARY = {
 }
 """Tests, tables, generated and installed files: not the library's own code."""
 
-_GENERAL = frozenset({"test", "idlelib", "lib2to3", "distutils", "turtledemo"})
-
 _ALGORITHMIC = ("CJK ", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION SELECTOR")
 """Unicode names that only number their characters."""
 
@@ -72,14 +70,6 @@ def tables() -> list[Source]:
     found = [Source("http", "http", _status_codes)]
     found += [_table("entities", i, partial(_entities, entities[i : i + 64])) for i in range(0, len(entities), 64)]
     return found + [_table("unicode", block, partial(_unicode_block, block)) for block in range(0, 0x20000, 128)]
-
-
-def general() -> list[Source]:
-    """Other files of the installation, tests and tools, for the base model only; empty where they are missing."""
-    root = _standard_library()
-    paths = [path for folder in sorted(_GENERAL) for path in (root / folder).rglob("*.py")]
-    names = {path.relative_to(root).as_posix(): path for path in paths}
-    return [Source(f"general {name}", f"general {name}", partial(_read, names[name])) for name in sorted(names)]
 
 
 def _standard_library() -> Path:

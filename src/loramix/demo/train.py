@@ -52,11 +52,11 @@ VOCABULARY = 2048
 
 BASE_STEPS = 700
 BASE_BATCH = 16
-BLEND = {"general": 0.20, "code": 0.30, "prose": 0.20, "math": 0.10, "tables": 0.10, "switching": 0.10}
+BLEND = {"code": 0.12, "prose": 0.24, "math": 0.20, "tables": 0.26, "switching": 0.18}
 BASE_NAME = "loramix-demo-base"
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-EXPERT_STEPS = 500
+EXPERT_STEPS = {"code": 600, "prose": 600, "math": 300, "tables": 300}
 EXPERT_BATCH = 8
 
 ROUTER_STEPS = 200
@@ -150,8 +150,10 @@ def train_experts(out: Path, log: Log) -> None:
         )
         model = get_peft_model(bundle.base(out), config)
         pool = {domain: windows(tokenizer, corpus.train_text(domain, 4_000_000))}
-        data = _draw(pool, {domain: 1.0}, EXPERT_STEPS * EXPERT_BATCH, seed=number)
-        arguments = _arguments(out / "work" / domain, EXPERT_STEPS, EXPERT_BATCH, learning_rate=4e-3, weight_decay=0.0)
+        data = _draw(pool, {domain: 1.0}, EXPERT_STEPS[domain] * EXPERT_BATCH, seed=number)
+        arguments = _arguments(
+            out / "work" / domain, EXPERT_STEPS[domain], EXPERT_BATCH, learning_rate=3e-3, weight_decay=0.0
+        )
         _train(model, data, arguments, log)
         model.save_pretrained(folder)
         log_scores(domain, model, tokenizer, log)
@@ -185,7 +187,6 @@ def log_scores(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def _blend_texts() -> Iterable[tuple[str, list[str]]]:
-    yield "general", corpus.general_text(6_000_000)
     for domain in corpus.DOMAINS:
         yield domain, corpus.train_text(domain, 6_000_000)
     yield "switching", corpus.switching_text(2400, held_out=False, piece=300)
