@@ -74,12 +74,19 @@ def test_each_thread_has_a_slot_of_its_own() -> None:
 def test_overrides_nest_belong_to_one_owner_and_stay_in_their_thread() -> None:
     mine, others = object(), object()
     seen: list[object] = []
-    with override(mine, ONE), override(others, TWO):
-        assert overriding(mine) is ONE
-        with override(mine, TWO):
-            assert overriding(mine) is TWO
+
+    def one() -> ConstantRouting:
+        return ONE
+
+    def two() -> ConstantRouting:
+        return TWO
+
+    with override(mine, one), override(others, two):
+        assert overriding(mine) is one
+        with override(mine, two):
+            assert overriding(mine) is two
             _in_thread(lambda: seen.append(overriding(mine)))
-        assert overriding(mine) is ONE
+        assert overriding(mine) is one
     assert overriding(mine) is None
     assert seen == [None]
 

@@ -82,14 +82,11 @@ def tokens(rows: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
 def save_expert(folder: Path, base: PreTrainedModel, *, seed: int = 0, **config: Any) -> str:
     """Write an expert with random, non-zero A and B for this base, which is left as it was; the folder is returned."""
     settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
-    flags = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = get_peft_model(base, LoraConfig(**settings))
     model.save_pretrained(folder)
     model.unload()
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(flags[name])
     return str(folder)
 
 

@@ -10,6 +10,7 @@ import copy
 import functools
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -26,16 +27,18 @@ class TwoPassCache(Cache):
     Attributes:
         base: the scaling pass's cache, of the same kind.
         owner: which mixture filled it; another one refuses it.
+        torn: whether a forward is filling it, or stopped while it did.
     """
 
     base: Cache
     owner: str
+    torn: bool
 
     @staticmethod
     def pair(mixed: Cache, base: Cache, owner: str) -> TwoPassCache:
         """Make `mixed` a two-pass cache, in place, with `base` as its twin."""
         mixed.__class__ = _paired(type(mixed))
-        mixed.__dict__.update(base=base, owner=owner)
+        mixed.__dict__.update(base=base, owner=owner, torn=False)
         assert isinstance(mixed, TwoPassCache)
         return mixed
 
@@ -49,15 +52,16 @@ class TwoPassCache(Cache):
         if not isinstance(cache, TwoPassCache):
             if _tokens_in(cache) > 0:
                 raise _foreign("a cache that a model without these experts filled")
-            return TwoPassCache.pair(cache, copy.deepcopy(cache), owner)
+            return TwoPassCache.pair(cache, _empty_copy(cache), owner)
         if cache.owner != owner:
             raise _foreign("a cache that another mixture filled")
-        if not cache.is_compileable and _tokens_in(cache) != _tokens_in(cache.base):
+        if cache.torn or _lengths_differ(cache):
             raise CacheError(
                 "Both halves of a two-pass cache hold the same tokens.",
-                received=f"{_tokens_in(cache)} tokens of the mixture pass, {_tokens_in(cache.base)} of the "
-                "scaling pass",
-                remedy="change the cache through its own methods (crop, reset, reorder_cache), not through its layers",
+                received="a cache that an interrupted forward left half filled"
+                if cache.torn
+                else f"{_tokens_in(cache)} tokens of the mixture pass, {_tokens_in(cache.base)} of the scaling pass",
+                remedy="reset() it or pass an empty one, and change it through its own methods, not through its layers",
             )
         return cache
 
@@ -69,6 +73,7 @@ class TwoPassCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.base.reset()
+        self.torn = False
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -94,7 +99,22 @@ class TwoPassCache(Cache):
         return _rebuild, (type(self).__mro__[2],), self.__dict__
 
 
-def _tokens_in(cache: Cache) -> int:
+def _empty_copy(cache: Cache) -> Cache:
+    """Another empty cache of the same kind; an offloading one shares its stream, which cannot be copied."""
+    stream = getattr(cache, "prefetch_stream", None)
+    return copy.deepcopy(cache, {} if stream is None else {id(stream): stream})
+
+
+def _lengths_differ(cache: TwoPassCache) -> bool:
+    """Whether the halves hold different numbers of tokens; not asked where the answer would wait for a device."""
+    if torch.compiler.is_compiling():
+        return False
+    mixed, base = _tokens_in(cache), _tokens_in(cache.base)
+    waits = isinstance(mixed, Tensor) and mixed.device.type != "cpu"
+    return not waits and bool(mixed != base)
+
+
+def _tokens_in(cache: Cache) -> int | Tensor:
     """How many tokens a cache holds; one that keeps states only, as Mamba's does, knows no more than none or some."""
     try:
         return cache.get_seq_length()

@@ -41,9 +41,13 @@ from loramix.rules import (
     require,
     require_expression,
     require_finite,
+    require_indices,
     require_integer,
+    require_mapping,
+    require_names,
     require_probability,
     require_switch,
+    require_text,
 )
 
 CONFIG_NAME = "adapter_config.json"
@@ -82,7 +86,7 @@ class PeftConfig:
         inference_mode: whether the adapter was saved for inference.
 
     Raises:
-        ConfigurationError: a task type that does not exist.
+        ConfigurationError: a task type that does not exist, or a value of a wrong type.
     """
 
     task_type: str | TaskType | None = None
@@ -111,6 +115,8 @@ class PeftConfig:
             received=f"task_type={self.task_type!r}",
             remedy="Use a member of TaskType, for example TaskType.CAUSAL_LM.",
         )
+        require_text("base_model_name_or_path", _as_text(self.base_model_name_or_path))
+        require_text("revision", self.revision)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, as PEFT's `to_dict` gives them; changing the result changes nothing here."""
@@ -270,12 +276,16 @@ class LoraConfig(PeftConfig):
         self.peft_type = PeftType.LORA
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
+        self.rank_pattern = {} if cast(object, self.rank_pattern) is None else self.rank_pattern
+        self.alpha_pattern = {} if cast(object, self.alpha_pattern) is None else self.alpha_pattern
         super().__post_init__()
 
     def validate(self) -> None:
         super().validate()
+        for name in ("rank_pattern", "alpha_pattern"):
+            require_mapping(name, getattr(self, name))
+        for name in _LORA_SWITCHES:
+            require_switch(name, getattr(self, name))
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
         for name, rank in ranks.items():
             require_integer(name, rank, at_least=1, remedy="Use a rank of at least 1, for example r=8.")
@@ -289,6 +299,12 @@ class LoraConfig(PeftConfig):
             received=f"bias={self.bias!r}",
             remedy='Use bias="none".',
         )
+        require(
+            isinstance(self.init_lora_weights, bool | str | None),
+            "init_lora_weights must be True, False or the name of a method.",
+            received=f"init_lora_weights={self.init_lora_weights!r}",
+            remedy="Use init_lora_weights=True; it has no effect on weights that are read from a file.",
+        )
         self._validate_targets()
         require(
             not (self.use_dora and self.lora_bias),
@@ -298,6 +314,9 @@ class LoraConfig(PeftConfig):
         )
 
     def _validate_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            require_names(name, getattr(self, name))
+        require_indices("layers_to_transform", self.layers_to_transform)
         by_expression = isinstance(self.target_modules, str)
         require(
             not (by_expression and (self.layers_to_transform is not None or self.layers_pattern is not None)),
@@ -320,6 +339,7 @@ class LoraConfig(PeftConfig):
                 require_expression(f"a key of {name}", key)
 
 
+_LORA_SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias")
 _NOT_GIVEN = cast(Any, None)
 
 
@@ -508,8 +528,16 @@ def _type_of(kind: type[PeftConfig]) -> str:
     return next(peft_type.value for peft_type, known in _CLASSES.items() if known is kind)
 
 
-def _as_set(modules: Iterable[str] | str | None) -> set[str] | str | None:
-    return modules if modules is None or isinstance(modules, str) else set(modules)
+def _as_set(modules: object) -> Any:
+    """A collection of names as a set; what is none is left to `validate`."""
+    if isinstance(modules, str | Mapping) or not isinstance(modules, Iterable):
+        return modules
+    names = list(cast("Iterable[object]", modules))
+    return set(names) if all(isinstance(name, str) for name in names) else names
+
+
+def _as_text(path: object) -> object:
+    return os.fspath(cast("os.PathLike[str]", path)) if isinstance(path, os.PathLike) else path
 
 
 def _as_adapters(adapters: object) -> dict[str, str]:

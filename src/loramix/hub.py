@@ -3,7 +3,7 @@
 An identifier is one of
 
     path/to/folder                       a local folder, tried first
-    user/repo                            a repository on the Hub
+    user/repo                            a repository on the Hub; a name without "/" is always a folder
     user/repo@revision                   the same at a branch, tag or commit
     hf://user/repo@revision/subfolder    HfFileSystem's notation: a folder inside the repository
 
@@ -108,6 +108,12 @@ def find_any(
     if folder is not None:
         return _find_local(folder, filenames, options)
     text = os.fspath(identifier)
+    if not text.strip():
+        raise CheckpointNotFoundError(
+            "An identifier must not be empty.",
+            received=repr(text),
+            remedy="Give a folder, or a Hub id such as user/repo.",
+        )
     if _looks_local(text):
         raise CheckpointNotFoundError(
             "A local identifier must name an existing folder.",
@@ -141,7 +147,7 @@ def _looks_local(identifier: str) -> bool:
     if identifier.startswith(_SCHEME):
         return False
     return (
-        not identifier
+        "/" not in identifier
         or identifier.startswith((".", "~"))
         or Path(identifier).is_absolute()
         or "\\" in identifier

@@ -18,7 +18,7 @@ from loramix.base_layers import device_of, expected_shapes, kind_of, refuse_modu
 from loramix.config import LoraConfig
 from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError, UnsupportedAdapterError
 from loramix.layers import Resident, XLoraLayer, layer_class
-from loramix.targets import is_target
+from loramix.targets import is_excluded, is_target
 
 ALL_LINEAR = "all-linear"
 
@@ -41,7 +41,7 @@ def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
     """
     modules = dict(model.named_modules())
     for adapter in adapters:
-        _check(adapter, modules)
+        _check(adapter, model, modules)
     paths = [path for path in modules if any(path in adapter.weights for adapter in adapters)]
     return [Site(path, modules[path], tuple(_residents(path, adapters))) for path in paths]
 
@@ -52,7 +52,7 @@ def _residents(path: str, adapters: Sequence[Adapter]) -> Iterator[Resident]:
             yield Resident(expert, adapter.weights[path], adapter.scaling(path), adapter.config.lora_dropout)
 
 
-def _check(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+def _check(adapter: Adapter, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
     absent = [path for path in (*adapter.weights, *adapter.base_weights) if path not in modules]
     if absent:
         raise _mismatch(adapter, "the base model has no such module", absent)
@@ -62,8 +62,7 @@ def _check(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     for path, weights in adapter.weights.items():
         refuse_module(modules[path], path, adapter.name, dora=weights.magnitude is not None)
         _check_shapes(adapter, path, modules[path], weights)
-    targets = [] if adapter.config.target_modules in (None, ALL_LINEAR) else targeted(modules, adapter.config)
-    missing = [path for path in targets if path not in adapter.weights]
+    missing = [path for path in targeted(model, modules, adapter.config) if path not in adapter.weights]
     if missing:
         raise _mismatch(
             adapter, "target_modules names it in this base model, and the file has no tensors for it", missing
@@ -109,8 +108,14 @@ def _base_of(adapter: Adapter) -> str:
     return repr(name) if name else "another one"
 
 
-def targeted(modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
-    """The modules that a configuration's `target_modules` names, among those that can be adapted."""
+def targeted(model: PreTrainedModel, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+    """The modules that `target_modules` names, among those that can be adapted.
+
+    "all-linear" names every linear layer but the head's; None names nothing.
+    """
+    if config.target_modules == ALL_LINEAR:
+        linear = [path for path, module in modules.items() if kind_of(module) == "linear"]
+        return [path for path in linear if not in_head(model, path) and not is_excluded(config, path)]
     return [path for path, module in modules.items() if kind_of(module) is not None and is_target(config, path)]
 
 
@@ -120,14 +125,7 @@ def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     Raises:
         ConfigurationError: `target_modules` is missing, or names no module of this model.
     """
-    modules = dict(model.named_modules())
-    if config.target_modules == ALL_LINEAR:
-        carriers = [path for path, module in modules.items() if kind_of(module) == "linear"]
-        paths = [path for path in carriers if not in_head(model, path)]
-    elif config.target_modules is None:
-        paths = []
-    else:
-        paths = targeted(modules, config)
+    paths = targeted(model, dict(model.named_modules()), config)
     if not paths:
         raise ConfigurationError(
             "target_modules names at least one module of the base model.",

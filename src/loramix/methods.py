@@ -68,18 +68,20 @@ class PeftMethods:
 
     def unload(self) -> PreTrainedModel:
         """Take the experts out again: the plain base model, the same object."""
-        model = cast(PreTrainedModel, self)
+        model, state = cast(PreTrainedModel, self), self._loramix
         for path, layer in _layers(model).items():
             replace(model, path, layer.base_layer)
-        if self._loramix.classifier is not None:
+        if state.classifier is not None:
             delattr(model, CLASSIFIER)
         for part in [module for module in model.modules() if isinstance(module, Specialised)]:
             part.restore()
+        for name in state.thawed:
+            model.get_parameter(name).requires_grad_(True)
         return model
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Inside, in this thread, the model is its base model: one pass, no experts. Nests."""
-        return override(self._loramix, ConstantRouting(0.0))
+        return override(self._loramix, lambda: ConstantRouting(0.0))
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
@@ -117,7 +119,7 @@ class PeftMethods:
         Args:
             save_directory: the folder; what lies there and is not ours is left alone.
             is_main_process: whether this process writes.
-            state_dict: whole tensors to write instead of the model's own, by the model's own keys.
+            state_dict: whole tensors to write instead of the model's own, by the model's own keys; all or some.
             push_to_hub: upload the folder afterwards.
             **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, …
 
@@ -142,11 +144,11 @@ class PeftMethods:
         return [name for name in model.state_dict() if name not in training]
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible: every token has weights of its own."""
+        """Not possible: in a mixture every token has weights of its own, and nothing merges fixed ones yet."""
         raise UnsupportedOperationError(
-            "Only weights that are the same for every token can be merged into the base model.",
-            received="merge_and_unload() on a model that routes each token",
-            remedy="keep the mixture as it is; `unload()` takes the experts out",
+            "Only experts whose scalings are the same for every token could be merged into the base model.",
+            received=f"merge_and_unload() on a model with the experts {', '.join(self.expert_names)}",
+            remedy="keep the experts beside the base model; unload() takes them out",
         )
 
     merge_adapter = merge_and_unload
@@ -213,7 +215,7 @@ class XLoraMethods(PeftMethods):
                 remedy=f"pass shape {shapes[0]} for {', '.join(self.expert_names)}, or {shapes[1]}",
             )
         rows = scalings if scalings.dim() == 2 else scalings.unsqueeze(0)
-        return override(self._loramix, TensorRouting(rows, self._xlora_config.global_scaling_weight))
+        return override(self._loramix, lambda: TensorRouting(rows, self._xlora_config.global_scaling_weight))
 
     def set_topk_lora(self, value: int | None) -> None:
         """Keep the `value` largest scalings of each token; all with None.
@@ -282,7 +284,7 @@ def _layers(model: PreTrainedModel) -> dict[str, XLoraLayer]:
 
 def _save(model: PreTrainedModel, folder: str | PathLike[str], given: Mapping[str, Tensor] | None) -> None:
     state = cast(PeftMethods, model)._loramix  # pyright: ignore[reportPrivateUsage]
-    tensors = model.state_dict() if given is None else given
+    tensors = model.state_dict() | dict(given or {})
     experts = _experts(model, state, tensors)
     training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad} or None
     if isinstance(state.config, LoraConfig):

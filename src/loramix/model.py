@@ -10,6 +10,7 @@ import copy
 from abc import ABC, ABCMeta
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -21,7 +22,7 @@ from loramix import checkpoint
 from loramix.adapter import Adapter
 from loramix.classifier import XLoraClassifier
 from loramix.config import LoraConfig, PeftConfig, XLoraConfig
-from loramix.errors import AdapterMismatchError, ModelError
+from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError
 from loramix.hub import HubOptions
 from loramix.inject import adapt, find_carrier, plan, replace
 from loramix.layers import XLoraLayer
@@ -63,10 +64,12 @@ class PeftModel(_Peft):
             model_id: a folder, or a Hub identifier.
             adapter_name: kept for PEFT's sake; "default".
             is_trainable: whether what was trained trains on; otherwise nothing requires gradients.
-            config: a mixture's configuration to use instead of the saved one.
+            config: a configuration of the same kind to use instead of the saved one.
             adapters: experts to use instead of the saved ones: the same names replace by name, all-new names replace
                 in order and become the names.
-            **hub: revision, subfolder, token, cache_dir, local_files_only, force_download.
+            **hub: revision, subfolder, token, cache_dir, local_files_only, force_download. PEFT's `torch_device`,
+                `autocast_adapter_dtype`, `low_cpu_mem_usage` and `ephemeral_gpu_offload` are taken and mean nothing:
+                experts go where the base model's layers are.
 
         Raises:
             CheckpointError: files that are missing, broken or incomplete.
@@ -75,12 +78,22 @@ class PeftModel(_Peft):
             ModelError: a base model that cannot carry a mixture, or carries one already.
         """
         _check_base(model)
-        options = HubOptions.from_kwargs(hub)
+        options = _options(hub)
         if checkpoint.detect(model_id, options) == "expert":
+            _require_kind(config, LoraConfig, model_id)
+            if adapters is not None:
+                raise ConfigurationError(
+                    "adapters= replaces the experts of a mixture.",
+                    received=f"adapters={dict(adapters)!r} for {str(model_id)!r}, which is one expert",
+                    remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
+                )
             adapter = checkpoint.load_adapter(adapter_name, model_id, options)
+            if config is not None:
+                adapter.config = cast(LoraConfig, copy.deepcopy(config))
             return _build_lora(model, adapter, trainable=is_trainable)
+        _require_kind(config, XLoraConfig, model_id)
         saved = checkpoint.load_mixture(model_id, options, adapters=adapters)
-        chosen = copy.deepcopy(config) if isinstance(config, XLoraConfig) else saved.config
+        chosen = saved.config if config is None else cast(XLoraConfig, copy.deepcopy(config))
         chosen.adapters = saved.config.adapters
         chosen.inference_mode = not is_trainable
         result = _build_mixture(model, chosen, saved.experts, saved.classifier, trainable=is_trainable)
@@ -117,13 +130,15 @@ def get_peft_model(
         model: the base model; it becomes the result. It is left as it was if anything here fails.
         peft_config: an `XLoraConfig`, or a `LoraConfig` to train a new expert with. The model keeps a copy.
         adapter_name: kept for PEFT's sake.
-        **hub: revision, subfolder, token, cache_dir, local_files_only, force_download of the experts.
+        **hub: as for `PeftModel.from_pretrained`, for the experts; but `revision` is the base model's, as in PEFT, and
+            kept in the configuration. An expert says its own: "user/repo@revision".
 
     Raises:
         ConfigurationError, CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
     """
     _check_base(model)
     config = copy.deepcopy(peft_config)
+    config.revision = hub.pop("revision", config.revision)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.config, "_name_or_path", None) or None
     if isinstance(config, LoraConfig):
@@ -134,10 +149,32 @@ def get_peft_model(
             received=f"a {type(config).__name__}",
             remedy="pass XLoraConfig(adapters={…}) or LoraConfig(target_modules=…)",
         )
-    options = HubOptions.from_kwargs(hub)
+    options = _options(hub)
     config.validate_for(len(config.adapters), hidden_size_of(model))
+    config.adapters = {name: _from_anywhere(place) for name, place in config.adapters.items()}
     experts = [checkpoint.load_adapter(name, source, options) for name, source in config.adapters.items()]
     return _build_mixture(model, config, experts, None, trainable=not config.inference_mode)
+
+
+def _options(hub: Mapping[str, Any]) -> HubOptions:
+    return HubOptions.from_kwargs({name: value for name, value in hub.items() if name not in _ONLY_PEFTS})
+
+
+_ONLY_PEFTS = frozenset({"torch_device", "autocast_adapter_dtype", "low_cpu_mem_usage", "ephemeral_gpu_offload"})
+
+
+def _from_anywhere(place: str) -> str:
+    """A local folder by its absolute path, which still means it when the working directory has changed."""
+    return str(Path(place).resolve()) if Path(place).is_dir() else place
+
+
+def _require_kind(config: PeftConfig | None, kind: type[PeftConfig], model_id: str | PathLike[str]) -> None:
+    if config is not None and not isinstance(config, kind):
+        raise ConfigurationError(
+            "config= is of the kind of the saved one.",
+            received=f"a {type(config).__name__} for {str(model_id)!r}, which needs a {kind.__name__}",
+            remedy=f"pass a {kind.__name__}, or leave config= out",
+        )
 
 
 def prepare_model_for_kbit_training(
@@ -145,7 +182,7 @@ def prepare_model_for_kbit_training(
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Freeze a quantised base model, hold its small tensors in float32, and checkpoint its gradients.
+    """Freeze a quantised base model, hold what is not quantised in float32, and checkpoint its gradients.
 
     Args:
         model: the base model, before `get_peft_model`.
@@ -154,7 +191,7 @@ def prepare_model_for_kbit_training(
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16) and parameter.dim() == 1:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
@@ -175,13 +212,17 @@ def _check_base(model: PreTrainedModel) -> None:
             received=f"a {type(model).__name__}",
             remedy="load it with AutoModelForCausalLM.from_pretrained(…)",
         )
-    if isinstance(model, PeftModel) or any(isinstance(module, XLoraLayer) for module in model.modules()):
+    if any(isinstance(module, XLoraLayer) or _is_of_peft(module) for module in model.modules()):
         raise ModelError(
             "Experts are put on a plain base model.",
             received=f"a {type(model).__name__} that already carries experts",
             remedy="call model.unload() first, or load the base model anew",
         )
     route_checkpoints(model, dry_run=True)
+
+
+def _is_of_peft(module: object) -> bool:
+    return type(module).__module__.startswith("peft.")
 
 
 def _build_mixture(
@@ -240,6 +281,7 @@ def _commit(
     methods: type,
 ) -> None:
     """Change the model. All checks are behind us: nothing in here may fail."""
+    state.thawed = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     route_checkpoints(model)
     for path, layer in layers.items():

@@ -9,6 +9,7 @@ B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import uuid
@@ -61,6 +62,7 @@ class MixtureState:
         self.classifier = classifier
         self.owner = uuid.uuid4().hex
         self.enabled = True
+        self.thawed: list[str] = []  # the base model's parameters that required gradients before
         self.log = ScalingsLog()
         self._latest: Tensor | None = None
 
@@ -74,7 +76,9 @@ class MixtureState:
         if not self.enabled:
             return ConstantRouting(0.0)
         override = overriding(self)
-        return ConstantRouting(1.0) if override is None and self.classifier is None else override
+        if override is not None:
+            return override()
+        return ConstantRouting(1.0) if self.classifier is None else None
 
     def scaling_pass(self) -> Routing:
         """The routing of the scaling pass: every expert at `scaling_pass_value`, ungated."""
@@ -92,6 +96,12 @@ class MixtureState:
         self.log.add(scalings, len(self.paths))
         final = select(scalings, top_k=config.top_k_lora, renormalise=config.enable_softmax_topk)
         return TensorRouting(final, config.global_scaling_weight, self.layouts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MixtureState:
+        """A copy is another model: it may be trained further, and does not continue this one's caches."""
+        twin = memo[id(self)] = MixtureState.__new__(MixtureState)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo), owner=uuid.uuid4().hex)
+        return twin
 
     @property
     def latest(self) -> Float[Tensor, "B S L E"] | None:
@@ -166,13 +176,16 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
         first = kwargs | quiet
         if cache is not None:
             first[its_cache] = cache.base
-        elif self.training and torch.is_grad_enabled():
+            cache.torn = True
+        elif self.training and torch.is_grad_enabled() and kwargs.get("use_cache") is not True:
             first["use_cache"] = False  # a training step returns a cache that nobody continues
         with torch.no_grad():
             made = routed(state.scaling_pass(), forward, self, **first)
         routing = state.mixture_pass(made.last_hidden_state)
         out = routed(routing, forward, self, **(kwargs | ({"return_dict": True} if "return_dict" in quiet else {})))
-        if cache is None and made.get(its_cache) is not None and out.get(its_cache) is not None:
+        if cache is not None:
+            cache.torn = False
+        elif made.get(its_cache) is not None and out.get(its_cache) is not None:
             TwoPassCache.pair(out[its_cache], made[its_cache], state.owner)
         return as_asked(out, kwargs.get("return_dict", getattr(self.config, "return_dict", True)))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Mapping
+from typing import cast
 
 from loramix.errors import ConfigurationError
 
@@ -53,6 +55,55 @@ def require_switch(name: str, value: object) -> None:
         received=f"{name}={value!r}",
         remedy=f"Write {name}=True or {name}=False.",
     )
+
+
+def require_text(name: str, value: object) -> None:
+    """Text, or None."""
+    require(
+        value is None or isinstance(value, str),
+        f"{name} must be text, or None.",
+        received=f"{name}={value!r}",
+        remedy=f"Write {name} as text, or None to leave it open.",
+    )
+
+
+def require_mapping(name: str, value: object) -> None:
+    """A mapping from texts."""
+    require(
+        isinstance(value, Mapping) and all(isinstance(key, str) for key in cast("Mapping[object, object]", value)),
+        f"{name} must map expressions to numbers.",
+        received=f"{name}={value!r}",
+        remedy=f'Write {name} as a mapping, for example {{"q_proj": 4}}, or leave it empty.',
+    )
+
+
+def require_names(name: str, value: object) -> None:
+    """One text or a collection of texts, or None."""
+    require(
+        value is None or isinstance(value, str) or all(isinstance(item, str) for item in _items(value)),
+        f"{name} must be a list of names, or one text, or None.",
+        received=f"{name}={value!r}",
+        remedy=f'Write {name} as a list of texts, for example ["q_proj"].',
+    )
+
+
+def require_indices(name: str, value: object) -> None:
+    """One whole number or a collection of them, or None."""
+    require(
+        value is None or _is_integer(value) or all(map(_is_integer, _items(value))),
+        f"{name} must be a whole number, or a list of them, or None.",
+        received=f"{name}={value!r}",
+        remedy=f"Write {name} as a list of block indices, for example [0, 1].",
+    )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _items(value: object) -> Collection[object]:
+    """What a list, tuple or set holds; of anything else the value itself, which is never its own item's type."""
+    return cast("Collection[object]", value) if isinstance(value, list | tuple | set | frozenset) else (value,)
 
 
 def require_expression(name: str, value: str) -> None:

@@ -103,7 +103,7 @@ Routing = ConstantRouting | TensorRouting
 class _Slot(threading.local):
     def __init__(self) -> None:  # set here, not on the class: compiled code guards on the instance's own dictionary
         self.routing: Routing | None = None
-        self.overrides: tuple[tuple[object, Routing], ...] = ()
+        self.overrides: tuple[tuple[object, Callable[[], Routing]], ...] = ()
 
 
 _slot = _Slot()
@@ -135,8 +135,8 @@ def routed(routing: Routing, call: Callable[..., Any], *args: Any, **kwargs: Any
 
 
 @contextmanager
-def override(owner: object, routing: Routing) -> Generator[None]:
-    """Inside, in this thread, the model that owns `owner` makes one pass with `routing` instead of two passes.
+def override(owner: object, routing: Callable[[], Routing]) -> Generator[None]:
+    """Inside, in this thread, the model that owns `owner` makes one pass with `routing()` instead of two passes.
 
     Nests: the innermost is in force. Like `torch.no_grad`, it does not reach into other threads.
     """
@@ -148,7 +148,7 @@ def override(owner: object, routing: Routing) -> Generator[None]:
         _slot.overrides = outer
 
 
-def overriding(owner: object) -> Routing | None:
+def overriding(owner: object) -> Callable[[], Routing] | None:
     """The innermost override of `owner` in this thread."""
     for other, routing in reversed(_slot.overrides):
         if other is owner:

@@ -39,12 +39,17 @@ def is_target(config: LoraConfig, path: str) -> bool:
         config: the expert's; "all-linear" must have been replaced by names before.
         path: as in `base.named_modules()`.
     """
-    targets, excluded = config.target_modules, config.exclude_modules
-    if targets is None or (excluded and _matches(excluded, path)):
+    targets = config.target_modules
+    if targets is None or is_excluded(config, path):
         return False
     if isinstance(targets, str) or path in targets:
         return _matches(targets, path)
     return _matches(targets, path) and _is_in_layers(config, path)
+
+
+def is_excluded(config: LoraConfig, path: str) -> bool:
+    """Whether `exclude_modules` names the module at `path`."""
+    return bool(config.exclude_modules) and _matches(config.exclude_modules, path)
 
 
 def _matches(modules: Iterable[str] | str, path: str) -> bool:

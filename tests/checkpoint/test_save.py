@@ -112,9 +112,31 @@ class TestExpertsThatWeDidNotWrite:
             save_mixture(folder / "mixture", *make_mixture())
         assert contents(folder / "math") == before
 
-    def test_a_lone_expert_is_saved_where_the_user_says(self, folder):
-        save_adapter(folder / "math", make_expert("math", seed=10))
-        assert same_expert(load_adapter("math", folder / "math"), make_expert("math", seed=10))
+    @pytest.mark.parametrize(
+        "save", [lambda f: save_adapter(f, make_expert("m")), lambda f: save_mixture(f, *make_mixture())]
+    )
+    def test_a_folder_that_holds_one_is_refused(self, folder, save):
+        before = contents(folder)
+        with pytest.raises(SaveError, match="loramix did not write"):
+            save(folder / "math")
+        assert contents(folder) == before
+
+    def test_experts_of_ours_that_are_no_part_of_a_mixture_stay(self, tmp_path):
+        save_adapter(tmp_path / "math", make_expert("math", seed=10))
+        before = contents(tmp_path)
+        with pytest.raises(SaveError, match="no part of a mixture"):
+            save_mixture(tmp_path, *make_mixture())
+        assert contents(tmp_path) == before
+
+    def test_an_expert_does_not_become_a_mixture_nor_the_other_way_round(self, tmp_path):
+        save_adapter(tmp_path / "expert", make_expert("x"))
+        save_mixture(tmp_path / "mixture", *make_mixture())
+        before = contents(tmp_path)
+        with pytest.raises(SaveError, match="another kind"):
+            save_mixture(tmp_path / "expert", *make_mixture())
+        with pytest.raises(SaveError, match="another kind"):
+            save_adapter(tmp_path / "mixture", make_expert("x"))
+        assert contents(tmp_path) == before
 
 
 class TestTrainerState:
@@ -126,13 +148,19 @@ class TestTrainerState:
         save_adapter(tmp_path / "lone", make_expert("x"), trainer_state=self.state)
         assert same_tensors(load_file(tmp_path / "lone" / TRAINER), self.state)
 
-    @pytest.mark.parametrize(
-        "save", [lambda f: save_mixture(f, *make_mixture()), lambda f: save_adapter(f, make_expert("x"))]
-    )
-    def test_an_earlier_one_of_ours_is_removed_with_its_weights(self, tmp_path, save):
-        save_mixture(tmp_path, *make_mixture(), trainer_state=self.state)
-        save(tmp_path)
-        assert not (tmp_path / TRAINER).exists()
+    def test_an_earlier_one_of_ours_is_removed_with_its_weights(self, tmp_path):
+        save_mixture(tmp_path / "mixture", *make_mixture(), trainer_state=self.state)
+        save_mixture(tmp_path / "mixture", *make_mixture())
+        save_adapter(tmp_path / "expert", make_expert("x"), trainer_state=self.state)
+        save_adapter(tmp_path / "expert", make_expert("x"))
+        assert not list(tmp_path.rglob(TRAINER))
+
+    def test_the_base_models_own_weights_in_the_same_folder_stay(self, tmp_path):
+        save_file({"model.weight": torch.ones(3)}, tmp_path / TRAINER, metadata={"format": "pt"})
+        before = (tmp_path / TRAINER).read_bytes()
+        with pytest.warns(UserWarning, match="left alone"):
+            save_mixture(tmp_path, *make_mixture(), trainer_state=self.state)
+        assert (tmp_path / TRAINER).read_bytes() == before
 
     @pytest.mark.parametrize("content", [None, b"", b"no tensors"])
     def test_somebody_else_s_stays(self, tmp_path, content):

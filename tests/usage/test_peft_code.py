@@ -240,8 +240,7 @@ def test_a_model_prepared_for_kbit_training_trains_its_router(adapters: Adapters
     prepared = prepare_model_for_kbit_training(base)
     assert prepared is base
     assert not any(parameter.requires_grad for parameter in base.parameters())
-    assert base.model.norm.weight.dtype == torch.float32
-    assert base.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
     assert base.is_activation_checkpointing
     plain: Any = prepare_model_for_kbit_training(llama(), use_gradient_checkpointing=False)
     assert not plain.is_activation_checkpointing

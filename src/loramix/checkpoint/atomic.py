@@ -43,9 +43,8 @@ def save_files(folder: Path, writers: Mapping[str, Writer], removed: Iterable[st
     Raises:
         SaveError: with the cause; its text says which state is in force.
     """
+    finish_interrupted(folder)
     try:
-        for interrupted in (folder.parent, folder):
-            _finish(interrupted, read_journal(interrupted))
         temporaries, made = _prepare(folder, writers)
     except (OSError, CheckpointError) as error:
         raise _save_error(folder, error, _OLD) from error
@@ -61,6 +60,19 @@ def save_files(folder: Path, writers: Mapping[str, Writer], removed: Iterable[st
         _finish(folder, journal)
     except OSError as error:
         raise _save_error(folder, error, _NEW) from error
+
+
+def finish_interrupted(folder: Path) -> None:
+    """Finish a save of this folder, or of the one above, that was stopped after its commit.
+
+    Raises:
+        SaveError: with the cause.
+    """
+    try:
+        for interrupted in (folder.parent, folder):
+            _finish(interrupted, read_journal(interrupted))
+    except (OSError, CheckpointError) as error:
+        raise _save_error(folder, error, _OLD) from error
 
 
 def _prepare(folder: Path, writers: Mapping[str, Writer]) -> tuple[dict[str, str], list[Path]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,8 +94,7 @@ def load_mixture(
         if adapters is not None and name in adapters:
             experts.append(load_adapter(name, place, options.elsewhere()))
         else:
-            folders = [folder for folder in ([name] if self_contained else []) + [place] if _is_inside(folder)]
-            experts.append(_load_member(identifier, options, name, place, folders, config.use_trainable_adapters))
+            experts.append(_load_member(identifier, options, name, place, config, self_contained))
     config.adapters = chosen
     return MixtureCheckpoint(config, classifier, experts)
 
@@ -127,14 +126,21 @@ def _load_member(
     options: HubOptions,
     name: str,
     place: str,
-    folders: Sequence[str],
-    trained: bool,
+    config: XLoraConfig,
+    self_contained: bool,
 ) -> Adapter:
+    folders = [folder for folder in ([name] if self_contained else []) + [place] if _is_inside(folder)]
     for folder in folders:
         if _has_adapter(identifier, options.below(folder)):
             adapter = load_adapter(name, identifier, options.below(folder))
             adapter.source = f"{os.fspath(identifier)}/{folder}"
             return adapter
+    if self_contained and place == name:
+        raise IncompleteCheckpointError(
+            "A mixture that loramix saved holds its experts.",
+            received=f"{os.fspath(identifier)!r} without the folder {name!r} of that expert",
+            remedy=f'Put it back, or say where it is: from_pretrained(…, adapters={{"{name}": "path or Hub id"}}).',
+        )
     try:
         adapter = load_adapter(name, place, options.elsewhere())
     except CheckpointNotFoundError as error:
@@ -144,7 +150,7 @@ def _load_member(
             f"{error.received}",
             remedy=f'Say where it is: from_pretrained(…, adapters={{"{name}": "path or Hub id"}}).',
         ) from error
-    if trained:
+    if config.use_trainable_adapters:
         warnings.warn(
             f"The mixture trained expert {name!r}, but does not hold it; the one at {place!r} may be untrained. PEFT "
             "does not save trained experts.",

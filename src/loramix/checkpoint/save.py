@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,11 @@ from pathlib import Path
 from torch import Tensor
 
 from loramix.adapter import Adapter
-from loramix.checkpoint.atomic import Writer, save_files
+from loramix.checkpoint.atomic import Writer, finish_interrupted, save_files
 from loramix.checkpoint.mixture import CLASSIFIER_PREFIX, check_classifier
 from loramix.checkpoint.peft import WEIGHTS_NAMES, format_tensors
 from loramix.checkpoint.tensors import is_ours, write_tensors
-from loramix.config import CONFIG_NAME, PeftConfig, XLoraConfig
+from loramix.config import CONFIG_NAME, PeftConfig, PeftType, XLoraConfig
 from loramix.errors import AdapterNameError, SaveError
 from loramix.hub import is_local
 from loramix.names import check_expert_names
@@ -37,13 +38,17 @@ def save_adapter(
         folder: made where it is missing.
         adapter: the expert.
         trainer_state: tensors by the model's own keys, for `model.safetensors`. Without it a `model.safetensors` that
-            an earlier save of ours left there is deleted: it no longer belongs to these weights.
+            an earlier save of ours left there is deleted: it no longer belongs to these weights. One that is not
+            ours stays, with a warning.
 
     Raises:
-        SaveError: with the cause; nothing is lost.
+        SaveError: with the cause; nothing is lost. Also where an adapter lies in the way that is not an earlier save
+            of the same kind.
     """
     folder = Path(folder)
-    writers = _trainer_writer(trainer_state) | _adapter_writers(adapter)
+    finish_interrupted(folder)
+    _check_replaceable(folder, PeftType.LORA)
+    writers = _trainer_writer(folder, trainer_state) | _adapter_writers(adapter)
     save_files(folder, writers, _stale(folder, writers))
 
 
@@ -68,8 +73,8 @@ def save_mixture(
     Raises:
         AdapterNameError: the experts are not those of the configuration.
         IncompleteCheckpointError, CorruptCheckpointError: the classifier is not that of the configuration.
-        SaveError: with the cause; nothing is lost. Also where the folder of an expert's name holds an adapter that
-            loramix did not write.
+        SaveError: with the cause; nothing is lost. Also where an adapter lies in the way that is not an earlier save
+            of the same kind.
     """
     folder = Path(folder)
     names = [expert.name for expert in experts]
@@ -81,13 +86,15 @@ def save_mixture(
         )
     check_expert_names(names)
     check_classifier(config, classifier, "the mixture")
+    finish_interrupted(folder)
+    _check_replaceable(folder, PeftType.XLORA)
+    _check_members(folder, names)
     saved = copy.copy(config)
     saved.adapters = {name: name if is_local(place) else place for name, place in config.adapters.items()}
     writers: dict[str, Writer] = {}
     for expert in experts:
-        _check_not_foreign(folder / expert.name)
         writers |= {f"{expert.name}/{place}": write for place, write in _adapter_writers(expert).items()}
-    writers |= _trainer_writer(trainer_state)
+    writers |= _trainer_writer(folder, trainer_state)
     writers[_WEIGHTS_NAME] = partial(
         write_tensors, tensors={CLASSIFIER_PREFIX + name: tensor for name, tensor in classifier.items()}
     )
@@ -110,20 +117,45 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _trainer_writer(trainer_state: Mapping[str, Tensor] | None) -> dict[str, Writer]:
-    return {} if trainer_state is None else {TRAINER_NAME: partial(write_tensors, tensors=trainer_state)}
+def _trainer_writer(folder: Path, trainer_state: Mapping[str, Tensor] | None) -> dict[str, Writer]:
+    if trainer_state is None:
+        return {}
+    if (folder / TRAINER_NAME).exists() and not is_ours(folder / TRAINER_NAME):
+        warnings.warn(
+            f"{str(folder / TRAINER_NAME)!r} is not loramix's and is left alone: a trainer cannot resume from here.",
+            stacklevel=4,
+        )
+        return {}
+    return {TRAINER_NAME: partial(write_tensors, tensors=trainer_state)}
 
 
 def _stale(folder: Path, writers: Mapping[str, Writer]) -> list[str]:
     return [TRAINER_NAME] if TRAINER_NAME not in writers and is_ours(folder / TRAINER_NAME) else []
 
 
-def _check_not_foreign(folder: Path) -> None:
-    """An expert's folder is not one that the user named: never overwrite an adapter there that is somebody else's."""
+def _check_replaceable(folder: Path, kind: PeftType) -> None:
+    """An adapter that lies in the way is replaced only if loramix wrote it, and if it is of the same kind."""
     present = [name for name in (CONFIG_NAME, *WEIGHTS_NAMES) if (folder / name).exists()]
-    if folder.is_symlink() or (present and not is_ours(folder / _WEIGHTS_NAME)):
-        raise SaveError(
-            "A mixture is saved without overwriting adapters that loramix did not write.",
-            received=f"{str(folder)!r}, {'a link' if folder.is_symlink() else 'with ' + ', '.join(present)}",
-            remedy="Save the mixture to another folder, or move that adapter away.",
-        )
+    if present and not is_ours(folder / _WEIGHTS_NAME):
+        raise _occupied(folder, f"{', '.join(present)} that loramix did not write")
+    if CONFIG_NAME in present and PeftConfig.from_json_file(folder / CONFIG_NAME).peft_type != kind:
+        raise _occupied(folder, "an adapter of another kind")
+
+
+def _check_members(folder: Path, names: Sequence[str]) -> None:
+    """The experts' subfolders are the mixture's own: experts that lay there before the mixture are not replaced."""
+    is_mixture = (folder / CONFIG_NAME).exists()
+    for name in names:
+        if (folder / name).is_symlink():
+            raise _occupied(folder / name, "a link")
+        _check_replaceable(folder / name, PeftType.LORA)
+        if not is_mixture and (folder / name / CONFIG_NAME).exists():
+            raise _occupied(folder / name, "an expert that is no part of a mixture")
+
+
+def _occupied(folder: Path, content: str) -> SaveError:
+    return SaveError(
+        "A save replaces only what an earlier save of the same kind left there.",
+        received=f"{str(folder)!r}, with {content}",
+        remedy="Save to another folder, or move that adapter away.",
+    )

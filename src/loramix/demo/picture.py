@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TOKENS_A_LINE = 40
+"""What stays readable where a README shows the picture."""
 
 
 def can_draw() -> bool:
@@ -32,7 +33,7 @@ def draw(routed: RoutedText, path: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = -(-len(routed.tokens) // TOKENS_A_LINE)
-    figure = Figure(figsize=(11, 0.7 + 2.3 * lines), dpi=140, layout="constrained")
+    figure = Figure(figsize=(11, 0.5 + 2.5 * lines), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(routed.title, fontsize=13)
     for line, axes in enumerate(figure.subplots(lines, 1, squeeze=False)[:, 0]):

@@ -36,6 +36,8 @@ PROMPTS = {
 }
 """How a text of each domain may begin."""
 
+_TOKENS_A_PIECE = 20
+
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -184,8 +186,8 @@ def draw_switching(
     model: XLoraModel, tokenizer: PreTrainedTokenizerFast, out: Path, console: Console
 ) -> tuple[RoutedText, Path | None]:
     """A short held-out text of all domains with its routing, and the picture's file, None without matplotlib."""
-    pieces = corpus.switching_pieces(1, held_out=True, piece=50, domains=len(corpus.DOMAINS))[0]
-    tokens = [(token, domain) for domain, text in pieces for token in encode(tokenizer, text)]
+    pieces = corpus.switching_pieces(1, held_out=True, piece=60, domains=len(corpus.DOMAINS))[0]
+    tokens = [(token, domain) for domain, text in pieces for token in encode(tokenizer, text)[:_TOKENS_A_PIECE]]
     ids, domains = [token for token, _ in tokens], [domain for _, domain in tokens]
     title = "How much each expert adds to each token of a held-out text that switches domain"
     routed = route(model, tokenizer, [start_token(tokenizer), *ids], title=title, domains=domains)
