@@ -91,7 +91,7 @@ class TestLocal:
         assert "subfolder=" in caught.value.remedy
 
     @pytest.mark.parametrize(
-        "missing", ["/no/such/folder", "./none", "../none", "~/no-such-folder", "a/b/c", "a\\b", "", "a\0b", "."]
+        "missing", ["/no/such/folder", "./none", "../none", "~/no-such-folder", "a/b/c", "a\\b", "alone", "a\0b", "."]
     )
     def test_a_missing_path_that_looks_local_is_called_missing(self, tmp_path, monkeypatch, no_network, missing):
         if missing == ".":
@@ -103,6 +103,12 @@ class TestLocal:
         assert "existing folder" in caught.value.rule
         assert "Correct the path" in caught.value.remedy
 
+    @pytest.mark.parametrize("empty", ["", " "])
+    def test_an_empty_identifier_is_called_empty(self, no_network, empty):
+        with pytest.raises(CheckpointNotFoundError, match="must not be empty") as caught:
+            find_file(empty, NAME)
+        assert repr(empty) in caught.value.received
+
     def test_a_file_is_no_folder(self, tmp_path):
         (tmp_path / NAME).touch()
         with pytest.raises(CheckpointNotFoundError, match="a file, not a folder"):
@@ -111,8 +117,8 @@ class TestLocal:
     def test_what_counts_as_local(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "here").mkdir()
-        local = ["here", "./x", "/x", "a/b/c", "", "~"]
-        remote = ["user/repo", "repo", "user/repo@v1", "hf://user/repo/a/b", "user/repo@v1/sub/folder"]
+        local = ["here", "alone", "./x", "/x", "a/b/c", "", "~"]
+        remote = ["user/repo", "user/repo@v1", "hf://user/repo/a/b", "user/repo@v1/sub/folder"]
         assert [is_local(identifier) for identifier in local] == [True] * len(local)
         assert [is_local(identifier) for identifier in remote] == [False] * len(remote)
 
@@ -147,7 +153,7 @@ class TestCache:
 
     @pytest.mark.parametrize(
         ("identifier", "changes"),
-        [("user/other", {}), ("user/repo", {"revision": "v9"}), ("user/repo", {"subfolder": "nowhere"}), ("repo", {})],
+        [("user/other", {}), ("user/repo", {"revision": "v9"}), ("user/repo", {"subfolder": "nowhere"})],
     )
     def test_what_is_not_cached_says_that_the_hub_was_not_asked(self, offline, identifier, changes):
         with pytest.raises(CheckpointNotFoundError) as caught:

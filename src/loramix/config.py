@@ -303,7 +303,7 @@ class LoraConfig(PeftConfig):
             isinstance(self.init_lora_weights, bool | str | None),
             "init_lora_weights must be True, False or the name of a method.",
             received=f"init_lora_weights={self.init_lora_weights!r}",
-            remedy="Use init_lora_weights=True; it has no effect on weights that are read from a file.",
+            remedy="Use init_lora_weights=True.",
         )
         self._validate_targets()
         require(

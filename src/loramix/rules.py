@@ -80,7 +80,7 @@ def require_mapping(name: str, value: object) -> None:
 def require_names(name: str, value: object) -> None:
     """One text or a collection of texts, or None."""
     require(
-        value is None or isinstance(value, str) or all(isinstance(item, str) for item in _items(value)),
+        value is None or all(isinstance(item, str) for item in _items(value)),
         f"{name} must be a list of names, or one text, or None.",
         received=f"{name}={value!r}",
         remedy=f'Write {name} as a list of texts, for example ["q_proj"].',
@@ -90,7 +90,7 @@ def require_names(name: str, value: object) -> None:
 def require_indices(name: str, value: object) -> None:
     """One whole number or a collection of them, or None."""
     require(
-        value is None or _is_integer(value) or all(map(_is_integer, _items(value))),
+        value is None or all(map(_is_integer, _items(value))),
         f"{name} must be a whole number, or a list of them, or None.",
         received=f"{name}={value!r}",
         remedy=f"Write {name} as a list of block indices, for example [0, 1].",
@@ -102,8 +102,9 @@ def _is_integer(value: object) -> bool:
 
 
 def _items(value: object) -> Collection[object]:
-    """What a list, tuple or set holds; of anything else the value itself, which is never its own item's type."""
-    return cast("Collection[object]", value) if isinstance(value, list | tuple | set | frozenset) else (value,)
+    """What a collection holds; anything else, and a text, counts as its own only item."""
+    kinds = (list, tuple, set, frozenset, range)
+    return cast("Collection[object]", value) if isinstance(value, kinds) else (value,)
 
 
 def require_expression(name: str, value: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pty
 import re
@@ -101,3 +103,51 @@ def written_to_a_terminal(**variables: str) -> bytes:
 def test_terminals_get_colour_unless_no_color_is_set() -> None:
     assert b"\x1b[31m" in written_to_a_terminal()
     assert b"\x1b[31m" not in written_to_a_terminal(NO_COLOR="1")
+
+
+def run(*words: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """The command line in a process of its own."""
+    code = "from loramix.cli import main; main()"
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | environment, check=False, timeout=60
+    )
+
+
+def test_a_reader_that_has_gone_ends_it_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run("--help", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_what_the_encoding_of_stdout_lacks_is_replaced_and_not_an_error() -> None:
+    done = run("--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"loramix" in done.stdout
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("utf-8", "é"), ("ascii", "\\u00e9")])
+def test_json_is_readable_in_every_encoding(encoding: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", out)
+    terminal.print_json({"text": "é"})
+    out.seek(0)
+    text = out.read()
+    assert written in text
+    assert json.loads(text) == {"text": "é"}
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"\xff\xfe"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_text_of_broken_bytes_is_told(content: bytes, errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors))
+    with pytest.raises(ConfigurationError, match="whole characters") as caught:
+        terminal.read_text("-")
+    assert "stdin" in caught.value.received
+
+
+def test_a_text_is_itself_or_what_stdin_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("é\n"))
+    assert (terminal.read_text("x"), terminal.read_text("-")) == ("x", "é\n")

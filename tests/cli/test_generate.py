@@ -113,6 +113,24 @@ def test_an_empty_prompt_is_told(loramix, folders) -> None:
     assert done.err.startswith("ConfigurationError: A prompt has at least one token.")
 
 
+def test_a_base_that_cannot_be_read_is_told_in_full(loramix, folders, tmp_path) -> None:
+    broken = shutil.copytree(folders.base, tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    done = loramix("generate", folders.mixture, "--prompt", "x", "--base", broken)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("CheckpointNotFoundError: ")
+    assert len(done.err.splitlines()) == 3
+    assert "config.json" in done.err
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:999", "meta"])
+def test_a_device_that_cannot_be_used_is_told(device: str, loramix, folders) -> None:
+    done = loramix("generate", folders.mixture, "--prompt", "x", "--device", device)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("ConfigurationError: A device is one that torch can use")
+    assert f"received: '{device}'" in done.err
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -120,6 +138,8 @@ def test_an_empty_prompt_is_told(loramix, folders) -> None:
         ("generate", "--prompt", "x"),
         ("generate", "demo", "--prompt", "x", "--seed", "1"),
         ("generate", "demo", "--prompt", "x", "--max-new-tokens", "0"),
+        ("generate", "demo", "--prompt", "x", "--do-sample", "--seed", "4294967296"),
+        ("demo", "--seed", "4294967296"),
         ("generate", "demo", "--prompt", "x", "--colour"),
         ("unknown",),
         (),

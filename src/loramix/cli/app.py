@@ -9,7 +9,7 @@ import typer
 
 from loramix import __version__
 from loramix.cli import demo, generate, info
-from loramix.cli.terminal import show_error
+from loramix.cli.terminal import closed_pipe_ends_quietly, show_error, write_what_stdout_can
 from loramix.errors import LoramixError
 
 COMMANDS = {"demo": demo.demo, "generate": generate.generate, "info": info.info}
@@ -47,10 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after `loramix`; those of the process when None.
 
     Raises:
-        SystemExit: always. 0: done; 1: one of loramix's own errors, told on stderr; 2: wrong usage.
+        SystemExit: always. 0: done; 1: one of loramix's own errors, told on stderr, or stdout was closed before all
+            was written; 2: wrong usage.
     """
-    try:
-        build_app()(arguments, prog_name="loramix")
-    except LoramixError as error:
-        show_error(error)
-        raise SystemExit(1) from None
+    write_what_stdout_can()
+    with closed_pipe_ends_quietly():
+        try:
+            build_app()(arguments, prog_name="loramix")
+        except LoramixError as error:
+            show_error(error)
+            raise SystemExit(1) from None

@@ -5,10 +5,13 @@ T: tokens of prompt and continuation together.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import huggingface_hub.utils.logging
 import torch
 from jaxtyping import Int
 from rich.console import Console
@@ -32,6 +35,7 @@ from loramix.errors import CheckpointNotFoundError, ConfigurationError, Unsuppor
 from loramix.model import PeftModel, XLoraModel
 
 SHIPPED = "demo"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -115,15 +119,16 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto")
         device: a torch device; "auto" is the accelerator where there is one.
 
     Raises:
-        ConfigurationError: the mixture names no base model and none is given.
+        ConfigurationError: the mixture names no base model and none is given; the device cannot be used.
         CheckpointNotFoundError: the base model or its tokenizer cannot be loaded.
         CheckpointError, AdapterError: as `PeftModel.from_pretrained`.
     """
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    place = _usable(device)
     if mixture == SHIPPED and base is None:
         model, tokenizer = demo.load()
-        return Opened(_placed(model, device), tokenizer, mixture, SHIPPED)
+        return Opened(_placed(model, place), tokenizer, mixture, SHIPPED)
     saved = PeftConfig.from_pretrained(mixture)
     identifier = base or saved.base_model_name_or_path
     if not identifier:
@@ -133,7 +138,7 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto")
             remedy="add --base FOLDER_OR_HUB_ID",
         )
     plain, tokenizer = _load_base(identifier, None if base else saved.revision)
-    return Opened(_placed(PeftModel.from_pretrained(plain, mixture), device), tokenizer, mixture, identifier)
+    return Opened(_placed(PeftModel.from_pretrained(plain, mixture), place), tokenizer, mixture, identifier)
 
 
 def continue_text(
@@ -180,20 +185,48 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
 
 def _load_base(identifier: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(identifier, revision=revision or "main")
-        model = AutoModelForCausalLM.from_pretrained(identifier, revision=revision or "main", dtype="auto")
+        with _errors_only():
+            tokenizer = AutoTokenizer.from_pretrained(identifier, revision=revision or "main")
+            model = AutoModelForCausalLM.from_pretrained(identifier, revision=revision or "main", dtype="auto")
     except (OSError, ValueError) as error:
         raise CheckpointNotFoundError(
             "The base model and its tokenizer can be loaded from a folder or from the Hub.",
-            received=f"{identifier!r}: {str(error).strip().splitlines()[0]}",
+            received=f"{identifier!r}: {' '.join(str(error).split())}",
             remedy="name the base model with --base FOLDER_OR_HUB_ID",
         ) from error
     return cast(PreTrainedModel, model), cast(PreTrainedTokenizerFast, tokenizer)
 
 
-def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
+@contextlib.contextmanager
+def _errors_only() -> Generator[None]:
+    """While this is open, the libraries that load a base model log no warnings: what fails is told once, by us."""
+    hub = huggingface_hub.utils.logging
+    before = logging.get_verbosity(), hub.get_verbosity()
+    logging.set_verbosity_error()
+    hub.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before[0])
+        hub.set_verbosity(before[1])
+
+
+def _usable(device: str) -> torch.device:
     if device == "auto":
-        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+        return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or _CPU
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ConfigurationError(
+            "A device is one that torch can use on this machine.",
+            received=f"{device!r}: {' '.join(str(error).split())}",
+            remedy='use --device cpu, or leave --device out: "auto" is the accelerator where there is one',
+        ) from error
+    return place
+
+
+def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return cast(Any, model).eval().to(device)
 
 

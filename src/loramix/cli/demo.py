@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from loramix.cli.terminal import print_json, stdout_kept_for_json
+from loramix.cli.terminal import MAX_SEED, print_json, stdout_kept_for_json
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the trained mixture and the picture.")] = Path("loramix-demo"),
     steps: Annotated[int, typer.Option(min=1, help="Steps of router training.")] = 40,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the router's first weights, its training text and what is written.")
+        int,
+        typer.Option(min=0, max=MAX_SEED, help="Of the router's first weights, its training text and what is written."),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as one JSON document.")] = False,
 ) -> None:

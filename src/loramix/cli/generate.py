@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from loramix.cli.terminal import print_json, stdout_kept_for_json
+from loramix.cli.terminal import MAX_SEED, print_json, read_text, stdout_kept_for_json
 
 
 def generate(
@@ -27,7 +26,7 @@ def generate(
     ] = False,
     temperature: Annotated[float | None, typer.Option(min=0.001, help="Of the draw; lower is more sober.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.001, max=1.0, help="Draw from this much probability.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed draws the same text.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="The same seed draws the same text.")] = None,
     device: Annotated[str, typer.Option(help="A torch device; `auto` is the accelerator where there is one.")] = "auto",
     show_experts: Annotated[
         bool, typer.Option("--show-experts", help="Colour each token by the expert that led when it was written.")
@@ -49,7 +48,7 @@ def generate(
 
     from loramix.cli.continuation import Sampling, continue_text, open_mixture, show_routing
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_text(prompt)
     sampling = Sampling(temperature, top_p, seed) if do_sample else None
     with stdout_kept_for_json(as_json):
         opened = open_mixture(mixture, base=base, device=device)

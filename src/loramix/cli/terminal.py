@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Generator, Mapping
 from typing import Any
@@ -12,7 +14,9 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
-from loramix.errors import LoramixError
+from loramix.errors import ConfigurationError, LoramixError
+
+MAX_SEED = 2**32 - 1
 
 
 def show_error(error: LoramixError) -> None:
@@ -27,9 +31,57 @@ def show_error(error: LoramixError) -> None:
     console.print(Panel(Group(rule, received, remedy), title=type(error).__name__, border_style="red"))
 
 
+def read_text(given: str) -> str:
+    """A text from the command line, or stdin's where it is "-".
+
+    Raises:
+        ConfigurationError: bytes that are no text in the encoding of the terminal.
+    """
+    try:
+        text = sys.stdin.read() if given == "-" else given
+        text.encode("utf-8")
+    except UnicodeError as error:
+        raise ConfigurationError(
+            "A text given to a command holds whole characters.",
+            received=f"bytes that are none: {error}" + (", on stdin" if given == "-" else ""),
+            remedy="Convert the text to UTF-8; with another encoding name it in PYTHONIOENCODING.",
+        ) from error
+    return text
+
+
 def print_json(document: Mapping[str, Any]) -> None:
-    """Write one JSON document, and nothing else, to stdout."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """Write one JSON document, and nothing else, to stdout; what its encoding lacks is escaped."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2, allow_nan=False)
+    print(text)
+
+
+def write_what_stdout_can() -> None:
+    """From now on, a character that stdout's encoding lacks is written as "?"."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def closed_pipe_ends_quietly() -> Generator[None]:
+    """Leave with exit code 1, and no traceback, where the reader of stdout has gone.
+
+    Raises:
+        SystemExit: the reader has gone.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered would fail once more when the interpreter flushes it on leaving.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 @contextlib.contextmanager

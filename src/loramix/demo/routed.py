@@ -68,7 +68,7 @@ def route(
         prompt: how many of the tokens after the start were given.
         domains: for each token after the start, the domain it comes from.
     """
-    model(input_ids=torch.tensor([ids]), use_cache=False)
+    model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     scalings = model.get_latest_scalings()
     assert scalings is not None
     weights = cast("list[list[float]]", scalings[0, :-1].float().mean(dim=1).tolist())
@@ -83,14 +83,15 @@ def write(
     """Let the mixture go on from a prompt (sampled, seeded) and keep its routing."""
     given = [start_token(tokenizer), *encode(tokenizer, prompt)]
     torch.manual_seed(seed)
+    ids = torch.tensor([given], device=model.device)
     written = model.generate(
-        input_ids=torch.tensor([given]),
-        attention_mask=torch.ones(1, len(given), dtype=torch.long),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
         do_sample=True,
         temperature=0.6,
         top_p=0.9,
         pad_token_id=start_token(tokenizer),
     )
-    ids = cast("list[int]", cast("Tensor", written)[0].tolist())
-    return route(model, tokenizer, ids, title=title, prompt=len(given) - 1)
+    row = cast("list[int]", cast("Tensor", written)[0].tolist())
+    return route(model, tokenizer, row, title=title, prompt=len(given) - 1)

@@ -136,7 +136,7 @@ def train_experts(out: Path, log: Log) -> None:
     """One LoRA expert for each domain, on that domain's training text only."""
     tokenizer = bundle.tokenizer(out)
     for number, domain in enumerate(corpus.DOMAINS):
-        folder = out / "experts" / domain
+        folder = _experts(out)[domain]
         if (folder / "adapter_config.json").exists():
             continue
         log(f"expert {domain}")
@@ -164,8 +164,7 @@ def train_shipped_router(out: Path, log: Log) -> None:
     tokenizer = bundle.tokenizer(out)
     torch.manual_seed(0)
     base = bundle.base(out)
-    experts = {domain: str(out / "experts" / domain) for domain in corpus.DOMAINS}
-    config = router_config(base.config.hidden_size, experts)
+    config = router_config(base.config.hidden_size, {name: str(folder) for name, folder in _experts(out).items()})
     config.base_model_name_or_path = BASE_NAME
     model = get_peft_model(base, config)
     log(f"router parameters {model.get_nb_trainable_parameters()[0]}")
@@ -184,6 +183,11 @@ def log_scores(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     for column, passages in columns.items():
         result = total(measure(model, tokenizer, passages).values())
         log(f"  {name:7} held-out {column:10} {result.bits_per_byte:.3f} bits per byte ({result.bytes} bytes)")
+
+
+def _experts(out: Path) -> dict[str, Path]:
+    """Where each expert waits for the mixture, whose folder holds them all in the end."""
+    return {domain: out / "work" / "experts" / domain for domain in corpus.DOMAINS}
 
 
 def _blend_texts() -> Iterable[tuple[str, list[str]]]:
@@ -222,7 +226,6 @@ def _arguments(folder: Path, steps: int, batch: int, learning_rate: float, weigh
         save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
-        bf16=True,
         use_cpu=True,
         seed=0,
         remove_unused_columns=False,
@@ -268,11 +271,12 @@ def _compact(path: Path) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
+DONE = "mixture/adapter_config.json"
 STAGES: dict[str, tuple[str, Callable[[Path, Log], None]]] = {
     "tokenizer": ("base/tokenizer.json", train_tokenizer),
     "base": ("base/model.safetensors", train_base),
-    "experts": ("experts/tables/adapter_config.json", train_experts),
-    "router": ("mixture/adapter_config.json", train_shipped_router),
+    "experts": (DONE, train_experts),
+    "router": (DONE, train_shipped_router),
 }
 
 
@@ -296,7 +300,8 @@ def main() -> None:
         began = time.perf_counter()
         stage(out, log)
         log(f"== {name}: {time.perf_counter() - began:.0f} s")
-    shutil.rmtree(out / "work", ignore_errors=True)
+    if (out / DONE).exists():
+        shutil.rmtree(out / "work", ignore_errors=True)
 
 
 if __name__ == "__main__":
