@@ -15,7 +15,7 @@ export PYTHONUTF8 = 1
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## build, train, compare and use a mixture of three experts (2 minutes)
+demo: $(VENV)/.installed ## build, train, compare and use a mixture of four experts (2 minutes)
 	$(BIN)/loramix demo
 
 test: $(VENV)/.installed-dev ## the test suite
@@ -36,6 +36,7 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the house style
 docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_architecture.py
+	$(BIN)/python -m benchmarks.report docs/benchmarks.json
 	$(BIN)/python -m docs.make_speed
 
 readme: $(VENV)/.installed-dev ## run the demo and put what it printed into README.md
@@ -54,7 +55,7 @@ clean: ## remove what make made
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("loramix needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make demo PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv module is missing; on Debian: apt-get install python3-venv" >&2; exit 1; }
 
 # One stamp for each set of extras: an install is repeated when what it reads has changed.
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python

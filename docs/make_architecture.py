@@ -22,6 +22,7 @@ WHAT = {
     "config": "PEFT's fields and files; what cannot work is an error",
     "demo": "a small base model, its experts, the tour",
     "errors": "rule, received, remedy",
+    "fixed": "constant scalings, merged into weights",
     "functional": "the stacked product, fast and slow",
     "gating": "logits → scalings",
     "hub": "folder or Hub id → files",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,12 @@ def test_a_work_is_replaced_and_the_others_stay_in_equal_circumstances(models: M
     earlier["machine"]["load"] = -1.0
     assert kept_works(earlier, now) == {"forward": []}
     assert kept_works({**earlier, "size": {**earlier["size"], "experts": 99}}, now) == {}
+
+
+def test_the_page_and_the_plot_are_those_of_the_figures(tmp_path: Path) -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    shutil.copy(docs / "benchmarks.json", tmp_path)
+    report.main(tmp_path / "benchmarks.json")
+    for name in ("benchmarks.md", "benchmarks.svg"):
+        made, committed = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, docs))
+        assert made == committed, "run `make docs`"

@@ -91,7 +91,20 @@ class TestLocal:
         assert "subfolder=" in caught.value.remedy
 
     @pytest.mark.parametrize(
-        "missing", ["/no/such/folder", "./none", "../none", "~/no-such-folder", "a/b/c", "a\\b", "alone", "a\0b", "."]
+        "missing",
+        [
+            "/no/such/folder",
+            "./none",
+            "../none",
+            "~/no-such-folder",
+            "~no-such-user",
+            "x" * 5000,
+            "a/b/c",
+            "a\\b",
+            "alone",
+            "a\0b",
+            ".",
+        ],
     )
     def test_a_missing_path_that_looks_local_is_called_missing(self, tmp_path, monkeypatch, no_network, missing):
         if missing == ".":

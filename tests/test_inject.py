@@ -106,6 +106,7 @@ def test_the_head_is_refused() -> None:
     [
         (llama, "model.norm"),
         (opt, "model.decoder.embed_positions"),
+        (gpt2, "transformer.wpe"),
     ],
 )
 def test_modules_of_unknown_kind_are_refused(base: Any, path: str) -> None:
@@ -113,6 +114,21 @@ def test_modules_of_unknown_kind_are_refused(base: Any, path: str) -> None:
     ones = LoraWeights(torch.ones(1, 2), torch.ones(2, 1))
     with pytest.raises(UnsupportedAdapterError, match=path):
         plan(model, [Adapter("odd", loramix.LoraConfig(r=1), {path: ones})])
+
+
+def test_an_expert_block_that_tokens_are_dispatched_to_is_refused() -> None:
+    model = llama()
+    model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+    weights = LoraWeights(torch.ones(1, 4), torch.ones(4, 1))
+    path = "model.layers.0.mlp.experts.1"
+    with pytest.raises(UnsupportedAdapterError, match="dispatched"):
+        plan(model, [Adapter("odd", loramix.LoraConfig(r=1), {path: weights})])
+
+
+def test_an_embeddings_matrices_on_a_linear_layer_are_refused() -> None:
+    weights = LoraWeights(torch.ones(1, 64), torch.ones(64, 1), embedding=True)
+    with pytest.raises(AdapterMismatchError, match="no embedding"):
+        plan(llama(), [Adapter("odd", loramix.LoraConfig(r=1), {Q.format(0): weights})])
 
 
 @pytest.mark.parametrize(

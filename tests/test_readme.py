@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import runpy
 import shlex
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from loramix.cli.app import build_app
+from loramix.cli.app import build_app, main
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,3 +83,27 @@ def test_the_readme_shows_the_two_commands_and_runs_python() -> None:
 def test_the_figures_are_those_of_the_benchmarks() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "make_speed.py"))
     assert script["BEGIN"] + script["section"]() + script["END"] in (ROOT / "README.md").read_text(), "run `make docs`"
+
+
+def test_the_readme_shows_what_the_demo_printed_and_drew() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "make_demo.py"))
+    _, found, rest = (ROOT / "README.md").read_text().partition(script["BEGIN"])
+    section, ending, _ = rest.partition(script["END"])
+    assert found
+    assert ending
+    for stage in ("1. Build", "2. Train", "3. Save, and load", "4. Compare"):
+        assert stage in section
+    assert section.count("X-LoRA") >= 3
+    for picture in ("docs/demo.svg", "docs/routing.png"):
+        assert f"]({picture})" in section
+
+
+@pytest.mark.parametrize("line", [line for line in loramix_commands() if line.startswith("loramix generate demo ")])
+def test_commands_with_the_mixture_that_ships_run(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("2 + 2 ="))
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(line, comments=True)[1:], "--max-new-tokens", "2"])
+    assert not stop.value.code
+    assert capsys.readouterr().out.strip()

@@ -5,6 +5,7 @@ Only sizes are read, never `weight.shape`, so that quantised layers work.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import torch
@@ -68,6 +69,10 @@ def _looks_up_its_input(embedding: nn.Embedding) -> bool:
     return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
 
 
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|[^.]*position[^.]*)$")
+_DISPATCHED = re.compile(r"(?:^|\.)experts\.\d+(?:\.|$)")
+
+
 def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> None:
     """Refuse what no adapted layer computes.
 
@@ -83,6 +88,10 @@ def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> N
         reason = f"DoRA on a {type(module).__name__}"
     elif isinstance(module, nn.Embedding) and not _looks_up_its_input(module):
         reason = f"a {type(module).__name__}, which does not look up its input"
+    elif isinstance(module, nn.Embedding) and _POSITIONS.search(path):
+        reason = "an embedding of positions, which are no tokens of their own"
+    elif _DISPATCHED.search(path):
+        reason = "an expert block, to which tokens are dispatched in another order"
     elif isinstance(module, _ConvNd) and (module.groups != 1 or set(module.dilation) != {1}):
         reason = f"a convolution with groups={module.groups}, dilation={tuple(module.dilation)}"
     elif isinstance(module, _ConvNd) and module.padding_mode != "zeros":

@@ -49,6 +49,8 @@ class TwoPassCache(Cache):
         Raises:
             CacheError: it was filled by another model, or its two halves have come apart.
         """
+        if isinstance(cache, TwoPassCache) and cache.owner != owner and cache.is_empty:
+            cache.owner = owner
         if not isinstance(cache, TwoPassCache):
             if _tokens_in(cache) > 0:
                 raise _foreign("a cache that a model without these experts filled")
@@ -66,9 +68,20 @@ class TwoPassCache(Cache):
         return cache
 
     @property
+    def is_empty(self) -> bool:
+        """Whether neither half holds a token, as after `reset`."""
+        return not self.torn and not _tokens_in(self) and not _tokens_in(self.base)
+
+    @property
     def mixed(self) -> Cache:
         """The mixture pass's cache: this object."""
         return self
+
+    def separate(self) -> None:
+        """Become the plain cache again that the user made, without a twin."""
+        self.__class__ = type(self).__mro__[2]
+        for name in ("base", "owner", "torn"):
+            del self.__dict__[name]
 
     def reset(self) -> None:
         super().reset()

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loramix.config import XLoraConfig
+from loramix.errors import ConfigurationError
 
 
 def keep_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -46,8 +47,9 @@ class XLoraClassifier(nn.Module):
         self.config = config
         self.n_classes = n_classes
         self.n_layers = n_layers
+        self.hidden_size = config.hidden_size if hidden_size is None else hidden_size
         distinct = n_layers if config.layerwise_scalings else 1
-        width, parts = config.hidden_size if hidden_size is None else hidden_size, list[nn.Module]()
+        width, parts = self.hidden_size, list[nn.Module]()
         for _ in range(config.xlora_depth - 1):
             parts += [nn.Linear(width, config.xlora_size, dtype=torch.float32), nn.ReLU()]
             if config.xlora_dropout_p > 0:
@@ -60,7 +62,17 @@ class XLoraClassifier(nn.Module):
         return self.distinct(hidden).expand(-1, -1, self.n_layers, -1)
 
     def distinct(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S distinct E"]:
-        """Logits without repetition: the third dimension is L, or 1 where all layers share them."""
+        """Logits without repetition: the third dimension is L, or 1 where all layers share them.
+
+        Raises:
+            ConfigurationError: hidden states of another width.
+        """
+        if hidden.shape[-1] != self.hidden_size:
+            raise ConfigurationError(
+                "hidden_size is the width of the base model's last hidden state.",
+                received=f"hidden_size={self.hidden_size} for hidden states {tuple(hidden.shape)}",
+                remedy=f"Use hidden_size={hidden.shape[-1]}.",
+            )
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.layers(hidden.float())
         return logits.unflatten(-1, (-1, self.n_classes))

@@ -300,7 +300,7 @@ class LoraConfig(PeftConfig):
             remedy='Use bias="none".',
         )
         require(
-            isinstance(self.init_lora_weights, bool | str | None),
+            isinstance(cast(object, self.init_lora_weights), bool | str | None),
             "init_lora_weights must be True, False or the name of a method.",
             received=f"init_lora_weights={self.init_lora_weights!r}",
             remedy="Use init_lora_weights=True.",
@@ -403,7 +403,7 @@ class XLoraConfig(PeftConfig):
             self.hidden_size = _AssumedSize(4096)
         if missing_adapters:
             self._warn("adapters was not given: this mixture has no experts yet.")
-        self.adapters = {} if missing_adapters else _as_adapters(self.adapters)
+        self.adapters = {} if missing_adapters else as_adapters(self.adapters)
         super().__post_init__()
         self._warn_about_gating()
 
@@ -416,6 +416,12 @@ class XLoraConfig(PeftConfig):
         super().validate()
         require_integer("hidden_size", self.hidden_size, at_least=1, remedy="Use base.config.hidden_size.")
         require_integer("xlora_depth", self.xlora_depth, at_least=1, remedy="Use xlora_depth=1 or more.")
+        require(
+            self.xlora_depth <= _DEEPEST,
+            f"xlora_depth must not exceed {_DEEPEST}.",
+            received=f"xlora_depth={self.xlora_depth!r}",
+            remedy="Use a small depth; two or three are usual.",
+        )
         if self.xlora_depth > 1:
             require_integer("xlora_size", self.xlora_size, at_least=1, remedy="Use the width of a layer, e.g. 2048.")
             require_probability("xlora_dropout_p", self.xlora_dropout_p)
@@ -478,6 +484,7 @@ class XLoraConfig(PeftConfig):
             self._warn(f"top_k_lora must be at least 1, and is {self.top_k_lora}: no model can be built like this.")
 
 
+_DEEPEST = 1000
 _SWITCHES = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")
 _CLASSES: dict[PeftType, type[PeftConfig]] = {PeftType.LORA: LoraConfig, PeftType.XLORA: XLoraConfig}
 
@@ -540,7 +547,13 @@ def _as_text(path: object) -> object:
     return os.fspath(cast("os.PathLike[str]", path)) if isinstance(path, os.PathLike) else path
 
 
-def _as_adapters(adapters: object) -> dict[str, str]:
+def as_adapters(adapters: object) -> dict[str, str]:
+    """A mapping from experts' names to folders or Hub ids, as texts and in its order.
+
+    Raises:
+        ConfigurationError: no mapping, or a place that is no path.
+        AdapterNameError: a name that cannot be a folder, or two that clash.
+    """
     if not isinstance(adapters, Mapping):
         raise ConfigurationError(
             "adapters must map names to folders or Hub ids.",

@@ -6,7 +6,7 @@ LoramixError
 │   ├── CheckpointNotFoundError (FileNotFoundError)  no such path or Hub id, or nothing of ours in it
 │   ├── CorruptCheckpointError                       a file that is there and cannot be read
 │   ├── IncompleteCheckpointError                    a file that lacks tensors its configuration asks for
-│   └── SaveError (OSError)                          nothing was lost: the earlier state is still in place
+│   └── SaveError (OSError)                          nothing was lost: the earlier state, or the new one, is whole
 ├── AdapterError (ValueError)                    one expert, as opposed to its files
 │   ├── AdapterNameError                             a name that cannot be a folder, or two that clash
 │   ├── UnsupportedAdapterError                      a feature of the expert that a mixture cannot carry
@@ -64,7 +64,7 @@ class IncompleteCheckpointError(CheckpointError):
 
 
 class SaveError(CheckpointError, OSError):
-    """A save that did not finish; the earlier state is still in place."""
+    """A save that did not finish; the folder still holds a whole state, and the message says which."""
 
 
 class AdapterError(LoramixError, ValueError):

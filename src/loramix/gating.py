@@ -17,7 +17,7 @@ def activate(
 
     This is what `get_latest_scalings()` and the scalings log show.
     """
-    return torch.softmax(logits / temperature, dim=-1) if softmax else logits
+    return torch.softmax(logits / float(temperature), dim=-1) if softmax else logits
 
 
 def select(

@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from loramix import journal
 from loramix.errors import CheckpointNotFoundError, ConfigurationError
@@ -56,7 +56,7 @@ class HubOptions:
         """The options among a `from_pretrained`'s keyword arguments.
 
         Raises:
-            ConfigurationError: a keyword that is none of the fields.
+            ConfigurationError: a keyword that is none of the fields, or a revision or subfolder that is no text.
         """
         known = [option.name for option in fields(cls)]
         unknown = sorted(set(kwargs) - set(known))
@@ -66,7 +66,14 @@ class HubOptions:
                 received=", ".join(unknown),
                 remedy=f"Use only {', '.join(known)}.",
             )
-        return cls(**kwargs)
+        options = cls(**kwargs)
+        for name in ("revision", "subfolder"):
+            value = getattr(options, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigurationError(
+                    f"{name} is text, or None.", received=f"{name}={value!r}", remedy=f"Write {name} as text."
+                )
+        return options
 
     def elsewhere(self) -> HubOptions:
         """The same access (token, cache, offline) for another repository: no revision, no subfolder."""
@@ -80,6 +87,12 @@ class HubOptions:
 def is_local(identifier: str | os.PathLike[str]) -> bool:
     """Whether an identifier means a local folder: it exists, or it cannot be a repository's id."""
     return _folder(identifier) is not None or _looks_local(os.fspath(identifier))
+
+
+def from_anywhere(place: str) -> str:
+    """A local folder by its absolute path, which still means it when the working directory has changed."""
+    folder = _folder(place)
+    return place if folder is None else str(folder.resolve())
 
 
 def find_file(identifier: str | os.PathLike[str], filename: str, options: HubOptions | None = None) -> Path | None:
@@ -104,6 +117,12 @@ def find_any(
 ) -> Path | None:
     """The first of several files that is there; otherwise as `find_file`."""
     options = options or HubOptions()
+    if not isinstance(cast(object, identifier), str | os.PathLike):
+        raise CheckpointNotFoundError(
+            "An identifier is a folder or a Hub id.",
+            received=f"{identifier!r}, a {type(identifier).__name__}",
+            remedy="Give a folder, or a Hub id such as user/repo.",
+        )
     folder = _folder(identifier)
     if folder is not None:
         return _find_local(folder, filenames, options)
@@ -117,7 +136,7 @@ def find_any(
     if _looks_local(text):
         raise CheckpointNotFoundError(
             "A local identifier must name an existing folder.",
-            received=f"{text!r}, and {Path(text).expanduser().absolute()} {_what_is(Path(text).expanduser())}",
+            received=f"{text!r}, and {_home(Path(text)).absolute()} {_what_is(_home(Path(text)))}",
             remedy="Correct the path, or give a Hub id such as user/repo.",
         )
     return _find_on_hub(text, filenames, options)
@@ -127,8 +146,16 @@ def _folder(identifier: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(identifier)
     if not text or "\0" in text:
         return None
-    path = Path(text).expanduser() if text.startswith("~") else Path(text)
-    return path if path.is_dir() else None
+    path = _home(Path(text))
+    return path if os.path.isdir(path) else None  # noqa: PTH112 - False, too, for a name that is too long for a file
+
+
+def _home(path: Path) -> Path:
+    """With "~" replaced, where there is such a user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def _find_local(folder: Path, filenames: tuple[str, ...], options: HubOptions) -> Path | None:
@@ -152,7 +179,7 @@ def _looks_local(identifier: str) -> bool:
         or Path(identifier).is_absolute()
         or "\\" in identifier
         or "\0" in identifier
-        or Path(identifier).exists()
+        or os.path.exists(identifier)  # noqa: PTH110 - likewise
         or (identifier.count("/") > 1 and "@" not in identifier)
         or _REPOSITORY.fullmatch(identifier) is None
     )
@@ -161,7 +188,7 @@ def _looks_local(identifier: str) -> bool:
 def _what_is(path: Path) -> str:
     if "\0" in str(path):
         return "cannot be a path"
-    return "is a file, not a folder" if path.exists() else "does not exist"
+    return "is a file, not a folder" if os.path.exists(path) else "does not exist"  # noqa: PTH110
 
 
 def _find_on_hub(identifier: str, filenames: tuple[str, ...], options: HubOptions) -> Path | None:

@@ -80,12 +80,17 @@ def _is_weight_of(module: nn.Module, saved: Tensor) -> bool:
 
 def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraWeights) -> None:
     rank = weights.A.shape[0]
-    found = {"A": tuple(weights.A.shape), "B": tuple(weights.B.shape)}
-    expected = dict(zip("AB", expected_shapes(module, rank), strict=True))
+    found: dict[str, object] = {"A": tuple(weights.A.shape), "B": tuple(weights.B.shape)}
+    shapes = expected_shapes(module, rank)
+    expected: dict[str, object] = dict(zip("AB", shapes, strict=True))
+    is_embedding = kind_of(module) == "embedding"
+    if weights.embedding != is_embedding:
+        kinds = {True: "an embedding", False: "no embedding"}
+        found["of"], expected["of"] = kinds[weights.embedding], kinds[is_embedding]
     for part in ("bias", "magnitude"):
         tensor = getattr(weights, part)
         if tensor is not None:
-            found[part], expected[part] = (tensor.numel(),), (expected["B"][0],)
+            found[part], expected[part] = (tensor.numel(),), (shapes[1][0],)
     if found != expected:
         raise AdapterMismatchError(
             "An expert's matrices fit the base model's layer.",
@@ -176,14 +181,20 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
             received=f"{type(model).__name__} with adapted layers in {', '.join(path or 'its root' for path in paths)}",
             remedy="use a decoder-only base model, or experts that adapt only its language model",
         )
+    carrier = model.get_submodule(paths[0])
+    assert isinstance(carrier, PreTrainedModel)
+    if "forward" in carrier.__dict__ and "_old_forward" not in carrier.__dict__:
+        raise ModelError(
+            "Both passes run in the forward of the backbone's class.",
+            received=f"a {type(carrier).__name__} whose forward was replaced on the object itself",
+            remedy="put the experts on first, and replace or compile the forward afterwards",
+        )
     if any(device_of(site.module).type == "meta" for site in sites):
         raise ModelError(
             "The base model's weights are in memory when experts are put on it.",
             received=f"weights on the meta device, such as those of {sites[0].path!r}",
             remedy="load the base model without offloading to disk or CPU (device_map)",
         )
-    carrier = model.get_submodule(paths[0])
-    assert isinstance(carrier, PreTrainedModel)
     return carrier
 
 

@@ -182,6 +182,10 @@ class XLoraLayer(nn.Module):
         """One expert's B in the shape that its file has."""
         return B
 
+    def unstack_A(self) -> Sequence[Tensor]:
+        """Each expert's A as its file holds it: (r, in), (r, V), or (r, in, *kernel)."""
+        return self._unstack_A(self.lora_A)
+
     def unstack(self, tensors: Mapping[str, Tensor]) -> dict[int, LoraWeights]:
         """The experts' tensors as their files hold them, by expert number.
 
@@ -216,6 +220,12 @@ class XLoraLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"number={self.number}, experts={self.members}, ranks={self.ranks}"
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook, of this module or of all modules, may hold on to the module's output."""
+    own = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)  # pyright: ignore
+    return any(map(bool, own)) or bool(nn.modules.module._has_any_global_hook())  # pyright: ignore
 
 
 def fit_tokens(columns: Tensor, tokens: torch.Size, layer: str) -> Tensor:
@@ -278,18 +288,18 @@ class XLoraLinear(XLoraLayer):
 
     def _up(self, y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
         fresh = not torch.is_grad_enabled() or type(self.base_layer) is nn.Linear
-        return add_up_projection(y, gated, B, in_place=fresh and not self.base_layer._forward_hooks)
+        return add_up_projection(y, gated, B, in_place=fresh and not _is_watched(self.base_layer))
 
     def _add_experts(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
         if not self.dora:
             return super()._add_experts(y, x, routing)
-        ratio = self._dora_ratio()
+        ratio = self.dora_ratio()
         scalings = fit_tokens(routing.experts(self, self.dora_experts), y.shape[:-1], self.adapts)
         unbiased = y if self.bias is None else y - self.bias
         gain = (scalings.to(ratio.dtype) @ (ratio - 1)).to(y.dtype) * unbiased
-        return y + gain + F.linear(self._gated(x, routing), self._dora_B(ratio)).to(y.dtype)
+        return y + gain + F.linear(self._gated(x, routing), self.lora_B * self.column_ratios(ratio)).to(y.dtype)
 
-    def _dora_ratio(self) -> Tensor:
+    def dora_ratio(self) -> Tensor:
         """(experts with DoRA, out): m / n; the norm is fixed at load and follows experts that are trained."""
         if self.lora_A.requires_grad:
             self._norm_is_stale = True
@@ -302,9 +312,10 @@ class XLoraLinear(XLoraLayer):
         super()._load_from_state_dict(*args, **kwargs)
         self._norm_is_stale = True
 
-    def _dora_B(self, ratio: Tensor) -> Tensor:
+    def column_ratios(self, ratio: Tensor) -> Tensor:
+        """(out, R): m / n of the expert of each rank column, 1 where it has none; `ratio` as `dora_ratio` gives it."""
         every = ratio.new_ones(len(self.ranks), ratio.shape[1]).index_copy(0, self.dora_positions, ratio)
-        return self.lora_B * every.index_select(0, self.position_of_rank).T
+        return every.index_select(0, self.position_of_rank).T
 
     @torch.no_grad()
     def _norms(self) -> Tensor:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from loramix import checkpoint
 from loramix.adapter import Adapter
 from loramix.classifier import XLoraClassifier
-from loramix.config import LoraConfig, PeftConfig, XLoraConfig
-from loramix.errors import RoutingError, UnsupportedOperationError
+from loramix.config import LoraConfig, PeftConfig, PeftType, XLoraConfig
+from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
+from loramix.fixed import merge, put
 from loramix.inject import replace
 from loramix.layers import XLoraLayer
 from loramix.passes import MixtureState, Specialised
@@ -29,6 +30,14 @@ from loramix.scalings import ConstantRouting, TensorRouting, override
 
 CLASSIFIER = "internal_xlora_classifier"
 ADAPTER_NAME = "default"
+
+
+_TAKEN_ON_SAVE = frozenset(
+    {
+        *("safe_serialization", "max_shard_size", "save_function", "variant", "token", "save_peft_format"),
+        *("selected_adapters", "save_embedding_layers", "path_initial_model_for_weight_conversion"),
+    }
+)
 
 
 class PeftMethods:
@@ -41,6 +50,16 @@ class PeftMethods:
     def peft_config(self) -> dict[str, PeftConfig]:
         """The live configuration, under the name "default"."""
         return {ADAPTER_NAME: self._loramix.config}
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The live configuration."""
+        return self._loramix.config
+
+    @property
+    def peft_type(self) -> PeftType:
+        """XLORA for a mixture, LORA for a plain LoRA model."""
+        return PeftType(self._loramix.config.peft_type)
 
     @property
     def active_adapter(self) -> str:
@@ -113,19 +132,30 @@ class PeftMethods:
     ) -> None:
         """Write the adapter: a mixture with its router and its experts, or one LoRA expert (SEMANTICS §4).
 
-        What trains is also written as `model.safetensors`, by the model's own keys: transformers' Trainer resumes from
-        that file, and reads its best model from it. `from_pretrained` does not look at it.
+        With `state_dict`, as a trainer calls it, what trains is also written as `model.safetensors`, by the model's own
+        keys: transformers' Trainer resumes from that file, and reads its best model from it. `from_pretrained` does
+        not look at it.
 
         Args:
             save_directory: the folder; what lies there and is not ours is left alone.
             is_main_process: whether this process writes.
             state_dict: whole tensors to write instead of the model's own, by the model's own keys; all or some.
             push_to_hub: upload the folder afterwards.
-            **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, …
+            **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, … What transformers, accelerate and PEFT
+                pass to a `save_pretrained` is taken and means nothing here.
 
         Raises:
+            ConfigurationError: another argument.
             SaveError: the folder could not be written; what it held is still in place.
         """
+        unknown = sorted(set(hub) - _TAKEN_ON_SAVE) if not push_to_hub else []
+        if unknown or hub.get("safe_serialization") is False:
+            raise ConfigurationError(
+                "A mixture is saved as safetensors, and takes further arguments only for push_to_hub=True.",
+                received=", ".join(unknown) or "safe_serialization=False",
+                remedy=f"leave {'them' if len(unknown) > 1 else 'it'} out",
+            )
+        hub = {name: value for name, value in hub.items() if name not in _TAKEN_ON_SAVE or name == "token"}
         if is_main_process:
             _save(cast(PreTrainedModel, self), save_directory, state_dict)
         if push_to_hub:
@@ -143,15 +173,47 @@ class PeftMethods:
         training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return [name for name in model.state_dict() if name not in training]
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible: in a mixture every token has weights of its own, and nothing merges fixed ones yet."""
-        raise UnsupportedOperationError(
-            "Only experts whose scalings are the same for every token could be merged into the base model.",
-            received=f"merge_and_unload() on a model with the experts {', '.join(self.expert_names)}",
-            remedy="keep the experts beside the base model; unload() takes them out",
-        )
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> PreTrainedModel:
+        """Merge the experts into the weights of the base model, where their scalings are the same for every token.
 
-    merge_adapter = merge_and_unload
+        That is so for a plain LoRA model, and for a mixture inside `fixed_scalings(…)`.
+
+        Args:
+            progressbar: kept for PEFT's sake, like the next two.
+            safe_merge: weights are always checked before any is changed.
+            adapter_names: None, or `["default"]`.
+
+        Returns:
+            The base model, the same object, without experts.
+
+        Raises:
+            UnsupportedOperationError: every token has scalings of its own, or a base layer is quantised; nothing was
+                changed.
+        """
+        model, state = cast(PreTrainedModel, self), self._loramix
+        routing = state.single_pass()
+        if routing is None or adapter_names not in (None, [ADAPTER_NAME]):
+            raise UnsupportedOperationError(
+                "Only experts whose scalings are the same for every token can be merged into the base model.",
+                received=f"merge_and_unload() on a mixture of {', '.join(self.expert_names)}, which routes each token"
+                if routing is None
+                else f"adapter_names={adapter_names!r}",
+                remedy="keep the experts beside the base model, or merge inside `with model.fixed_scalings([…]):`",
+            )
+        merged = merge(_layers(model), routing)
+        self.unload()
+        put(model, merged)
+        return model
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: what is merged leaves the model."""
+        _refuse("merge_adapter", "merge_and_unload(), inside fixed_scalings([…]) for a mixture")
+
+    def unmerge_adapter(self) -> NoReturn:
+        """Likewise."""
+        _refuse("unmerge_adapter", "the model before merge_and_unload(): nothing is merged while experts are there")
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not possible: the experts of a mixture are its configuration's."""
@@ -206,12 +268,15 @@ class XLoraMethods(PeftMethods):
         Raises:
             RoutingError: another shape.
         """
-        scalings = torch.as_tensor(values, dtype=torch.float32, device=cast(Any, self).device)
         shapes = [(len(self.expert_names),), (len(self.adapted_modules), len(self.expert_names))]
-        if tuple(scalings.shape) not in shapes:
+        try:
+            scalings = torch.as_tensor(values, dtype=torch.float32, device=cast(Any, self).device)
+        except (TypeError, ValueError, RuntimeError):
+            scalings = torch.empty(0)
+        if tuple(scalings.shape) not in shapes or not bool(torch.isfinite(scalings).all()):
             raise RoutingError(
-                "Fixed scalings hold one number for each expert, or for each layer and expert.",
-                received=f"values of shape {tuple(scalings.shape)}",
+                "Fixed scalings hold one finite number for each expert, or for each layer and expert.",
+                received=f"{values!r}",
                 remedy=f"pass shape {shapes[0]} for {', '.join(self.expert_names)}, or {shapes[1]}",
             )
         rows = scalings if scalings.dim() == 2 else scalings.unsqueeze(0)
@@ -273,6 +338,7 @@ class XLoraMethods(PeftMethods):
 
     def _change(self, **fields: Any) -> None:
         trial = copy.copy(self._xlora_config)
+        fields = {name: value.item() if hasattr(value, "item") else value for name, value in fields.items()}
         vars(trial).update(fields)
         trial.validate_for(len(self.expert_names), trial.hidden_size)
         vars(self._xlora_config).update(fields)
@@ -286,14 +352,15 @@ def _save(model: PreTrainedModel, folder: str | PathLike[str], given: Mapping[st
     state = cast(PeftMethods, model)._loramix  # pyright: ignore[reportPrivateUsage]
     tensors = model.state_dict() | dict(given or {})
     experts = _experts(model, state, tensors)
-    training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad} or None
+    training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainer_state = training if given is not None and training else None
     if isinstance(state.config, LoraConfig):
-        checkpoint.save_adapter(folder, experts[0], trainer_state=training)
+        checkpoint.save_adapter(folder, experts[0], trainer_state)
         return
     assert isinstance(state.config, XLoraConfig)
     prefix = f"{CLASSIFIER}."
     router = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    checkpoint.save_mixture(folder, state.config, router, experts, trainer_state=training)
+    checkpoint.save_mixture(folder, state.config, router, experts, trainer_state)
 
 
 def _experts(model: PreTrainedModel, state: MixtureState, tensors: Mapping[str, Tensor]) -> list[Adapter]:

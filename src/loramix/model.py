@@ -10,8 +10,6 @@ import copy
 from abc import ABC, ABCMeta
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
@@ -23,12 +21,12 @@ from loramix.adapter import Adapter
 from loramix.classifier import XLoraClassifier
 from loramix.config import LoraConfig, PeftConfig, XLoraConfig
 from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError
-from loramix.hub import HubOptions
+from loramix.hub import HubOptions, from_anywhere
 from loramix.inject import adapt, find_carrier, plan, replace
 from loramix.layers import XLoraLayer
 from loramix.lora import new_adapter
 from loramix.methods import ADAPTER_NAME, CLASSIFIER, PeftMethods, XLoraMethods
-from loramix.passes import MixtureState, route_checkpoints, specialise
+from loramix.passes import MixtureState, rebind_forward, route_checkpoints, specialise
 
 if TYPE_CHECKING:
 
@@ -64,12 +62,13 @@ class PeftModel(_Peft):
             model_id: a folder, or a Hub identifier.
             adapter_name: kept for PEFT's sake; "default".
             is_trainable: whether what was trained trains on; otherwise nothing requires gradients.
-            config: a configuration of the same kind to use instead of the saved one.
+            config: a configuration to use instead of the saved one: of the same kind, for the same tensors. Experts
+                that it names otherwise than the saved one count as `adapters`.
             adapters: experts to use instead of the saved ones: the same names replace by name, all-new names replace
                 in order and become the names.
             **hub: revision, subfolder, token, cache_dir, local_files_only, force_download. PEFT's `torch_device`,
-                `autocast_adapter_dtype`, `low_cpu_mem_usage` and `ephemeral_gpu_offload` are taken and mean nothing:
-                experts go where the base model's layers are.
+                `device_map`, `autocast_adapter_dtype`, `low_cpu_mem_usage` and `ephemeral_gpu_offload` are taken and
+                mean nothing: experts go where the base model's layers are.
 
         Raises:
             CheckpointError: files that are missing, broken or incomplete.
@@ -79,24 +78,21 @@ class PeftModel(_Peft):
         """
         _check_base(model)
         options = _options(hub)
+        config = copy.deepcopy(config)
         if checkpoint.detect(model_id, options) == "expert":
             _require_kind(config, LoraConfig, model_id)
             if adapters is not None:
                 raise ConfigurationError(
                     "adapters= replaces the experts of a mixture.",
-                    received=f"adapters={dict(adapters)!r} for {str(model_id)!r}, which is one expert",
+                    received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
                     remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
                 )
-            adapter = checkpoint.load_adapter(adapter_name, model_id, options)
-            if config is not None:
-                adapter.config = cast(LoraConfig, copy.deepcopy(config))
+            adapter = checkpoint.load_adapter(adapter_name, model_id, options, cast("LoraConfig | None", config))
             return _build_lora(model, adapter, trainable=is_trainable)
         _require_kind(config, XLoraConfig, model_id)
-        saved = checkpoint.load_mixture(model_id, options, adapters=adapters)
-        chosen = saved.config if config is None else cast(XLoraConfig, copy.deepcopy(config))
-        chosen.adapters = saved.config.adapters
-        chosen.inference_mode = not is_trainable
-        result = _build_mixture(model, chosen, saved.experts, saved.classifier, trainable=is_trainable)
+        saved = checkpoint.load_mixture(model_id, options, adapters, cast("XLoraConfig | None", config))
+        saved.config.inference_mode = not is_trainable
+        result = _build_mixture(model, saved.config, saved.experts, saved.classifier, trainable=is_trainable)
         return result if is_trainable else cast(PeftModel, cast(PreTrainedModel, result).eval())
 
 
@@ -111,18 +107,18 @@ cast(ABCMeta, XLoraModel).register(XLoraMethods)
 
 @overload
 def get_peft_model(
-    model: PreTrainedModel, peft_config: XLoraConfig, adapter_name: str = ADAPTER_NAME, **hub: Any
+    model: PreTrainedModel, peft_config: XLoraConfig, adapter_name: str = ADAPTER_NAME, mixed: bool = ..., **hub: Any
 ) -> XLoraModel: ...
 
 
 @overload
 def get_peft_model(
-    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, **hub: Any
+    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, mixed: bool = ..., **hub: Any
 ) -> PeftModel: ...
 
 
 def get_peft_model(
-    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, **hub: Any
+    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, mixed: bool = False, **hub: Any
 ) -> PeftModel:
     """Make a mixture of a base model and the experts a configuration names, with a new router; or a new LoRA expert.
 
@@ -130,6 +126,7 @@ def get_peft_model(
         model: the base model; it becomes the result. It is left as it was if anything here fails.
         peft_config: an `XLoraConfig`, or a `LoraConfig` to train a new expert with. The model keeps a copy.
         adapter_name: kept for PEFT's sake.
+        mixed: likewise; False.
         **hub: as for `PeftModel.from_pretrained`, for the experts; but `revision` is the base model's, as in PEFT, and
             kept in the configuration. An expert says its own: "user/repo@revision".
 
@@ -137,21 +134,23 @@ def get_peft_model(
         ConfigurationError, CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
     """
     _check_base(model)
+    if not isinstance(cast(object, peft_config), XLoraConfig | LoraConfig) or mixed:
+        kind = type(peft_config)
+        raise ModelError(
+            "A model is built from one loramix.XLoraConfig or loramix.LoraConfig.",
+            received="mixed=True" if mixed else f"a {kind.__module__}.{kind.__qualname__}",
+            remedy="pass XLoraConfig(adapters={…}) or LoraConfig(target_modules=…), imported from loramix",
+        )
     config = copy.deepcopy(peft_config)
     config.revision = hub.pop("revision", config.revision)
+    options = _options(hub)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.config, "_name_or_path", None) or None
     if isinstance(config, LoraConfig):
         return _build_lora(model, new_adapter(adapter_name, model, config), trainable=True)
-    if not isinstance(config, XLoraConfig):
-        raise ModelError(
-            "A model is built from an XLoraConfig or a LoraConfig.",
-            received=f"a {type(config).__name__}",
-            remedy="pass XLoraConfig(adapters={…}) or LoraConfig(target_modules=…)",
-        )
-    options = _options(hub)
+    assert isinstance(config, XLoraConfig)
     config.validate_for(len(config.adapters), hidden_size_of(model))
-    config.adapters = {name: _from_anywhere(place) for name, place in config.adapters.items()}
+    config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
     experts = [checkpoint.load_adapter(name, source, options) for name, source in config.adapters.items()]
     return _build_mixture(model, config, experts, None, trainable=not config.inference_mode)
 
@@ -160,12 +159,9 @@ def _options(hub: Mapping[str, Any]) -> HubOptions:
     return HubOptions.from_kwargs({name: value for name, value in hub.items() if name not in _ONLY_PEFTS})
 
 
-_ONLY_PEFTS = frozenset({"torch_device", "autocast_adapter_dtype", "low_cpu_mem_usage", "ephemeral_gpu_offload"})
-
-
-def _from_anywhere(place: str) -> str:
-    """A local folder by its absolute path, which still means it when the working directory has changed."""
-    return str(Path(place).resolve()) if Path(place).is_dir() else place
+_ONLY_PEFTS = frozenset(
+    {"torch_device", "device_map", "autocast_adapter_dtype", "low_cpu_mem_usage", "ephemeral_gpu_offload"}
+)
 
 
 def _require_kind(config: PeftConfig | None, kind: type[PeftConfig], model_id: str | PathLike[str]) -> None:
@@ -202,7 +198,10 @@ def hidden_size_of(model: PreTrainedModel) -> int:
     """H: the width of the last hidden state, which the head reads where there is one."""
     head = model.get_output_embeddings()
     width = getattr(head, "in_features", None)
-    return width if isinstance(width, int) else model.config.get_text_config().hidden_size
+    if isinstance(width, int):
+        return width
+    config = model.config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT projects its last hidden state
 
 
 def _check_base(model: PreTrainedModel) -> None:
@@ -292,8 +291,8 @@ def _commit(
     for part in parts:
         part.__dict__["_loramix"] = state
         part.__class__ = specialise(type(part), *([methods] if part is model else []), carrier=part is carrier)
-    if "_old_forward" in carrier.__dict__:  # a hook of accelerate holds the forward that it wraps
-        carrier.__dict__["_old_forward"] = MethodType(type(carrier).forward, carrier)
+    for part in parts:
+        rebind_forward(part)
 
 
 def _set_trainable(layers: Mapping[str, XLoraLayer], trainable: bool) -> None:

@@ -15,6 +15,7 @@ import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -90,6 +91,8 @@ class MixtureState:
         config, classifier = self.config, self.classifier
         assert isinstance(config, XLoraConfig)
         assert classifier is not None
+        if not torch.compiler.is_compiling():
+            config.validate_for(len(self.experts), classifier.hidden_size)  # it may have been changed by hand
         logits = classifier.distinct(hidden)
         scalings = activate(logits, softmax=config.enable_softmax, temperature=config.softmax_temperature)
         self._latest = scalings.detach()
@@ -102,6 +105,10 @@ class MixtureState:
         twin = memo[id(self)] = MixtureState.__new__(MixtureState)
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo), owner=uuid.uuid4().hex)
         return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Likewise what was pickled."""
+        self.__dict__.update(state, owner=uuid.uuid4().hex)
 
     @property
     def latest(self) -> Float[Tensor, "B S L E"] | None:
@@ -178,7 +185,8 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
             first[its_cache] = cache.base
             cache.torn = True
         elif self.training and torch.is_grad_enabled() and kwargs.get("use_cache") is not True:
-            first["use_cache"] = False  # a training step returns a cache that nobody continues
+            first["use_cache"] = False  # nobody continues the cache of a training step
+            kwargs["use_cache"] = False
         with torch.no_grad():
             made = routed(state.scaling_pass(), forward, self, **first)
         routing = state.mixture_pass(made.last_hidden_state)
@@ -198,7 +206,9 @@ def as_asked(out: ModelOutput, return_dict: bool | None) -> Any:
 
 
 def refuse_two_pass_cache(cache: Cache | None) -> None:
-    """Raises CacheError: a cache of two passes where only one is made."""
+    """Raises CacheError: a cache of two passes where only one is made, unless it is empty: then it becomes plain."""
+    if isinstance(cache, TwoPassCache) and cache.is_empty:
+        cache.separate()
     if isinstance(cache, TwoPassCache):
         raise CacheError(
             "A cache is continued the way it was filled.",
@@ -223,6 +233,12 @@ def specialise(kind: type, *mixins: type, carrier: bool) -> type:
     return type(kind.__name__, (*mixins, Specialised, RoutedCheckpointing, kind), body)
 
 
+def rebind_forward(model: Any) -> None:
+    """Let a hook of accelerate, which holds the forward that it wraps, hold that of the model's class as it is now."""
+    if "_old_forward" in model.__dict__:
+        model.__dict__["_old_forward"] = MethodType(type(model).forward, model)
+
+
 class Specialised:
     """Mixin of every run-time subclass: what it was made of, to be made again by pickle, or undone."""
 
@@ -237,6 +253,7 @@ class Specialised:
         """Become an instance of the model's own class again."""
         del self.__dict__["_loramix"]
         self.__class__ = self._loramix_made_of[0]
+        rebind_forward(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, self._loramix_made_of, self.__dict__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from typing import cast
@@ -16,11 +15,18 @@ def require(holds: bool, rule: str, *, received: str, remedy: str) -> None:
         raise ConfigurationError(rule, received=received, remedy=remedy)
 
 
+_LARGEST_INTEGER = 2**31 - 1
+_LARGEST_NUMBER = 3.4e38  # what float32 holds
+
+
 def require_integer(name: str, value: object, *, at_least: int | None, remedy: str) -> None:
-    """A whole number, and not below `at_least`."""
+    """A whole number, not below `at_least`, and one that a tensor can be as large as."""
     bound = "" if at_least is None else f" of at least {at_least}"
     require(
-        isinstance(value, int) and not isinstance(value, bool) and (at_least is None or value >= at_least),
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and (at_least is None or value >= at_least)
+        and abs(value) <= _LARGEST_INTEGER,
         f"{name} must be a whole number{bound}.",
         received=f"{name}={value!r}",
         remedy=remedy,
@@ -28,9 +34,9 @@ def require_integer(name: str, value: object, *, at_least: int | None, remedy: s
 
 
 def require_finite(name: str, value: object, *, remedy: str) -> None:
-    """A number that is neither infinite nor NaN."""
+    """A number that is neither NaN nor, in float32, infinite."""
     require(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER,
         f"{name} must be a finite number.",
         received=f"{name}={value!r}",
         remedy=remedy,

@@ -40,7 +40,7 @@ class ConstantRouting:
     """Every expert gets one value, in every layer and for every token. Zero means the base model."""
 
     def __init__(self, value: float) -> None:
-        self.value = value
+        self.value = float(value)
 
     @property
     def silent(self) -> bool:
@@ -70,7 +70,7 @@ class TensorRouting:
 
     def __init__(self, scalings: Tensor, weight: float = 1.0, layouts: Sequence[Stack] = ()) -> None:
         self.scalings = scalings
-        self._weighted = scalings if weight == 1.0 else scalings * weight
+        self._weighted = scalings if weight == 1.0 else scalings * float(weight)
         self._shared = scalings.shape[-2] == 1
         self._by_layer = self._weighted.unbind(-2)  # one stack in backward, not a zero-filled tensor for each layer
         self._columns = [self._expand(stack).to(stack.lora_A.dtype) for stack in layouts] if self._shared else []

@@ -257,3 +257,16 @@ def test_a_journal_without_temporaries_says_nothing(tmp_path):
     save_mixture(tmp_path, *NEW)
     assert state_of(tmp_path, OLD, NEW) == 1
     assert (tmp_path / "model.safetensors").read_bytes() == b"a trainer's"
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path, old_folder):
+    for _at, _faults, _outcome in run(lambda: save_mixture(tmp_path, *NEW), Killed(), fatal=True):
+        if leftovers(tmp_path):
+            break
+    assert leftovers(tmp_path)
+    assert not (tmp_path / journal.JOURNAL_NAME).exists()
+    foreign = tmp_path / ".loramix-notes"
+    foreign.touch()
+    save_mixture(tmp_path, *NEW)
+    assert leftovers(tmp_path) == [foreign.name]
+    assert state_of(tmp_path, OLD, NEW) == 1

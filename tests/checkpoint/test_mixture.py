@@ -347,6 +347,22 @@ class TestWrong:
         with pytest.raises(CorruptCheckpointError, match="5 outputs, which is no multiple of the 2"):
             load_mixture(tmp_path)
 
+    @pytest.mark.parametrize(
+        "change", [lambda t: t * float("nan"), lambda t: t.int()], ids=["not a number", "whole numbers"]
+    )
+    def test_numbers_that_no_classifier_has(self, folder, change):
+        key = f"{KEY}layers.0.weight"
+        rewrite(folder, lambda tensors: tensors | {key: change(tensors[key])})
+        with pytest.raises(CorruptCheckpointError, match="finite floating-point"):
+            load_mixture(folder)
+
+    @pytest.mark.parametrize("adapters", [None, {}])
+    @pytest.mark.filterwarnings("ignore:adapters was not given")
+    def test_a_mixture_of_nothing(self, folder, adapters):
+        edit(folder, adapters=adapters)
+        with pytest.raises(ConfigurationError, match="names its experts"):
+            load_mixture(folder)
+
     def test_a_file_without_any_tensor(self, folder):
         rewrite(folder, lambda t: {})
         with pytest.raises(IncompleteCheckpointError, match=r"layers\.3\.bias"):

@@ -293,6 +293,14 @@ class TestWrongTensors:
         shape = str(tuple(parts["lora_A__weight" if "lora_A__weight" in parts else "lora_B__weight"].shape))
         self.refused(folder, CorruptCheckpointError, Q0, "expected r=2", shape)
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_numbers_that_are_not_finite(self, folder, value):
+        key = f"base_model.model.{Q0}.lora_B.weight"
+        rewrite(folder, lambda tensors: tensors | {key: tensors[key].fill_(value)})
+        with pytest.raises(CorruptCheckpointError, match="finite") as caught:
+            load_adapter("math", folder)
+        assert f"'{Q0}'" in caught.value.received
+
     def test_a_rank_pattern_that_the_tensors_contradict(self, folder):
         edit(folder, rank_pattern={"layers.0.q": 7})
         self.refused(folder, CorruptCheckpointError, Q0, "expected r=7", f"(2, {HIDDEN})")

@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -120,6 +121,22 @@ def test_a_reader_that_has_gone_ends_it_quietly() -> None:
     done = run("--help", stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device that Linux has")  # noqa: PTH110
+def test_a_full_disk_under_stdout_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        done = run("--help", stdout=full.fileno())
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: [Errno 28]")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_warning_is_one_line_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.warnings_as_lines():
+        for _ in range(2):
+            warnings.warn("mind [this]", stacklevel=1)
+    assert tuple(capsys.readouterr()) == ("", "warning: mind [this]\n")
 
 
 def test_what_the_encoding_of_stdout_lacks_is_replaced_and_not_an_error() -> None:

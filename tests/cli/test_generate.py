@@ -113,14 +113,44 @@ def test_an_empty_prompt_is_told(loramix, folders) -> None:
     assert done.err.startswith("ConfigurationError: A prompt has at least one token.")
 
 
-def test_a_base_that_cannot_be_read_is_told_in_full(loramix, folders, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("tokenizer.json", "{}"),
+        ("model.safetensors", ""),
+        ("model.safetensors", "truncated"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_told_in_one_line_each(
+    file: str, content: str, loramix, folders, tmp_path
+) -> None:
     broken = shutil.copytree(folders.base, tmp_path / "broken")
-    (broken / "config.json").write_text("{")
+    (broken / file).write_text(content)
     done = loramix("generate", folders.mixture, "--prompt", "x", "--base", broken)
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("CheckpointNotFoundError: ")
-    assert len(done.err.splitlines()) == 3
-    assert "config.json" in done.err
+    assert re.match(r"(CheckpointNotFound|CorruptCheckpoint)Error: The ", done.err)
+    assert [line.split(":")[0].strip() for line in done.err.splitlines()[1:]] == ["received", "remedy"]
+    assert str(broken) in done.err
+
+
+def test_a_base_of_another_size_than_its_weights_is_told(loramix, folders, tmp_path) -> None:
+    config = shutil.copytree(folders.base, tmp_path / "wrong") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 300}))
+    done = loramix("generate", folders.mixture, "--prompt", "x", "--base", config.parent)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("CorruptCheckpointError: ")
+
+
+def test_a_folder_named_demo_goes_before_the_mixture_that_ships(
+    loramix, folders, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folders.mixture, tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    words = ("generate", "demo", "--prompt", "x", "--max-new-tokens", 1, "--json")
+    assert json.loads(loramix(*words).out)["base"] == str(folders.base)
+    assert json.loads(loramix("info", "demo", "--json").out)["base_model"] == str(folders.base)
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:999", "meta"])
@@ -138,6 +168,7 @@ def test_a_device_that_cannot_be_used_is_told(device: str, loramix, folders) -> 
         ("generate", "--prompt", "x"),
         ("generate", "demo", "--prompt", "x", "--seed", "1"),
         ("generate", "demo", "--prompt", "x", "--max-new-tokens", "0"),
+        ("generate", "demo", "--prompt", "x", "--max-new-tokens", "1" + 20 * "0"),
         ("generate", "demo", "--prompt", "x", "--do-sample", "--seed", "4294967296"),
         ("demo", "--seed", "4294967296"),
         ("generate", "demo", "--prompt", "x", "--colour"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+
+from loramix.demo import DOMAINS
 
 
 def test_a_mixture_as_text(loramix, folders) -> None:
@@ -49,3 +52,19 @@ def test_no_such_folder_is_told_and_is_exit_code_1(loramix, tmp_path: Path) -> N
 
 def test_an_error_with_json_leaves_stdout_empty(loramix, tmp_path: Path) -> None:
     assert loramix("info", tmp_path, "--json").out == ""
+
+
+def test_the_mixture_that_ships(loramix) -> None:
+    document = json.loads(loramix("info", "demo", "--json").out)
+    assert [expert["name"] for expert in document["experts"]] == list(DOMAINS)
+    assert document["router"]["layerwise"]
+
+
+def test_fields_of_a_later_version_are_warned_about_in_one_line(loramix, folders, tmp_path: Path) -> None:
+    config = shutil.copytree(folders.experts["math"], tmp_path / "later") / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"of_tomorrow": 1}))
+    done = loramix("info", config.parent)
+    assert done.code == 0
+    assert done.err.startswith("warning: ")
+    assert len(done.err.splitlines()) == 1
+    assert "of_tomorrow" in done.err

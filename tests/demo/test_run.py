@@ -13,8 +13,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from loramix.demo import DOMAINS, DemoResult, DemoSettings, run, run_demo
-from loramix.demo.compare import COLUMNS, XLORA
-from loramix.errors import LoramixError
+from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA
+from loramix.errors import LoramixError, SaveError
 from loramix.model import XLoraModel
 
 TINY = DemoSettings(steps=2, batch=2, windows=1, tokens=4)
@@ -77,3 +77,26 @@ def test_without_accelerate_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
     with pytest.raises(LoramixError, match="accelerate"):
         run_demo(tmp_path, TINY)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "foreign" / "mixture").mkdir(parents=True)
+    (tmp_path / "foreign" / "mixture" / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(run, "build", lambda *_: pytest.fail("it has begun"))
+    for out in ("file", "file/below", "foreign", "null\0byte"):
+        with pytest.raises(SaveError):
+            run_demo(tmp_path / out, TINY)
+
+
+def test_the_trainer_leaves_nothing_beside_the_mixture(tour: tuple[DemoResult, str]) -> None:
+    folder = tour[0].mixture.parent
+    assert {path.name for path in folder.iterdir()} == {"mixture", "routing.png"}
+
+
+def test_every_sentence_of_the_verdict_is_a_line_of_its_own(tour: tuple[DemoResult, str]) -> None:
+    lines = tour[1].splitlines()
+    for text in (MIXED, SWITCHING):
+        assert sum(line.startswith(f"{text}:") and "X-LoRA" in line for line in lines) == 1

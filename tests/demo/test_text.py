@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -104,9 +105,11 @@ def test_windows_stop_at_the_count_and_take_a_share_of_each_text(demo_tokenizer:
 
 
 def test_a_switching_passage_knows_its_domains(demo_tokenizer: PreTrainedTokenizerFast) -> None:
-    for passage in switching_passages(demo_tokenizer, 3):
-        assert len(passage.domains) == len(passage.ids) - 1
-        assert len(set(passage.domains)) >= 2
+    for passage in switching_passages(demo_tokenizer, 12):
+        assert len(passage.domains) == len(passage.ids) - 1 <= WINDOW - 1
+        pieces = [len(list(run)) for _, run in itertools.groupby(passage.domains)]
+        assert len(set(passage.domains)) == len(pieces) == 3
+        assert min(pieces) >= 60
 
 
 def test_a_domain_passage_has_one_domain(demo_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -85,8 +85,9 @@ def test_trained_experts_are_kept(experts: Any, tmp_path: Path) -> None:
 
 
 CALLS = {
-    "merge_and_unload": "unload()",
-    "merge_adapter": "unload()",
+    "merge_and_unload": "fixed_scalings",
+    "merge_adapter": "merge_and_unload()",
+    "unmerge_adapter": "merge_and_unload()",
     "load_adapter": "adapters=",
     "add_adapter": "get_peft_model",
     "set_adapter": "fixed_scalings",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_module
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from loramix import (
     AdapterMismatchError,
     CacheError,
     ConfigurationError,
+    CorruptCheckpointError,
     IncompleteCheckpointError,
     LoraConfig,
     ModelError,
     PeftModel,
+    RoutingError,
     SaveError,
+    UnsupportedAdapterError,
     XLoraConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
 from oracle.peft_side import PEFT_WARNINGS
-from tiny import llama, save_expert, tokens
+from tiny import llama, opt, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
 
@@ -46,8 +52,10 @@ def test_saving_into_the_base_models_folder_leaves_its_weights(experts: Experts,
     llama().save_pretrained(tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
     model = mixture(experts("llama"), AutoModelForCausalLM.from_pretrained(tmp_path))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
     with pytest.warns(UserWarning, match="left alone"):
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path, state_dict={})
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
@@ -142,6 +150,183 @@ def test_pefts_keyword_arguments_are_taken(experts: Experts, tmp_path: Path) -> 
     PeftModel.from_pretrained(llama(), tmp_path, torch_device="cpu", ephemeral_gpu_offload=False)
     with pytest.raises(ConfigurationError, match="no_such_option"):
         PeftModel.from_pretrained(llama(), tmp_path, no_such_option=1)
+    for peft_config in (config, LoraConfig(target_modules=["q_proj"])):
+        assert isinstance(get_peft_model(llama(), peft_config, "default", False), PeftModel)
+        with pytest.raises(ConfigurationError, match="no_such_option"):
+            get_peft_model(llama(), peft_config, no_such_option=1)
+        with pytest.raises(ModelError, match="mixed=True"):
+            get_peft_model(llama(), peft_config, mixed=True)
+
+
+def test_what_a_plain_save_writes(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, safe_serialization=True, max_shard_size="5GB")
+    expected = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == expected | {"math", "code", "prose"}
+    assert all({path.name for path in (tmp_path / name).iterdir()} == expected for name in model.expert_names)
+
+
+@pytest.mark.parametrize("unwanted", [{"no_such_option": 1}, {"safe_serialization": False}])
+def test_what_a_save_cannot_heed_is_refused_before_it_writes(model: Any, unwanted: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(unwanted))):
+        model.save_pretrained(tmp_path / "mixture", **unwanted)
+    assert not (tmp_path / "mixture").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("softmax_temperature", 0.0), ("top_k_lora", 9), ("layerwise_scalings", True), ("xlora_depth", 2)],
+)
+def test_a_configuration_spoilt_by_hand_is_not_saved(field: str, value: Any, model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    expected = model(tokens()).logits
+    setattr(model.peft_config["default"], field, value)
+    with pytest.raises(ConfigurationError, match=field):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize(("field", "value"), [("softmax_temperature", 0.0), ("top_k_lora", 0), ("top_k_lora", 4)])
+def test_a_configuration_spoilt_by_hand_gives_no_numbers(field: str, value: Any, model: Any) -> None:
+    setattr(model.peft_config["default"], field, value)
+    with pytest.raises(ConfigurationError, match=field):
+        model(tokens())
+
+
+def test_a_given_configuration_counts(model: Any, experts: Experts, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    config = XLoraConfig.from_pretrained(tmp_path)
+    config.top_k_lora = 1
+    loaded: Any = PeftModel.from_pretrained(llama(), tmp_path, config=config)
+    model.set_topk_lora(1)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert loaded.peft_config["default"] is not config
+
+    config.adapters = {name: experts("llama")["code"] for name in ("x", "y", "z")}
+    assert PeftModel.from_pretrained(llama(), tmp_path, config=config).expert_names == ["x", "y", "z"]
+    config.adapters = {"x": experts("llama")["code"]}
+    with pytest.raises(ConfigurationError, match="exactly 3 new ones"):
+        PeftModel.from_pretrained(llama(), tmp_path, config=config)
+    config.adapters, config.xlora_depth = {}, 2
+    with pytest.raises(IncompleteCheckpointError):
+        PeftModel.from_pretrained(llama(), tmp_path, config=config)
+
+
+def test_a_given_configuration_of_an_expert_fits_its_tensors(experts: Experts, tmp_path: Path) -> None:
+    folder = experts("llama")["math"]
+    config = LoraConfig.from_pretrained(folder)
+    config.lora_alpha *= 2
+    loaded: Any = PeftModel.from_pretrained(llama(), folder, config=config)
+    plain: Any = PeftModel.from_pretrained(llama(), folder)
+    assert not torch.equal(loaded(tokens()).logits, plain(tokens()).logits)
+    loaded.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(tokens()).logits, loaded(tokens()).logits)
+    for field, value, error in (
+        ("r", 64, CorruptCheckpointError),
+        ("use_dora", True, IncompleteCheckpointError),
+        ("bias", "all", UnsupportedAdapterError),
+    ):
+        wrong = copy.deepcopy(config)
+        setattr(wrong, field, value)
+        with pytest.raises(error):
+            PeftModel.from_pretrained(llama(), folder, config=wrong)
+
+
+def test_replaced_experts_outlive_the_working_directory(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "mixture")
+    save_expert(tmp_path / "experts" / "one", llama(), target_modules=["q_proj"])
+    monkeypatch.chdir(tmp_path)
+    loaded: Any = PeftModel.from_pretrained(llama(), "mixture", adapters={"math": "experts/one"})
+    assert loaded.peft_config["default"].adapters["math"] == str(tmp_path / "experts" / "one")
+
+
+@pytest.mark.parametrize("where", ["everywhere", "the backbone"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_accelerates_hooks_survive_the_experts_and_their_leaving(where: str, when: str, experts: Experts) -> None:
+    base: Any = llama()
+    parts = [""] if where == "everywhere" else ["model", "lm_head"]
+    if when == "before":
+        dispatch_model(base, dict.fromkeys(parts, "cpu"), force_hooks=True)
+    model = mixture(experts("llama"), base)
+    if when == "after":
+        parts += ["internal_xlora_classifier"] if where == "the backbone" else []
+        dispatch_model(base, dict.fromkeys(parts, "cpu"), force_hooks=True)
+    assert torch.equal(model(tokens()).logits, mixture(experts("llama"), llama())(tokens()).logits)
+    assert torch.equal(model.unload()(tokens()).logits, llama()(tokens()).logits)
+
+
+def test_offloaded_experts_are_not_saved_and_what_was_saved_stays(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    expected = model(tokens()).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(SaveError, match="remove_hook_from_module"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(tokens()).logits, expected)
+    remove_hook_from_module(model, recurse=True)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(tokens()).logits, expected)
+
+
+def test_a_backbone_with_a_forward_of_its_own_is_refused(experts: Experts) -> None:
+    base: Any = llama()
+    forward = base.model.forward
+    base.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(ModelError, match="replaced on the object"):
+        mixture(experts("llama"), base)
+    assert torch.equal(base(tokens()).logits, llama()(tokens()).logits)
+
+
+def test_hooks_of_the_base_layer_are_called_with_its_own_output(experts: Experts) -> None:
+    base: Any = llama()
+    layer = base.model.layers[1].self_attn.q_proj
+    seen: list[torch.Tensor] = []
+    layer.register_full_backward_hook(lambda _module, _inputs, outputs: seen.append(outputs[0]))
+    model = mixture(experts("llama"), base).train()
+    with torch.no_grad():
+        expected = mixture(experts("llama"), llama())(tokens()).logits
+    out = model(tokens(), labels=tokens())
+    assert_close(out.logits, expected)
+    out.loss.backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_was_reset_serves_any_model(kind: str, model: Any, experts: Experts) -> None:
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=32)
+    own, others = mixture(experts("llama")), mixture(experts("llama"), xlora_depth=1, layerwise_scalings=True)
+    for turn in (own, others, own):
+        expected = turn(tokens()).logits
+        assert_close(turn(tokens(), past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-5)
+        cache.reset()
+    with own.disable_adapter():
+        plain = own(tokens(), past_key_values=cache).logits
+    assert_close(plain, llama()(tokens()).logits, atol=1e-5, rtol=1e-5)
+    assert not hasattr(cache, "base")
+
+
+@pytest.mark.parametrize("values", [[float("nan"), 1.0, 1.0], [1.0, 2.0]])
+def test_fixed_scalings_are_numbers_for_each_expert(values: Any, model: Any) -> None:
+    with pytest.raises(RoutingError, match="one finite number for each expert"):
+        model.fixed_scalings(values)
+
+
+def test_a_pickled_model_does_not_continue_the_caches_of_its_twin(model: Any) -> None:
+    twin = pickle.loads(pickle.dumps(model))
+    cache = model(tokens()).past_key_values
+    with pytest.raises(CacheError, match="another mixture"):
+        twin(tokens(2, 1), past_key_values=cache)
+
+
+def test_a_training_step_returns_no_cache_to_continue(model: Any) -> None:
+    assert model.train()(tokens()).past_key_values is None
+
+
+def test_a_headless_opt_that_projects_its_output_is_read_at_that_width(tmp_path: Path) -> None:
+    base = AutoModel.from_config(opt(word_embed_proj_dim=32).config).eval()
+    path = save_expert(tmp_path / "one", base, target_modules=["q_proj"])
+    model: Any = get_peft_model(base, XLoraConfig(adapters={"one": path}, hidden_size=32))
+    assert model(tokens()).last_hidden_state.shape == (2, 9, 32)
 
 
 def test_arguments_that_would_be_ignored_are_refused(model: Any, experts: Experts, tmp_path: Path) -> None:

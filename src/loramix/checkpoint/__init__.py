@@ -12,7 +12,7 @@ from loramix.checkpoint.describe import (
 )
 from loramix.checkpoint.mixture import MixtureCheckpoint, load_mixture
 from loramix.checkpoint.peft import load_adapter
-from loramix.checkpoint.save import save_adapter, save_mixture
+from loramix.checkpoint.save import check_replaceable, save_adapter, save_mixture
 
 __all__ = [
     "Description",
@@ -20,6 +20,7 @@ __all__ = [
     "Kind",
     "MixtureCheckpoint",
     "RouterDescription",
+    "check_replaceable",
     "describe",
     "detect",
     "load_adapter",

@@ -3,7 +3,8 @@
 The law, for every point at which a save can stop (an exception, a full disk, a killed process, a power cut):
 
 1. Write every new file, complete and flushed to disk, under a temporary name beside its place. Stopped here, the
-   folder holds the old state, and an exception also removes the temporaries.
+   folder holds the old state; an exception also removes the temporaries, and what a killed process leaves of them the
+   next save of the same file removes.
 2. Rename the journal into place. This one rename is the commit: before it the old state is in force, after it the
    new one (`loramix.journal` has the rule by which readers find it).
 3. Rename every temporary to its place, in the given order, delete what the new state no longer has, and then the
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +29,7 @@ from loramix.journal import JOURNAL_NAME, PREFIX, Journal, read_journal
 
 Writer = Callable[[Path], None]
 
-_OLD = "the earlier state is in place and nothing was changed"
+_OLD = "the earlier state is in place"
 _NEW = "the new state is complete and is what loramix loads, partly still under temporary names"
 
 
@@ -86,6 +88,7 @@ def _prepare(folder: Path, writers: Mapping[str, Writer]) -> tuple[dict[str, str
             _make_folder(path.parent, made)
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "a folder lies where the file belongs", str(path))
+            _discard_abandoned(path)
             temporary = path.with_name(f"{PREFIX}{token}-{path.name}")
             temporaries[place] = temporary.relative_to(folder).as_posix()
             write(temporary)
@@ -140,6 +143,12 @@ def _discard(folder: Path, temporaries: Iterable[str], made: Iterable[Path]) -> 
     for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
             path.rmdir()
+
+
+def _discard_abandoned(path: Path) -> None:
+    """Delete what a killed process left behind of a save of this file that it never committed."""
+    for abandoned in path.parent.glob(f"{PREFIX}????????-{glob.escape(path.name)}"):
+        abandoned.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

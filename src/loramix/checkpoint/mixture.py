@@ -14,6 +14,7 @@ Source: PEFT 0.21.2, `tuners/xlora/classifier.py` and `tuners/xlora/model.py`.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
@@ -25,16 +26,15 @@ from torch import Tensor
 
 from loramix.adapter import Adapter
 from loramix.checkpoint.peft import find_weights, load_adapter
-from loramix.checkpoint.tensors import is_ours, read_tensors
-from loramix.config import CONFIG_NAME, XLoraConfig
+from loramix.checkpoint.tensors import all_finite, is_ours, read_tensors
+from loramix.config import CONFIG_NAME, XLoraConfig, as_adapters
 from loramix.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
 )
-from loramix.hub import HubOptions, find_file
-from loramix.names import check_expert_names
+from loramix.hub import HubOptions, find_file, from_anywhere
 
 CLASSIFIER_PREFIX = "base_model.internal_xlora_classifier."
 _CLASSIFIER_KEY = re.compile(r"(?:base_model\.)*(?:model\.)*internal_xlora_classifier\.(layers\.\d+\.(?:weight|bias))")
@@ -59,6 +59,7 @@ def load_mixture(
     identifier: str | os.PathLike[str],
     options: HubOptions | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    config: XLoraConfig | None = None,
 ) -> MixtureCheckpoint:
     """Read a mixture, on the CPU and in its files' dtypes.
 
@@ -72,6 +73,8 @@ def load_mixture(
             theirs in their own identifiers.
         adapters: experts to use instead. Names of the checkpoint replace those experts, and the others stay. New
             names only, as many as the checkpoint has experts, replace all of them in order and become the names.
+        config: a configuration to use instead of the saved one, which must describe the same classifier. Experts that
+            it names otherwise than the saved one count as `adapters`, where these are not given.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or no adapter in it; likewise for an expert.
@@ -83,8 +86,18 @@ def load_mixture(
         CheckpointError: a LoRA expert instead of a mixture.
     """
     options = options or HubOptions()
-    config = XLoraConfig.from_pretrained(identifier, **asdict(options))
-    chosen = replace_adapters(config.adapters, adapters)
+    saved = XLoraConfig.from_pretrained(identifier, **asdict(options))
+    if adapters is None and config is not None:
+        adapters = {n: place for n, place in config.adapters.items() if saved.adapters.get(n) != place} or None
+    chosen = replace_adapters(saved.adapters, adapters)
+    config = copy.deepcopy(config or saved)
+    config.adapters = chosen
+    if not chosen:
+        raise ConfigurationError(
+            "A mixture names its experts.",
+            received=f"adapters={saved.adapters!r} in {os.fspath(identifier)!r}",
+            remedy='Say what they are: from_pretrained(…, adapters={"name": "path or Hub id"}), or correct the file.',
+        )
     path = find_weights(identifier, options)
     classifier = _parse_classifier(read_tensors(path), path)
     check_classifier(config, classifier, str(path))
@@ -95,7 +108,6 @@ def load_mixture(
             experts.append(load_adapter(name, place, options.elsewhere()))
         else:
             experts.append(_load_member(identifier, options, name, place, config, self_contained))
-    config.adapters = chosen
     return MixtureCheckpoint(config, classifier, experts)
 
 
@@ -103,13 +115,12 @@ def replace_adapters(saved: Mapping[str, str], given: Mapping[str, str | os.Path
     """The experts of a checkpoint after `from_pretrained(adapters=given)`; the rule is `load_mixture`'s.
 
     Raises:
-        ConfigurationError: a wrong count, or some names of the checkpoint and some new ones.
+        ConfigurationError: no mapping, a wrong count, or some names of the checkpoint and some new ones.
         AdapterNameError: new names that cannot be folders, or that clash.
     """
     if given is None:
         return dict(saved)
-    check_expert_names(given)
-    paths = {name: os.fspath(place) for name, place in given.items()}
+    paths = {name: from_anywhere(place) for name, place in as_adapters(given).items()}
     if paths and set(paths) <= set(saved):
         return {**saved, **paths}
     if len(paths) == len(saved) and not set(paths) & set(saved):
@@ -234,4 +245,11 @@ def _parse_classifier(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Te
                 remedy="Give the folder of a mixture, or save it again.",
             )
         classifier[match[1]] = tensor
+    strange = [name for name, tensor in classifier.items() if not tensor.is_floating_point()]
+    if strange or not all_finite(classifier.values()):
+        raise CorruptCheckpointError(
+            "A mixture's classifier holds finite floating-point numbers.",
+            received=f"{path}: {', '.join(strange) + ' of another dtype' if strange else 'infinite ones, or NaN'}",
+            remedy="Download the mixture again, or train it again.",
+        )
     return classifier

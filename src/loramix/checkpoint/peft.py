@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loramix.adapter import Adapter, LoraWeights
-from loramix.checkpoint.tensors import read_tensors
+from loramix.checkpoint.tensors import all_finite, read_tensors
 from loramix.config import LoraConfig
 from loramix.errors import (
     CheckpointNotFoundError,
@@ -43,17 +43,24 @@ _LORA_KEY = re.compile(
 _BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.weight|(?P<embedding>(?:.+\.)?(?:embed_tokens|lm_head))\.weight")
 
 
-def load_adapter(name: str, identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Adapter:
+def load_adapter(
+    name: str,
+    identifier: str | os.PathLike[str],
+    options: HubOptions | None = None,
+    config: LoraConfig | None = None,
+) -> Adapter:
     """Read one expert, on the CPU and in its file's dtype.
 
     Args:
         name: the expert's name, for the mixture and for messages.
         identifier: a local folder or a Hub identifier (see `loramix.hub`).
         options: how files are fetched.
+        config: to read the tensors by, instead of the file's own.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or no adapter in it.
-        CorruptCheckpointError: a file that cannot be read, or tensors that contradict the configuration.
+        CorruptCheckpointError: a file that cannot be read, tensors that contradict the configuration, or numbers that
+            are not finite.
         IncompleteCheckpointError: tensors are missing.
         UnsupportedAdapterError: a feature that a mixture cannot carry, before any weight is read.
         CheckpointError: a mixture instead of an expert.
@@ -61,9 +68,10 @@ def load_adapter(name: str, identifier: str | os.PathLike[str], options: HubOpti
     """
     options = options or HubOptions()
     try:
-        config = LoraConfig.from_pretrained(
+        saved = LoraConfig.from_pretrained(
             identifier, **{field: getattr(options, field) for field in HubOptions.__dataclass_fields__}
         )
+        config = config or saved
         refuse_unsupported(config, name)
         tensors = read_tensors(find_weights(identifier, options))
         weights, base_weights = parse_tensors(name, config, tensors)
@@ -184,6 +192,12 @@ def _weights_of(expert: Adapter, path: str, parts: Mapping[str, Tensor]) -> Lora
         )
     first, second = parts[needed[0]], parts[needed[1]]
     _check_shapes(expert, path, first, second, parts)
+    if not all_finite(parts.values()):
+        raise CorruptCheckpointError(
+            "An expert's matrices hold finite numbers.",
+            received=f"expert {expert.name!r}: module {path!r} with infinite ones, or NaN",
+            remedy="Download the adapter again, or train it again: its training has diverged.",
+        )
     return LoraWeights(first, second, parts.get(BIAS), parts.get(MAGNITUDE), embedding)
 
 

@@ -12,16 +12,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from loramix.adapter import Adapter
 from loramix.checkpoint.atomic import Writer, finish_interrupted, save_files
-from loramix.checkpoint.mixture import CLASSIFIER_PREFIX, check_classifier
+from loramix.checkpoint.mixture import CLASSIFIER_PREFIX, classifier_shapes
 from loramix.checkpoint.peft import WEIGHTS_NAMES, format_tensors
 from loramix.checkpoint.tensors import is_ours, write_tensors
 from loramix.config import CONFIG_NAME, PeftConfig, PeftType, XLoraConfig
-from loramix.errors import AdapterNameError, SaveError
+from loramix.errors import AdapterNameError, ConfigurationError, SaveError
 from loramix.hub import is_local
 from loramix.names import check_expert_names
 
@@ -45,9 +46,10 @@ def save_adapter(
         SaveError: with the cause; nothing is lost. Also where an adapter lies in the way that is not an earlier save
             of the same kind.
     """
-    folder = Path(folder)
+    adapter.config.validate()
+    folder = as_folder(folder)
     finish_interrupted(folder)
-    _check_replaceable(folder, PeftType.LORA)
+    check_replaceable(folder, PeftType.LORA)
     writers = _trainer_writer(folder, trainer_state) | _adapter_writers(adapter)
     save_files(folder, writers, _stale(folder, writers))
 
@@ -72,11 +74,11 @@ def save_mixture(
 
     Raises:
         AdapterNameError: the experts are not those of the configuration.
-        IncompleteCheckpointError, CorruptCheckpointError: the classifier is not that of the configuration.
+        ConfigurationError: the configuration has become one that cannot be loaded, or not with this classifier.
         SaveError: with the cause; nothing is lost. Also where an adapter lies in the way that is not an earlier save
             of the same kind.
     """
-    folder = Path(folder)
+    folder = as_folder(folder)
     names = [expert.name for expert in experts]
     if names != list(config.adapters):
         raise AdapterNameError(
@@ -85,9 +87,9 @@ def save_mixture(
             remedy="Leave the names in config.adapters as they were when the mixture was built.",
         )
     check_expert_names(names)
-    check_classifier(config, classifier, "the mixture")
+    _check_unchanged(config, classifier, experts)
     finish_interrupted(folder)
-    _check_replaceable(folder, PeftType.XLORA)
+    check_replaceable(folder, PeftType.XLORA)
     _check_members(folder, names)
     saved = copy.copy(config)
     saved.adapters = {name: name if is_local(place) else place for name, place in config.adapters.items()}
@@ -100,6 +102,33 @@ def save_mixture(
     )
     writers[CONFIG_NAME] = _config_writer(saved)
     save_files(folder, writers, _stale(folder, writers))
+
+
+def as_folder(place: str | os.PathLike[str]) -> Path:
+    """Raises SaveError: no path, or an empty one, which would mean the working directory."""
+    text = os.fspath(place) if isinstance(cast(object, place), str | os.PathLike) else ""
+    if not text.strip() or "\0" in text:
+        raise SaveError(
+            "A save goes into a folder that is named.",
+            received=repr(place),
+            remedy='Give a folder, for example "mixture", or "." for the working directory.',
+        )
+    return Path(place)
+
+
+def _check_unchanged(config: XLoraConfig, classifier: Mapping[str, Tensor], experts: Sequence[Adapter]) -> None:
+    """A live configuration may have been changed by hand: what is saved is what can be loaded."""
+    config.validate_for(len(experts), config.hidden_size)
+    layers = len({path for expert in experts for path in expert.weights}) if config.layerwise_scalings else 1
+    expected = classifier_shapes(config, layers * len(experts))
+    found = {name: tuple(tensor.shape) for name, tensor in classifier.items()}
+    if found != expected:
+        raise ConfigurationError(
+            "A router keeps the shape that it was built with.",
+            received=f"a configuration that asks for {expected}, a router with {found}",
+            remedy="Set hidden_size, layerwise_scalings, xlora_depth, xlora_size and xlora_dropout_p back to what "
+            "they were; build a new mixture for others.",
+        )
 
 
 def _adapter_writers(adapter: Adapter) -> dict[str, Writer]:
@@ -133,8 +162,8 @@ def _stale(folder: Path, writers: Mapping[str, Writer]) -> list[str]:
     return [TRAINER_NAME] if TRAINER_NAME not in writers and is_ours(folder / TRAINER_NAME) else []
 
 
-def _check_replaceable(folder: Path, kind: PeftType) -> None:
-    """An adapter that lies in the way is replaced only if loramix wrote it, and if it is of the same kind."""
+def check_replaceable(folder: Path, kind: PeftType = PeftType.XLORA) -> None:
+    """Raises SaveError: an adapter lies in the way that loramix did not write, or that is of another kind."""
     present = [name for name in (CONFIG_NAME, *WEIGHTS_NAMES) if (folder / name).exists()]
     if present and not is_ours(folder / _WEIGHTS_NAME):
         raise _occupied(folder, f"{', '.join(present)} that loramix did not write")
@@ -148,7 +177,7 @@ def _check_members(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         if (folder / name).is_symlink():
             raise _occupied(folder / name, "a link")
-        _check_replaceable(folder / name, PeftType.LORA)
+        check_replaceable(folder / name, PeftType.LORA)
         if not is_mixture and (folder / name / CONFIG_NAME).exists():
             raise _occupied(folder / name, "an expert that is no part of a mixture")
 

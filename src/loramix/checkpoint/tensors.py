@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from loramix.errors import CorruptCheckpointError
+from loramix.errors import CorruptCheckpointError, SaveError
 
 WRITER = "loramix"
 _LFS_POINTER = b"version https://git-lfs"
@@ -36,11 +36,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise _corrupt(path, f"{type(error).__name__}: {error}") from error
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number of every tensor is one: neither infinite nor NaN."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file with the metadata that PEFT and transformers look for.
 
     Raises:
         OSError: the file could not be written.
+        SaveError: a tensor that is not in memory.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -91,6 +97,12 @@ def _own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     packed: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise SaveError(
+                "What is saved is in memory.",
+                received=f"{key}, which accelerate has offloaded",
+                remedy="bring the weights back first: accelerate.hooks.remove_hook_from_module(model, recurse=True)",
+            )
         tensor = tensor.detach().to("cpu").contiguous()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():

@@ -9,7 +9,7 @@ import typer
 
 from loramix import __version__
 from loramix.cli import demo, generate, info
-from loramix.cli.terminal import closed_pipe_ends_quietly, show_error, write_what_stdout_can
+from loramix.cli.terminal import ends_where_stdout_ends, show_error, write_what_stdout_can
 from loramix.errors import LoramixError
 
 COMMANDS = {"demo": demo.demo, "generate": generate.generate, "info": info.info}
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after `loramix`; those of the process when None.
 
     Raises:
-        SystemExit: always. 0: done; 1: one of loramix's own errors, told on stderr, or stdout was closed before all
-            was written; 2: wrong usage.
+        SystemExit: always. 0: done; 1: one of loramix's own errors, told on stderr, or stdout took less than all
+            of what was written; 2: wrong usage.
     """
     write_what_stdout_can()
-    with closed_pipe_ends_quietly():
+    with ends_where_stdout_ends():
         try:
             build_app()(arguments, prog_name="loramix")
         except LoramixError as error:

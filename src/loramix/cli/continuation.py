@@ -28,13 +28,18 @@ from transformers import (
 from transformers.utils import logging
 
 from loramix import demo
+from loramix.cli.shipped import is_shipped
 from loramix.config import PeftConfig
 from loramix.demo.routed import RoutedText, route
 from loramix.demo.show import legend, routed_panel
-from loramix.errors import CheckpointNotFoundError, ConfigurationError, UnsupportedOperationError
+from loramix.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    CorruptCheckpointError,
+    UnsupportedOperationError,
+)
 from loramix.model import PeftModel, XLoraModel
 
-SHIPPED = "demo"
 _CPU = torch.device("cpu")
 
 
@@ -126,9 +131,9 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     place = _usable(device)
-    if mixture == SHIPPED and base is None:
+    if is_shipped(mixture) and base is None:
         model, tokenizer = demo.load()
-        return Opened(_placed(model, place), tokenizer, mixture, SHIPPED)
+        return Opened(_placed(model, place), tokenizer, mixture, mixture)
     saved = PeftConfig.from_pretrained(mixture)
     identifier = base or saved.base_model_name_or_path
     if not identifier:
@@ -188,11 +193,18 @@ def _load_base(identifier: str, revision: str | None) -> tuple[PreTrainedModel, 
         with _errors_only():
             tokenizer = AutoTokenizer.from_pretrained(identifier, revision=revision or "main")
             model = AutoModelForCausalLM.from_pretrained(identifier, revision=revision or "main", dtype="auto")
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointNotFoundError(
             "The base model and its tokenizer can be loaded from a folder or from the Hub.",
-            received=f"{identifier!r}: {' '.join(str(error).split())}",
-            remedy="name the base model with --base FOLDER_OR_HUB_ID",
+            received=f"{identifier!r}: {_one_line(error)}",
+            remedy="name another folder or Hub id with --base FOLDER_OR_HUB_ID",
+        ) from error
+    # A damaged file makes transformers, tokenizers and safetensors raise nearly anything.
+    except Exception as error:
+        raise CorruptCheckpointError(
+            "The files of the base model and its tokenizer can be read, and fit each other.",
+            received=f"{identifier!r}: {_one_line(error)}",
+            remedy="download the base model again, or name another one with --base FOLDER_OR_HUB_ID",
         ) from error
     return cast(PreTrainedModel, model), cast(PreTrainedTokenizerFast, tokenizer)
 
@@ -220,10 +232,14 @@ def _usable(device: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigurationError(
             "A device is one that torch can use on this machine.",
-            received=f"{device!r}: {' '.join(str(error).split())}",
+            received=f"{device!r}: {_one_line(error)}",
             remedy='use --device cpu, or leave --device out: "auto" is the accelerator where there is one',
         ) from error
     return place
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

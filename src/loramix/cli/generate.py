@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from loramix.cli.terminal import MAX_SEED, print_json, read_text, stdout_kept_for_json
+from loramix.cli.terminal import MAX_SEED, print_json, read_text, stdout_kept_for_json, warnings_as_lines
+
+MAX_TOKENS = 1_000_000
 
 
 def generate(
@@ -20,7 +22,7 @@ def generate(
     base: Annotated[
         str | None, typer.Option(help="The base model, folder or Hub id. Default: the one that the mixture names.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Stop after this many tokens.")] = 64,
     do_sample: Annotated[
         bool, typer.Option("--do-sample", help="Draw tokens at random instead of taking the likeliest.")
     ] = False,
@@ -50,7 +52,7 @@ def generate(
 
     text = read_text(prompt)
     sampling = Sampling(temperature, top_p, seed) if do_sample else None
-    with stdout_kept_for_json(as_json):
+    with stdout_kept_for_json(as_json), warnings_as_lines():
         opened = open_mixture(mixture, base=base, device=device)
         written = continue_text(opened, text, max_new_tokens, sampling, stream=not (as_json or show_experts))
         routed = written.routing() if show_experts else None

@@ -9,14 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loramix.cli.terminal import print_json
+from loramix.cli.shipped import is_shipped
+from loramix.cli.terminal import print_json, warnings_as_lines
 
 if TYPE_CHECKING:
     from loramix.checkpoint import Description, RouterDescription
 
 
 def info(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="An expert or a mixture: a folder or a Hub id.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="An expert or a mixture, folder or Hub id; `demo` ships.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Say what a folder is, without loading its base model.
@@ -30,9 +33,11 @@ def info(
 
     loramix info ./mixture/math --json
     """
+    from loramix import demo
     from loramix.checkpoint import describe
 
-    description = describe(path)
+    with warnings_as_lines():
+        description = describe(demo.mixture() if is_shipped(path) else path)
     if as_json:
         print_json(description.to_dict())
     else:

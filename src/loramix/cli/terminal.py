@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -59,6 +61,22 @@ def print_json(document: Mapping[str, Any]) -> None:
     print(text)
 
 
+@contextlib.contextmanager
+def warnings_as_lines() -> Generator[None]:
+    """While this is open, a warning is one line on stderr, once, without the place in the code that it came from."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in told:
+            told.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
 def write_what_stdout_can() -> None:
     """From now on, a character that stdout's encoding lacks is written as "?"."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -66,11 +84,11 @@ def write_what_stdout_can() -> None:
 
 
 @contextlib.contextmanager
-def closed_pipe_ends_quietly() -> Generator[None]:
-    """Leave with exit code 1, and no traceback, where the reader of stdout has gone.
+def ends_where_stdout_ends() -> Generator[None]:
+    """Leave with exit code 1, and no traceback, where stdout cannot be written to: its reader has gone, a full disk.
 
     Raises:
-        SystemExit: the reader has gone.
+        SystemExit: it cannot.
     """
     try:
         try:
@@ -78,7 +96,11 @@ def closed_pipe_ends_quietly() -> Generator[None]:
         finally:
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.errno == errno.ENOSPC:
+            print(f"error: {error}", file=sys.stderr)
         # What is still buffered would fail once more when the interpreter flushes it on leaving.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

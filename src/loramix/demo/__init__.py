@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loramix.demo.bundle import base, experts, load, tokenizer
+    from loramix.demo.bundle import base, experts, load, mixture, tokenizer
     from loramix.demo.corpus import DOMAINS
     from loramix.demo.run import DemoResult, DemoSettings, run_demo
 
-__all__ = ["DOMAINS", "DemoResult", "DemoSettings", "base", "experts", "load", "run_demo", "tokenizer"]
+__all__ = ["DOMAINS", "DemoResult", "DemoSettings", "base", "experts", "load", "mixture", "run_demo", "tokenizer"]
 
 _HOMES = {
-    **dict.fromkeys(("base", "experts", "load", "tokenizer"), "bundle"),
+    **dict.fromkeys(("base", "experts", "load", "mixture", "tokenizer"), "bundle"),
     **dict.fromkeys(("DemoResult", "DemoSettings", "run_demo"), "run"),
     "DOMAINS": "corpus",
 }

@@ -21,31 +21,36 @@ DATA = Path(__file__).parent / "data"
 
 def base(data: Path = DATA) -> LlamaForCausalLM:
     """The base model, new at each call, in float32: bfloat16 is only how it is stored."""
-    return LlamaForCausalLM.from_pretrained(_present(data / "base"), dtype=torch.float32)
+    return LlamaForCausalLM.from_pretrained(_folder(data, "base", "model.safetensors"), dtype=torch.float32)
 
 
 def tokenizer(data: Path = DATA) -> PreTrainedTokenizerFast:
     """The base model's tokenizer: byte-level BPE of 2048 tokens, digits one by one."""
-    return PreTrainedTokenizerFast.from_pretrained(_present(data / "base"))
+    return PreTrainedTokenizerFast.from_pretrained(_folder(data, "base", "tokenizer.json"))
+
+
+def mixture(data: Path = DATA) -> Path:
+    """The folder of the shipped mixture."""
+    return _folder(data, "mixture", "adapter_model.safetensors")
 
 
 def experts(data: Path = DATA) -> dict[str, str]:
     """Name and folder of each LoRA expert, as `XLoraConfig(adapters=…)` takes them."""
-    return {domain: str(_present(data / "mixture" / domain)) for domain in DOMAINS}
+    return {name: str(_folder(data, f"mixture/{name}", "adapter_model.safetensors")) for name in DOMAINS}
 
 
 def load(data: Path = DATA) -> tuple[XLoraModel, PreTrainedTokenizerFast]:
     """The shipped mixture with its trained router, ready to generate, and its tokenizer."""
-    model = PeftModel.from_pretrained(base(data), _present(data / "mixture"))
+    model = PeftModel.from_pretrained(base(data), mixture(data))
     assert isinstance(model, XLoraModel)
     return model, tokenizer(data)
 
 
-def _present(folder: Path) -> Path:
-    if not folder.is_dir():
+def _folder(data: Path, name: str, needed: str) -> Path:
+    if not (data / name / needed).is_file():
         raise CheckpointNotFoundError(
             "The demo's models ship inside the package.",
-            received=f"no folder {folder}",
+            received=f"no {name}/{needed} in {data}",
             remedy="install loramix from its wheel or its source tree, not from a zip file of modules",
         )
-    return folder
+    return data / name

@@ -1,8 +1,8 @@
 """Four domains of text that any Python installation holds, split so that held-out text was never trained on.
 
 A document's key (a standard-library module, a reference topic, a seed, a block of records) is hashed, and one key in
-eight is held out, the same ones on every platform and version. A training document then loses every paragraph that
-shares a run of words with held-out text, because the standard library repeats itself.
+eight is held out, the same ones on every platform and version. A training document then loses every paragraph that a
+run of words shared with held-out text touches, because the standard library repeats itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 
 from loramix.demo import sources
 from loramix.demo.sources import Source
-from loramix.demo.split import is_held_out, stable_hash, word_runs
+from loramix.demo.split import is_held_out, stable_hash, without_runs, word_runs
 
 DOMAINS = ("code", "prose", "math", "tables")
 
@@ -55,14 +55,8 @@ def mixed_heldout(characters: int) -> list[str]:
     return [text for row in itertools.zip_longest(*columns) for text in row if text is not None]
 
 
-def switching_text(count: int, *, held_out: bool, seed: int = 0, piece: int = 260) -> list[str]:
-    """`switching_pieces`, each joined into one text."""
-    found = switching_pieces(count, held_out=held_out, seed=seed, piece=piece)
-    return ["".join(text for _, text in pieces).removesuffix("\n") for pieces in found]
-
-
 def switching_pieces(
-    count: int, *, held_out: bool, seed: int = 0, piece: int = 260, domains: int = 3
+    count: int, *, held_out: bool, seed: int = 0, piece: int = 320, domains: int = 3
 ) -> list[list[tuple[str, str]]]:
     """`count` texts that switch domain in mid-sequence, each as its pieces `(domain, text)`.
 
@@ -91,9 +85,9 @@ def _documents(found: list[Source], *, held_out: bool) -> Iterator[tuple[str, st
 
 def _without_repeats(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for name, text in documents:
-        kept = [paragraph for paragraph in text.split("\n\n") if _heldout_runs().isdisjoint(word_runs(paragraph))]
+        kept = without_runs(text, _heldout_runs())
         if kept:
-            yield name, "\n\n".join(kept).rstrip("\n") + "\n"
+            yield name, kept
 
 
 @cache

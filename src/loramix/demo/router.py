@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from loramix.config import XLoraConfig
 from loramix.demo import corpus
-from loramix.demo.text import Windows, windows
+from loramix.demo.text import Windows, switching_passages, windows
 
 
 def router_config(hidden_size: int, adapters: dict[str, str]) -> XLoraConfig:
@@ -27,7 +27,7 @@ def router_config(hidden_size: int, adapters: dict[str, str]) -> XLoraConfig:
 
 def router_windows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int = 0) -> Windows:
     """`count` training windows: half of them switch domain, the others are of all domains alike."""
-    switching = windows(tokenizer, corpus.switching_text(count // 2, held_out=False, seed=seed), per_text=1)
+    switching = [p.ids for p in switching_passages(tokenizer, count // 2, held_out=False, seed=seed)]
     each = -(-(count - len(switching)) // len(corpus.DOMAINS))
     plain = [
         window

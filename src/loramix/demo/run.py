@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast, Trainer
 
+from loramix.checkpoint import check_replaceable
 from loramix.demo import bundle, corpus
 from loramix.demo.compare import Comparison, compare, heldout_columns
 from loramix.demo.picture import can_draw, draw
@@ -25,7 +27,7 @@ from loramix.demo.routed import RoutedText, route, write
 from loramix.demo.router import router_arguments, router_config, router_windows
 from loramix.demo.show import comparison_table, explanation, legend, routed_panel, verdict
 from loramix.demo.text import causal_batch, encode, start_token
-from loramix.errors import LoramixError
+from loramix.errors import LoramixError, SaveError
 from loramix.model import PeftModel, XLoraModel, get_peft_model
 
 PROMPTS = {
@@ -102,21 +104,23 @@ def run_demo(
         console: where to print.
 
     Raises:
+        SaveError: the folder cannot be written, or what lies in it is not an earlier run's.
         LoramixError: the standard library's sources, or a package that training needs, are missing.
     """
     _require_trainer()
     settings, console, clock = settings or DemoSettings(), console or Console(highlight=False), _Clock()
-    folder = Path(out) / "mixture"
+    folder = _usable(Path(out)) / "mixture"
     tokenizer = bundle.tokenizer()
     with clock.stage(console, "1. Build", "a mixture of LoRA experts; base model and experts ship with loramix"):
         model = build(settings, console)
     with clock.stage(console, "2. Train", "the router alone, with transformers.Trainer"):
-        train(model, tokenizer, settings, Path(out), console)
+        train(model, tokenizer, settings, console)
     with clock.stage(console, "3. Save, and load", "onto a fresh base model"):
         model, exact = save_and_load(model, tokenizer, folder, console)
-    with clock.stage(console, "4. Compare", "on text that neither base, experts nor router have seen"):
+    with clock.stage(console, "4. Compare", "on files that were held out when base, experts and router were trained"):
         comparison = compare(model, tokenizer, heldout_columns(tokenizer, settings.windows))
-        console.print(comparison_table(comparison), explanation(comparison), verdict(comparison))
+        for part in (comparison_table(comparison), explanation(comparison), verdict(comparison)):
+            console.print(part)
     with clock.stage(
         console, "5. Generate", "from one prompt a domain; each token in the colour of its leading expert"
     ):
@@ -140,17 +144,16 @@ def build(settings: DemoSettings, console: Console) -> XLoraModel:
     return model
 
 
-def train(
-    model: XLoraModel, tokenizer: PreTrainedTokenizerFast, settings: DemoSettings, folder: Path, console: Console
-) -> None:
+def train(model: XLoraModel, tokenizer: PreTrainedTokenizerFast, settings: DemoSettings, console: Console) -> None:
     """Train the router on training text of all domains."""
-    trainer = Trainer(
-        model=model,
-        args=router_arguments(folder, settings.steps, settings.batch),
-        train_dataset=router_windows(tokenizer, settings.steps * settings.batch, settings.seed),
-        data_collator=causal_batch,
-    )
-    trainer.train()
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=router_arguments(Path(folder), settings.steps, settings.batch),
+            train_dataset=router_windows(tokenizer, settings.steps * settings.batch, settings.seed),
+            data_collator=causal_batch,
+        )
+        trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     console.print(f"loss {float(losses[0]):.3f} at first, {float(losses[-1]):.3f} at last")
 
@@ -197,6 +200,26 @@ def draw_switching(
     draw(routed, out / "routing.png")
     console.print(f"{out / 'routing.png'}")
     return routed, out / "routing.png"
+
+
+def _usable(out: Path) -> Path:
+    """The folder, made and tried before anything is computed for it.
+
+    Raises:
+        SaveError: it cannot be written, or its mixture is not an earlier run's.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=out):
+            pass
+    except (OSError, ValueError) as error:
+        raise SaveError(
+            "The demo saves its mixture and its picture.",
+            received=f"{str(out)!r}: {error}",
+            remedy="name a folder that can be written with --out",
+        ) from error
+    check_replaceable(out / "mixture")
+    return out
 
 
 class _Clock:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Set as AbstractSet
 
 SHARED_WORDS = 12
-"""A training paragraph with this many words in a row from held-out text is left out."""
+"""A training paragraph that a run of so many words from held-out text touches is left out."""
 
 
 def stable_hash(key: str) -> int:
@@ -26,7 +27,24 @@ def module_key(name: str) -> str:
     return stem or name
 
 
-def word_runs(text: str) -> set[int]:
-    """Hashes of every run of `SHARED_WORDS` words of the text, whatever the line breaks between them."""
+def word_runs(text: str) -> list[int]:
+    """Hashes of every run of `SHARED_WORDS` words of the text in its order, whatever the line breaks between them."""
     words = text.split()
-    return {hash(tuple(words[i : i + SHARED_WORDS])) for i in range(len(words) - SHARED_WORDS + 1)}
+    return [hash(tuple(words[i : i + SHARED_WORDS])) for i in range(len(words) - SHARED_WORDS + 1)]
+
+
+def without_runs(text: str, runs: AbstractSet[int]) -> str:
+    """The text without the paragraphs that one of these runs touches, and without any run of them that this makes."""
+    while True:
+        paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+        owners = [number for number, paragraph in enumerate(paragraphs) for _ in paragraph.split()]
+        touched = {
+            owner
+            for start, run in enumerate(word_runs(text))
+            if run in runs
+            for owner in owners[start : start + SHARED_WORDS]
+        }
+        if not touched:
+            return text
+        kept = [paragraph for number, paragraph in enumerate(paragraphs) if number not in touched]
+        text = "\n\n".join(kept).rstrip("\n") + "\n" if kept else ""

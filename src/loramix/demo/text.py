@@ -80,13 +80,24 @@ def heldout_passages(tokenizer: PreTrainedTokenizerFast, domain: str, count: int
     return [Passage(ids, [domain] * (len(ids) - 1)) for ids in found]
 
 
-def switching_passages(tokenizer: PreTrainedTokenizerFast, count: int, *, piece: int = 260) -> list[Passage]:
-    """`count` held-out windows that switch domain in mid-sequence: three pieces of three domains."""
+def switching_passages(
+    tokenizer: PreTrainedTokenizerFast, count: int, *, held_out: bool = True, seed: int = 0, domains: int = 3
+) -> list[Passage]:
+    """`count` windows that switch domain in mid-sequence: pieces of several domains, as good as equally long.
+
+    Args:
+        tokenizer: the demo's tokenizer.
+        count: how many windows.
+        held_out: made of held-out text, otherwise of training text.
+        seed: chooses the pieces.
+        domains: how many a window has, each once.
+    """
+    room = (WINDOW - 1) // domains
     found: list[Passage] = []
-    for pieces in corpus.switching_pieces(count, held_out=True, piece=piece):
-        tokens = [(token, domain) for domain, text in pieces for token in encode(tokenizer, text)][: WINDOW - 1]
-        ids, domains = (list(column) for column in zip(*tokens, strict=True))
-        found.append(Passage([start_token(tokenizer), *ids], domains))
+    for pieces in corpus.switching_pieces(count, held_out=held_out, seed=seed, domains=domains):
+        tokens = [(token, domain) for domain, text in pieces for token in encode(tokenizer, text)[:room]]
+        ids, owners = (list(column) for column in zip(*tokens, strict=True))
+        found.append(Passage([start_token(tokenizer), *ids], owners))
     return found
 
 

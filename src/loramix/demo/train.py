@@ -13,7 +13,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ def train_tokenizer(out: Path, log: Log) -> None:
 def train_base(out: Path, log: Log) -> None:
     """A small Llama from scratch on a blend of all domains, stored in bfloat16."""
     tokenizer = bundle.tokenizer(out)
-    pools = {name: windows(tokenizer, texts) for name, texts in _blend_texts()}
+    pools = {domain: windows(tokenizer, corpus.train_text(domain, 6_000_000)) for domain in corpus.DOMAINS}
+    pools["switching"] = [passage.ids for passage in switching_passages(tokenizer, 2400, held_out=False)]
     for name, pool in pools.items():
         log(f"  {name:9} {len(pool):6} windows, {BLEND[name]:.0%} of the blend")
     torch.manual_seed(0)
@@ -188,12 +189,6 @@ def log_scores(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 def _experts(out: Path) -> dict[str, Path]:
     """Where each expert waits for the mixture, whose folder holds them all in the end."""
     return {domain: out / "work" / "experts" / domain for domain in corpus.DOMAINS}
-
-
-def _blend_texts() -> Iterable[tuple[str, list[str]]]:
-    for domain in corpus.DOMAINS:
-        yield domain, corpus.train_text(domain, 6_000_000)
-    yield "switching", corpus.switching_text(2400, held_out=False, piece=300)
 
 
 def _draw(pools: dict[str, list[list[int]]], weights: dict[str, float], count: int, seed: int) -> Windows:
