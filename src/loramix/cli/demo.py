@@ -12,7 +12,7 @@ from loramix.cli.terminal import MAX_SEED, print_json, stdout_kept_for_json
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the trained mixture and the picture.")] = Path("loramix-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Steps of router training.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of router training.")] = 80,
     seed: Annotated[
         int,
         typer.Option(min=0, max=MAX_SEED, help="Of the router's first weights, its training text and what is written."),

@@ -45,7 +45,7 @@ def router_arguments(folder: Path, steps: int, batch: int) -> TrainingArguments:
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         lr_scheduler_type="cosine",
         warmup_steps=min(5, steps // 5),
         logging_steps=max(1, steps // 5),

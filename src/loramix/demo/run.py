@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from loramix.checkpoint import check_replaceable
@@ -53,7 +54,7 @@ class DemoSettings:
         seed: of the router's first weights, its training text, and the sampling.
     """
 
-    steps: int = 40
+    steps: int = 80
     batch: int = 8
     windows: int = 16
     tokens: int = 64
@@ -146,16 +147,24 @@ def build(settings: DemoSettings, console: Console) -> XLoraModel:
 
 def train(model: XLoraModel, tokenizer: PreTrainedTokenizerFast, settings: DemoSettings, console: Console) -> None:
     """Train the router on training text of all domains."""
+    data = router_windows(tokenizer, settings.steps * settings.batch, settings.seed)
+    sample = causal_batch([data[i] for i in range(min(len(data), 4 * settings.batch))])
+    before = loss(model, sample)
     with TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
             args=router_arguments(Path(folder), settings.steps, settings.batch),
-            train_dataset=router_windows(tokenizer, settings.steps * settings.batch, settings.seed),
+            train_dataset=data,
             data_collator=causal_batch,
         )
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    console.print(f"loss {float(losses[0]):.3f} at first, {float(losses[-1]):.3f} at last")
+    console.print(f"loss on some of that text: {before:.3f} before, {loss(model, sample):.3f} after")
+
+
+@torch.no_grad()
+def loss(model: XLoraModel, batch: dict[str, Tensor]) -> float:
+    """The model's loss on one batch, in evaluation mode."""
+    return float(model.eval()(**batch, use_cache=False).loss)
 
 
 def save_and_load(

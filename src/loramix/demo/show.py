@@ -36,7 +36,7 @@ def comparison_table(result: Comparison) -> Table:
     table = Table(title="Bits per byte of held-out text: lower is better, * is best", title_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     rows = {row: figures for row, figures in result.bits_per_byte.items() if row != ORACLE}
     best = {column: min(figures[column] for figures in rows.values()) for column in COLUMNS}
     for row, figures in result.bits_per_byte.items():
@@ -63,8 +63,8 @@ def explanation(result: Comparison) -> Text:
     """What the rows and columns are."""
     experts = len(result.rivals) - 1
     return Text(
-        f"uniform mixture: every expert at 1/{experts}, for every token. best expert (oracle): told which domain the "
-        "text is from, it takes the best expert there; X-LoRA is not told. mixed: the text of all domains. "
+        f"uniform mixture: every expert at 1/{experts}, for every token. oracle: it is told which domain the text is "
+        "from and takes the best expert there; X-LoRA is not told. mixed: the text of all domains. "
         "switching: texts that change domain twice in mid-sequence.",
         style="dim",
     )
@@ -87,9 +87,7 @@ def routed_panel(routed: RoutedText, console: Console) -> Panel:
 
 
 def _row_title(row: str) -> str:
-    if row == ORACLE:
-        return "best expert (oracle)"
-    return row if row in (BASE, UNIFORM, XLORA) else f"{row} expert alone"
+    return row if row in (BASE, UNIFORM, XLORA, ORACLE) else f"{row} expert"
 
 
 def _figure(value: float, best: bool) -> Text:

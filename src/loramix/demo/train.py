@@ -59,7 +59,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 EXPERT_STEPS = {"code": 600, "prose": 600, "math": 300, "tables": 300}
 EXPERT_BATCH = 8
 
-ROUTER_STEPS = 200
+ROUTER_STEPS = 300
 ROUTER_BATCH = 8
 
 
