@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
+from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
 import torch
@@ -31,6 +32,9 @@ from loramix.scalings import ConstantRouting, TensorRouting, override
 CLASSIFIER = "internal_xlora_classifier"
 ADAPTER_NAME = "default"
 
+
+_NO_TRAINER = cast("Mapping[str, Tensor]", MappingProxyType({}))
+"""What `save_pretrained` takes its `state_dict` for when nobody gives one, not even None, as trainers do."""
 
 _TAKEN_ON_SAVE = frozenset(
     {
@@ -126,20 +130,20 @@ class PeftMethods:
         self,
         save_directory: str | PathLike[str],
         is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
+        state_dict: Mapping[str, Tensor] | None = _NO_TRAINER,
         push_to_hub: bool = False,
         **hub: Any,
     ) -> None:
         """Write the adapter: a mixture with its router and its experts, or one LoRA expert (SEMANTICS §4).
 
-        With `state_dict`, as a trainer calls it, what trains is also written as `model.safetensors`, by the model's own
+        With `state_dict=`, as trainers call it, what trains is also written as `model.safetensors`, by the model's own
         keys: transformers' Trainer resumes from that file, and reads its best model from it. `from_pretrained` does
         not look at it.
 
         Args:
             save_directory: the folder; what lies there and is not ours is left alone.
             is_main_process: whether this process writes.
-            state_dict: whole tensors to write instead of the model's own, by the model's own keys; all or some.
+            state_dict: whole tensors to write instead of the model's own, by the model's own keys; all, some, or None.
             push_to_hub: upload the folder afterwards.
             **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, … What transformers, accelerate and PEFT
                 pass to a `save_pretrained` is taken and means nothing here.
@@ -353,7 +357,7 @@ def _save(model: PreTrainedModel, folder: str | PathLike[str], given: Mapping[st
     tensors = model.state_dict() | dict(given or {})
     experts = _experts(model, state, tensors)
     training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
-    trainer_state = training if given is not None and training else None
+    trainer_state = training if given is not _NO_TRAINER and training else None
     if isinstance(state.config, LoraConfig):
         checkpoint.save_adapter(folder, experts[0], trainer_state)
         return
