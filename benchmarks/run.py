@@ -77,6 +77,7 @@ def preamble(models: Models) -> dict[str, Any]:
 
 def kept_works(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """What was measured earlier, in the same circumstances but for the load; nothing if they were others."""
+    now = json.loads(json.dumps(now))  # as it will be read again: a tuple comes back as a list
     same = all(earlier[part] == now[part] for part in ("size", "weights")) and all(
         earlier["machine"][fact] == now["machine"][fact] for fact in now["machine"] if fact != "load"
     )

@@ -89,7 +89,7 @@ def test_the_preamble_names_machine_versions_and_sizes(models: Models) -> None:
 
 def test_a_work_is_replaced_and_the_others_stay_in_equal_circumstances(models: Models) -> None:
     now = preamble(models)
-    earlier = {**preamble(models), "works": {"forward": []}}
+    earlier = json.loads(json.dumps({**preamble(models), "works": {"forward": []}}))
     earlier["machine"]["load"] = -1.0
     assert kept_works(earlier, now) == {"forward": []}
     assert kept_works({**earlier, "size": {**earlier["size"], "experts": 99}}, now) == {}
