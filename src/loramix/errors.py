@@ -13,6 +13,8 @@ LoramixError
 │   └── AdapterMismatchError                         an expert of another base model
 ├── ModelError (TypeError)                       a base model that cannot carry a mixture
 ├── RoutingError (RuntimeError)                  scalings that are missing, or are not those of these tokens
+├── DataError (ValueError)                       text to train on or to evaluate with
+├── TrainingError (RuntimeError)                 a training that cannot go on
 ├── CacheError (ValueError)                      a key-value cache that this mixture did not fill
 └── UnsupportedOperationError (NotImplementedError)  a call that has no meaning for a mixture
 """
@@ -89,6 +91,14 @@ class ModelError(LoramixError, TypeError):
 
 class RoutingError(LoramixError, RuntimeError):
     """Scalings that are missing, or that are not those of the tokens at hand."""
+
+
+class DataError(LoramixError, ValueError):
+    """Text to train on, or to evaluate with, that cannot be used."""
+
+
+class TrainingError(LoramixError, RuntimeError):
+    """A training that cannot go on; what was saved before is still there."""
 
 
 class CacheError(LoramixError, ValueError):

@@ -306,6 +306,14 @@ class XLoraMethods(PeftMethods):
         """
         self._change(global_scaling_weight=weight)
 
+    def set_softmax_temperature(self, temperature: float) -> None:
+        """Change the temperature of the softmax over the experts: lower is sharper.
+
+        Raises:
+            ConfigurationError: not a positive number.
+        """
+        self._change(softmax_temperature=temperature)
+
     def set_scaling_pass_value(self, value: float | None) -> None:
         """Change every expert's scaling in the scaling pass; None means 1 / E.
 

@@ -29,8 +29,9 @@ from loramix.adapter import Adapter
 from loramix.cache import TwoPassCache
 from loramix.classifier import XLoraClassifier
 from loramix.config import LoraConfig, XLoraConfig
-from loramix.errors import CacheError, ConfigurationError
+from loramix.errors import CacheError, ConfigurationError, UnsupportedOperationError
 from loramix.gating import activate, select
+from loramix.hooks import EXPERT_IDS, Made, RoutingHook, given_expert_ids, join_gradient, takes_expert_ids
 from loramix.layers import XLoraLayer
 from loramix.log import ScalingsLog
 from loramix.scalings import ConstantRouting, Routing, TensorRouting, checkpoint_with, overriding, routed
@@ -65,6 +66,7 @@ class MixtureState:
         self.enabled = True
         self.thawed: list[str] = []  # the base model's parameters that required gradients before
         self.log = ScalingsLog()
+        self.hooks: tuple[RoutingHook, ...] = ()
         self._latest: Tensor | None = None
 
     @property
@@ -86,25 +88,45 @@ class MixtureState:
         assert isinstance(self.config, XLoraConfig)
         return ConstantRouting(self.config.scaling_pass_value * self.config.global_scaling_weight)
 
-    def mixture_pass(self, hidden: Float[Tensor, "B S H"]) -> Routing:
-        """The routing of the mixture pass, from the scaling pass's last hidden states."""
+    def recall(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The scaling pass's last hidden states, where a hook knows them."""
+        found = (hook.recall(inputs) for hook in self.hooks)
+        return next((hidden for hidden in found if hidden is not None), None)
+
+    def keep(self, inputs: Mapping[str, Any], hidden: Float[Tensor, "B S H"]) -> None:
+        """Show them to the hooks."""
+        for hook in self.hooks:
+            hook.keep(inputs, hidden)
+
+    def mixture_pass(
+        self, hidden: Float[Tensor, "B S H"], inputs: Mapping[str, Any], training: bool
+    ) -> tuple[Routing, list[Tensor]]:
+        """The routing of the mixture pass, from the scaling pass's last hidden states, and the hooks' losses."""
         config, classifier = self.config, self.classifier
         assert isinstance(config, XLoraConfig)
         assert classifier is not None
         if not torch.compiler.is_compiling():
             config.validate_for(len(self.experts), classifier.hidden_size)  # it may have been changed by hand
         logits = classifier.distinct(hidden)
+        for hook in self.hooks:
+            logits = hook.logits(logits, training)
         scalings = activate(logits, softmax=config.enable_softmax, temperature=config.softmax_temperature)
         self._latest = scalings.detach()
         self.log.add(scalings, len(self.paths))
         final = select(scalings, top_k=config.top_k_lora, renormalise=config.enable_softmax_topk)
-        return TensorRouting(final, config.global_scaling_weight, self.layouts)
+        made = Made(logits, scalings, final, inputs, training)
+        losses = [loss for hook in self.hooks if (loss := hook.made(made)) is not None]
+        return TensorRouting(final, config.global_scaling_weight, self.layouts), losses
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MixtureState:
         """A copy is another model: it may be trained further, and does not continue this one's caches."""
         twin = memo[id(self)] = MixtureState.__new__(MixtureState)
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo), owner=uuid.uuid4().hex)
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo), owner=uuid.uuid4().hex)
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Hooks belong to whoever attached them and do not travel."""
+        return self.__dict__ | {"hooks": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Likewise what was pickled."""
@@ -114,6 +136,27 @@ class MixtureState:
     def latest(self) -> Float[Tensor, "B S L E"] | None:
         """The scalings of the last forward, before top-k, detached."""
         return None if self._latest is None else self._latest.expand(-1, -1, len(self.paths), -1)
+
+
+def attach(model: nn.Module, hook: RoutingHook) -> Callable[[], None]:
+    """Let a hook take part in a mixture's passes, until the function that is returned is called.
+
+    Raises:
+        UnsupportedOperationError: a model that makes no scalings.
+    """
+    state = model.__dict__.get("_loramix")
+    if not isinstance(state, MixtureState) or state.classifier is None:
+        raise UnsupportedOperationError(
+            "Only a mixture makes scalings.",
+            received=f"a {type(model).__name__} without a router",
+            remedy="pass the model that get_peft_model(base, XLoraConfig(…)) returned, not a wrapper around it",
+        )
+    state.hooks = (*state.hooks, hook)
+
+    def detach() -> None:
+        state.hooks = tuple(other for other in state.hooks if other is not hook)
+
+    return detach
 
 
 class RoutedCheckpointing:
@@ -174,6 +217,7 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: MixtureState = self._loramix
         kwargs |= dict(zip(named, args, strict=False))
+        expert_ids = kwargs.pop(EXPERT_IDS, given_expert_ids())
         single = state.single_pass()
         if single is not None:
             refuse_two_pass_cache(kwargs.get(its_cache))
@@ -187,13 +231,21 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
         elif self.training and torch.is_grad_enabled() and kwargs.get("use_cache") is not True:
             first["use_cache"] = False  # nobody continues the cache of a training step
             kwargs["use_cache"] = False
-        with torch.no_grad():
-            made = routed(state.scaling_pass(), forward, self, **first)
-        routing = state.mixture_pass(made.last_hidden_state)
+        hidden = state.recall(first) if cache is None and first.get("use_cache") is False else None
+        made: Any = None
+        if hidden is None:
+            with torch.no_grad():
+                made = routed(state.scaling_pass(), forward, self, **first)
+            hidden = made.last_hidden_state
+            state.keep(first, hidden)
+        inputs = kwargs if expert_ids is None else kwargs | {EXPERT_IDS: expert_ids}
+        routing, losses = state.mixture_pass(hidden, inputs, self.training)
         out = routed(routing, forward, self, **(kwargs | ({"return_dict": True} if "return_dict" in quiet else {})))
+        if losses and torch.is_grad_enabled():
+            out.last_hidden_state = join_gradient(out.last_hidden_state, torch.stack(losses).sum())
         if cache is not None:
             cache.torn = False
-        elif made.get(its_cache) is not None and out.get(its_cache) is not None:
+        elif made is not None and made.get(its_cache) is not None and out.get(its_cache) is not None:
             TwoPassCache.pair(out[its_cache], made[its_cache], state.owner)
         return as_asked(out, kwargs.get("return_dict", getattr(self.config, "return_dict", True)))
 
@@ -223,13 +275,15 @@ def specialise(kind: type, *mixins: type, carrier: bool) -> type:
 
     Args:
         kind: the model's class.
-        mixins: what comes before it in the resolution order.
+        mixins: what comes before it in the resolution order, at the root of the model.
         carrier: whether the two passes run here.
     """
     body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     body["_loramix_made_of"] = (kind, mixins, carrier)
     if carrier:
         body["forward"] = two_passes(cast(Any, kind).forward)
+    if mixins:
+        body["forward"] = takes_expert_ids(body.get("forward", cast(Any, kind).forward))
     return type(kind.__name__, (*mixins, Specialised, RoutedCheckpointing, kind), body)
 
 

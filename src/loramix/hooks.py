@@ -1,0 +1,111 @@
+"""How training and recording take part in the passes of a mixture, from outside: the core never knows who they are.
+
+B, S: batch, sequence. H: hidden size. L: adapted layers, 1 where they share their scalings. E: experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+EXPERT_IDS = "expert_ids"
+"""The argument of a mixture's forward that says which expert a text belongs to: (B,) or (B, S), -1 where unknown."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The scalings of one forward.
+
+    Attributes:
+        logits: z, with gradients in training.
+        activated: after the softmax, before top-k (SEMANTICS §2, step 1).
+        final: s, what the layers mix by.
+        inputs: the arguments of the backbone's forward by name, `expert_ids` among them where they were given.
+        training: whether the model is in training mode.
+    """
+
+    logits: Float[Tensor, "B S L E"]
+    activated: Float[Tensor, "B S L E"]
+    final: Float[Tensor, "B S L E"]
+    inputs: Mapping[str, Any]
+    training: bool
+
+
+class RoutingHook:
+    """Takes part in every forward that makes scalings; `attach` puts one on a model.
+
+    The methods are called in this order. Here, each leaves everything as it is.
+    """
+
+    def recall(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The scaling pass's last hidden states (B, S, H), where they are known without running it."""
+
+    def keep(self, inputs: Mapping[str, Any], hidden: Float[Tensor, "B S H"]) -> None:
+        """The scaling pass ran with these arguments, and these hidden states came out."""
+
+    def logits(self, logits: Float[Tensor, "B S L E"], training: bool) -> Float[Tensor, "B S L E"]:
+        """The logits to route by."""
+        return logits
+
+    def made(self, made: Made) -> Tensor | None:
+        """Scalings were made. A scalar that is returned is a loss: its gradient joins that of the model's own loss."""
+
+
+def join_gradient(hidden: Float[Tensor, "B S H"], loss: Float[Tensor, ""]) -> Float[Tensor, "B S H"]:
+    """`hidden` as it is, and in backward a gradient of 1 for the loss.
+
+    So an auxiliary loss reaches any trainer, whatever it makes of the hidden states (DESIGN, decision 8).
+    """
+    return cast("Tensor", _JoinGradient.apply(hidden, loss))
+
+
+class _JoinGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.dtype, loss.device
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        dtype, device = ctx.like
+        return gradients[0], torch.ones((), dtype=dtype, device=device)
+
+
+class _Given(threading.local):
+    def __init__(self) -> None:
+        self.expert_ids: Tensor | None = None
+
+
+_given = _Given()
+
+
+def given_expert_ids() -> Tensor | None:
+    """The `expert_ids` of the forward of this thread's model, for a backbone that its head does not hand them to."""
+    return _given.expert_ids
+
+
+def takes_expert_ids(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward with `expert_ids` among its arguments, so that trainers leave that column in their data."""
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    extra = inspect.Parameter(EXPERT_IDS, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None")
+    end = len(parameters) - bool(parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, expert_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        outer, _given.expert_ids = _given.expert_ids, expert_ids
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _given.expert_ids = outer
+
+    cast(Any, run).__signature__ = signature.replace(parameters=[*parameters[:end], extra, *parameters[end:]])
+    return run
