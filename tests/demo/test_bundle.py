@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loramix.demo import DOMAINS, bundle
-from loramix.demo.compare import BASE, UNIFORM, compare, heldout_columns
+from loramix.demo.compare import compare, heldout_columns
 from loramix.errors import CheckpointNotFoundError
 from loramix.model import XLoraModel
+from loramix.training.evaluation import BASE, UNIFORM
 
 MEBIBYTE = 2**20
 
@@ -46,7 +47,7 @@ def test_every_expert_differs_from_the_base(demo_mixture: XLoraModel, demo_base:
 
 
 def test_the_shipped_router_earns_its_place(demo_mixture: XLoraModel, demo_tokenizer: PreTrainedTokenizerFast) -> None:
-    result = compare(demo_mixture, demo_tokenizer, heldout_columns(demo_tokenizer, 12))
+    result = compare(demo_mixture, heldout_columns(demo_tokenizer, 12))
     assert list(result.bits_per_byte)[1:-3] == list(DOMAINS)
     assert result.rivals == [*DOMAINS, UNIFORM]
     assert result.router_earns_its_place

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from loramix.demo.compare import BASE, COLUMNS, MIXED, ORACLE, SWITCHING, UNIFORM, XLORA, Comparison
+from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.picture import draw
 from loramix.demo.routed import RoutedText
 from loramix.demo.show import colours, comparison_table, explanation, legend, routed_panel, verdict
+from loramix.training.evaluation import BASE, ORACLE, UNIFORM
 
 EXPERTS = ["code", "math"]
 ROUTED = RoutedText(

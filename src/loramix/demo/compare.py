@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
 from loramix.demo.corpus import DOMAINS
-from loramix.demo.text import Passage, Score, heldout_passages, measure, switching_passages, total
+from loramix.demo.text import heldout_passages, switching_passages
 from loramix.model import XLoraModel
+from loramix.training.evaluation import BASE, MIXTURE, ORACLE, Passage, Score, measure, rows, total
 
-BASE, UNIFORM, XLORA, ORACLE = "base model", "uniform mixture", "X-LoRA", "oracle"
+XLORA = MIXTURE
 MIXED, SWITCHING = "mixed", "switching"
 COLUMNS = (*DOMAINS, MIXED, SWITCHING)
 
@@ -56,38 +55,27 @@ def heldout_columns(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str,
     return columns | {SWITCHING: switching_passages(tokenizer, count)}
 
 
-def compare(model: XLoraModel, tokenizer: PreTrainedTokenizerFast, columns: dict[str, list[Passage]]) -> Comparison:
+def compare(model: XLoraModel, columns: dict[str, list[Passage]]) -> Comparison:
     """Measure every row on every column.
 
     Args:
         model: a mixture whose experts are named after the domains.
-        tokenizer: its tokenizer.
         columns: held-out text by column, as `heldout_columns` gives it; "mixed" is the text of all domains together.
     """
-    rows: dict[str, Scores] = {}
-    for row, settings in _settings(model):
-        with settings:
-            rows[row] = {column: measure(model, tokenizer, passages) for column, passages in columns.items()}
-    best = {d: min(model.expert_names, key=lambda expert: _bits_per_byte(rows[expert], d)) for d in DOMAINS}
-    rows[ORACLE] = {
-        column: {domain: rows[best[domain]][column][domain] for domain in scores}
-        for column, scores in rows[BASE].items()
+    found: dict[str, Scores] = {}
+    for row, setting in rows(model, leave_one_out=False):
+        with setting:
+            found[row] = {column: measure(model, passages) for column, passages in columns.items()}
+    best = {d: min(model.expert_names, key=lambda expert: _bits_per_byte(found[expert], d)) for d in DOMAINS}
+    found[ORACLE] = {
+        column: {domain: found[best[domain]][column][domain] for domain in scores}
+        for column, scores in found[BASE].items()
     }
     return Comparison(
-        bits_per_byte={row: {c: _bits_per_byte(scores, c) for c in COLUMNS} for row, scores in rows.items()},
+        bits_per_byte={row: {c: _bits_per_byte(scores, c) for c in COLUMNS} for row, scores in found.items()},
         best_expert=best,
-        bytes={c: _column(rows[BASE], c).bytes for c in COLUMNS},
+        bytes={c: _column(found[BASE], c).bytes for c in COLUMNS},
     )
-
-
-def _settings(model: XLoraModel) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """Each row's name, and what to open around the model to measure it."""
-    experts = model.expert_names
-    yield BASE, model.disable_adapter()
-    for chosen in experts:
-        yield chosen, model.fixed_scalings([float(name == chosen) for name in experts])
-    yield UNIFORM, model.fixed_scalings([1 / len(experts)] * len(experts))
-    yield XLORA, nullcontext()
 
 
 def _column(scores: Scores, column: str) -> Score:

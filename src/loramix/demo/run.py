@@ -119,7 +119,7 @@ def run_demo(
     with clock.stage(console, "3. Save, and load", "onto a fresh base model"):
         model, exact = save_and_load(model, tokenizer, folder, console)
     with clock.stage(console, "4. Compare", "on files that were held out when base, experts and router were trained"):
-        comparison = compare(model, tokenizer, heldout_columns(tokenizer, settings.windows))
+        comparison = compare(model, heldout_columns(tokenizer, settings.windows))
         for part in (comparison_table(comparison), explanation(comparison), verdict(comparison)):
             console.print(part)
     with clock.stage(

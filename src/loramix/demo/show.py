@@ -12,8 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loramix.demo.compare import BASE, COLUMNS, MIXED, ORACLE, SWITCHING, UNIFORM, XLORA, Comparison
+from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.routed import RoutedText
+from loramix.training.evaluation import BASE, ORACLE, UNIFORM
 
 PALETTE = ("#4da6e0", "#e69f00", "#2fb58a", "#d986b8", "#d55e00", "#b8a800")
 """Okabe and Ito's colours, light enough for dark terminals: told apart with any kind of colour vision."""

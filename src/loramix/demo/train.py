@@ -39,13 +39,12 @@ from loramix.demo.text import (
     causal_batch,
     encode,
     heldout_passages,
-    measure,
     start_token,
     switching_passages,
-    total,
     windows,
 )
 from loramix.model import PeftModel, get_peft_model
+from loramix.training.evaluation import measure, total
 
 START = "<|start|>"
 VOCABULARY = 2048
@@ -182,7 +181,7 @@ def log_scores(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     columns = {domain: heldout_passages(tokenizer, domain, 24) for domain in corpus.DOMAINS}
     columns["switching"] = switching_passages(tokenizer, 24)
     for column, passages in columns.items():
-        result = total(measure(model, tokenizer, passages).values())
+        result = total(measure(model, passages).values())
         log(f"  {name:7} held-out {column:10} {result.bits_per_byte:.3f} bits per byte ({result.bytes} bytes)")
 
 

@@ -1,0 +1,1 @@
+"""What a mixture's routing does, seen from outside the core."""

@@ -1,0 +1,232 @@
+"""Router objectives under any trainer: auxiliary losses as a hook, the temperature's schedule as a callback.
+
+    trainer = Trainer(model, …, callbacks=[RouterCallback(RouterObjectives(z_loss=1e-3, supervised=1.0))])
+
+The losses join the model's own in backward (`loramix.hooks.join_gradient`), so no trainer needs to know of them. The
+reported loss stays the model's own; the objectives' values are logged beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, cast, no_type_check
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from loramix.config import XLoraConfig
+from loramix.errors import ConfigurationError, TrainingError
+from loramix.gating import largest
+from loramix.hooks import EXPERT_IDS, Made, RoutingHook
+from loramix.passes import attach
+from loramix.routing.metrics import RoutingMeter
+from loramix.rules import require, require_finite
+from loramix.training import losses
+
+
+@no_type_check
+@dataclass(frozen=True)
+class RouterObjectives:
+    """How much each objective counts beside the model's own loss; all are off by default.
+
+    Args:
+        z_loss: weight of `losses.z_loss`.
+        load_balance: weight of `losses.load_balance`.
+        entropy_floor: weight of `losses.entropy_floor`.
+        least_entropy: its floor, a share of log E from 0 to 1.
+        supervised: weight of `losses.supervised`; counts for texts whose expert the data names.
+        temperature: softmax temperature at the first step and at the last, gone through geometrically; None leaves it.
+
+    Raises:
+        ConfigurationError: a negative weight, a floor outside 0..1, a temperature that is not positive.
+    """
+
+    z_loss: float = 0.0
+    load_balance: float = 0.0
+    entropy_floor: float = 0.0
+    least_entropy: float = 0.5
+    supervised: float = 0.0
+    temperature: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in asdict(self).items() if name != "temperature"}
+        for name, value in numbers.items():
+            require_finite(name, value, remedy=f"Use {name}=0.0 to leave it out, or a positive weight.")
+            require(
+                value >= 0,
+                f"{name} must not be negative.",
+                received=f"{name}={value!r}",
+                remedy=f"Use {name}=0.0 to leave it out.",
+            )
+        require(
+            self.least_entropy <= 1,
+            "least_entropy is a share of the largest entropy, from 0 to 1.",
+            received=f"least_entropy={self.least_entropy!r}",
+            remedy="Use least_entropy=0.5.",
+        )
+        ends = () if self.temperature is None else self.temperature
+        require(
+            self.temperature is None or (len(ends) == 2 and all(math.isfinite(end) and end > 0 for end in ends)),
+            "temperature holds two positive numbers: at the first step and at the last.",
+            received=f"temperature={self.temperature!r}",
+            remedy="Use for example temperature=(4.0, 1.0), or None.",
+        )
+
+    def temperature_at(self, progress: float) -> float | None:
+        """The softmax temperature after a share of the training, from 0 to 1."""
+        if self.temperature is None:
+            return None
+        first, last = self.temperature
+        return first * (last / first) ** min(1.0, max(0.0, progress))
+
+
+class RouterObjective(RoutingHook):
+    """The hook that adds the objectives to a model's training, and measures its routing meanwhile.
+
+    Args:
+        objectives: what to add.
+        config: the model's live configuration.
+        scale: factor on the losses' gradients: 1 / n with n batches to an optimizer step.
+    """
+
+    def __init__(self, objectives: RouterObjectives, config: XLoraConfig, scale: float = 1.0) -> None:
+        self.objectives = objectives
+        self.config = config
+        self.scale = scale
+        self.meter = RoutingMeter()
+        self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
+
+    def made(self, made: Made) -> Tensor | None:
+        if not made.training:
+            return None
+        real = real_tokens(made)
+        self.meter.add(made.final, real)
+        terms = self._terms(made, real)
+        for name, (_, value) in terms.items():
+            self._values[name].append(value.detach())
+        weighted = [weight * value for weight, value in terms.values() if weight]
+        return self.scale * torch.stack(weighted).sum() if weighted else None
+
+    def _terms(self, made: Made, real: Tensor | None) -> dict[str, tuple[float, Tensor]]:
+        aims, terms = self.objectives, dict[str, tuple[float, Tensor]]()
+        if aims.z_loss:
+            terms["z_loss"] = aims.z_loss, losses.z_loss(made.logits, real)
+        if aims.load_balance:
+            chosen = largest(made.activated, self.config.top_k_lora or 1)
+            terms["load_balance"] = aims.load_balance, losses.load_balance(self._shares(made), chosen, real)
+        if aims.entropy_floor:
+            value = losses.entropy_floor(self._shares(made), aims.least_entropy, real)
+            terms["entropy_floor"] = aims.entropy_floor, value
+        ids = made.inputs.get(EXPERT_IDS)
+        if aims.supervised and ids is not None:
+            terms["supervised"] = aims.supervised, losses.supervised(made.logits, self._checked(ids, made), real)
+        return terms
+
+    def _shares(self, made: Made) -> Tensor:
+        return made.activated if self.config.enable_softmax else torch.softmax(made.logits, dim=-1)
+
+    def _checked(self, ids: Tensor, made: Made) -> Tensor:
+        batch, length, _, experts = made.logits.shape
+        if ids.shape not in ((batch,), (batch, length)):
+            raise ConfigurationError(
+                "expert_ids holds one number for each text of the batch, or for each token.",
+                received=f"shape {tuple(ids.shape)} for a batch of {batch} texts of {length} tokens",
+                remedy="do not pack texts whose expert is labelled, or label every token",
+            )
+        return ids.to(made.logits.device) if experts else ids
+
+    def take(self) -> dict[str, float]:
+        """The mean of each loss and the routing's metrics since the last call."""
+        values = {name: float(torch.stack(parts).mean()) for name, parts in self._values.items()}
+        self._values.clear()
+        metrics = self.meter.result()
+        self.meter.clear()
+        return values | ({} if metrics is None else metrics.scalars())
+
+
+def real_tokens(made: Made) -> Bool[Tensor, "B S"] | None:
+    """True at the real tokens of a batch with padding; None where all are."""
+    mask = made.inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != made.logits.shape[:2]:
+        return None
+    return mask.to(made.logits.device, torch.bool)
+
+
+PREFIX = "router/"
+
+
+class RouterCallback(TrainerCallback):
+    """Brings router objectives to `transformers.Trainer`, TRL's trainers, and whatever calls their callbacks.
+
+    It attaches the objectives for the time of the training, scales them with gradient accumulation, follows the
+    temperature's schedule, logs the routing's metrics as `router/…`, and stops a training whose gradients are no
+    numbers any more before they reach the weights.
+
+    Args:
+        objectives: None measures only.
+
+    Raises (while training):
+        TrainingError: a gradient that is not finite, with the step and the last checkpoint.
+    """
+
+    def __init__(self, objectives: RouterObjectives | None = None) -> None:
+        self.objectives = objectives or RouterObjectives()
+        self._hook: RouterObjective | None = None
+        self._detach: Callable[[], None] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._hook = RouterObjective(
+            self.objectives, model.peft_config["default"], 1 / max(1, args.gradient_accumulation_steps)
+        )
+        self._detach = attach(model, self._hook)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        temperature = self.objectives.temperature_at(state.global_step / max(1, state.max_steps - 1))
+        if temperature is not None:
+            model.set_softmax_temperature(temperature)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not args.fp16:  # a loss scaler skips such steps by itself
+            refuse_bad_gradients(model, state.global_step + 1, args.output_dir)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if self._hook is None or logs is None or "loss" not in logs:
+            return
+        found = {PREFIX + name: value for name, value in self._hook.take().items()}
+        logs.update(found)
+        if state.log_history:
+            cast("dict[str, float]", state.log_history[-1]).update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._detach is not None:
+            self._detach()
+        self._hook = self._detach = None
+
+    def first_of(self, trainer: Any) -> None:
+        """Put this callback before those that report (TensorBoard, …), so that they see the metrics too."""
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+
+
+def refuse_bad_gradients(model: nn.Module, step: int, folder: str | None) -> None:
+    """Raise before an optimizer step whose gradients are not finite.
+
+    Raises:
+        TrainingError: naming the step and where the last good checkpoint is.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or bool(torch.isfinite(parameter.grad).all()):
+            continue
+        raise TrainingError(
+            "Every gradient is a finite number.",
+            received=f"step {step}: the gradient of {name} is not; the weights are those of step {step - 1}",
+            remedy=f"Resume from the last checkpoint in {folder!r} with a lower learning rate, or look at the data "
+            "of that step.",
+        )

@@ -1,0 +1,299 @@
+"""The scaling pass, paid once: its last hidden states by text, in memory or on disk, read again in later epochs.
+
+While the base model is frozen and nothing in the pass is random, they depend on the tokens alone. A text is kept
+without its padding, so that it is found again in another batch, whatever stands beside it there: identical for an
+identical batch, and within float32 rounding for another.
+
+B, S: batch, sequence. H: hidden size. N: tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO, Self, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loramix.config import XLoraConfig
+from loramix.errors import ConfigurationError, UnsupportedOperationError
+from loramix.hooks import EXPERT_IDS, RoutingHook
+from loramix.layers import XLoraLayer
+from loramix.model import XLoraModel
+from loramix.passes import attach
+
+_BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_WITHOUT_EFFECT = frozenset({"labels", "use_cache", "return_dict", "num_items_in_batch", EXPERT_IDS, "cache_position"})
+_WITHOUT_EFFECT_PREFIX = "output_"
+
+
+def required_bytes(model: XLoraModel, tokens: int) -> int:
+    """How much the hidden states of `tokens` tokens take: N · H numbers of the base model's dtype.
+
+    Args:
+        model: the mixture.
+        tokens: of the whole data, padding not counted.
+    """
+    config = cast(XLoraConfig, model.peft_config["default"])
+    return tokens * config.hidden_size * model.dtype.itemsize
+
+
+class ScalingPassCache(RoutingHook):
+    """The scaling pass's last hidden states of the texts that a model has seen.
+
+        with ScalingPassCache(model, max_bytes=2**30) as cache:
+            trainer.train()
+
+    Args:
+        model: the mixture, frozen but for its router (and its experts, while the scaling pass does not use them).
+        max_bytes: what the hidden states may take; texts beyond it are not kept. `required_bytes` tells beforehand.
+        folder: keep them in a file there, which is deleted with the cache; in memory when None.
+
+    Attributes:
+        bytes: what the kept hidden states take.
+        hits: forwards whose texts were all known.
+        misses: the others.
+
+    Raises:
+        UnsupportedOperationError: a scaling pass that is random, or that training changes.
+        ConfigurationError: no room for a single token.
+    """
+
+    def __init__(self, model: XLoraModel, *, max_bytes: int, folder: str | PathLike[str] | None = None) -> None:
+        self.model = model
+        self._config = cast(XLoraConfig, model.peft_config["default"])
+        if max_bytes < required_bytes(model, 1):
+            raise ConfigurationError(
+                "The cache of the scaling pass has room for some tokens.",
+                received=f"max_bytes={max_bytes}; one token takes {required_bytes(model, 1)}",
+                remedy="Use required_bytes(model, tokens) bytes.",
+            )
+        refuse_changing_pass(model)
+        self.max_bytes = max_bytes
+        self.bytes = self.hits = self.misses = 0
+        self._store: _Memory | _File = _Memory() if folder is None else _File(Path(folder), max_bytes)
+        self._told = False
+        self._settings = self._current_settings()
+        self._detach: Callable[[], None] | None = None
+
+    def __enter__(self) -> Self:
+        self._detach = attach(self.model, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the cache off the model and forget what it holds."""
+        if self._detach is not None:
+            self._detach()
+            self._detach = None
+        self._store.close()
+
+    def recall(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        if self._settings != self._current_settings():
+            self._forget()  # what is kept belongs to another pass
+        rows = _rows(inputs)
+        found = None if rows is None else [self._store.read(row.key) for row in rows]
+        if rows is None or found is None or any(hidden is None for hidden in found):
+            self.misses += 1
+            return None
+        self.hits += 1
+        ids = cast(Tensor, inputs["input_ids"])
+        first = cast(Tensor, found[0])
+        together = first.new_zeros(*ids.shape, first.shape[1])
+        for number, (row, hidden) in enumerate(zip(rows, found, strict=True)):
+            together[number, row.start : row.stop] = cast(Tensor, hidden)
+        return together.to(ids.device)
+
+    def keep(self, inputs: Mapping[str, Any], hidden: Float[Tensor, "B S H"]) -> None:
+        refuse_changing_pass(self.model)
+        for number, row in enumerate(_rows(inputs) or ()):
+            if row.key in self._store:
+                continue
+            part = hidden[number, row.start : row.stop].detach().cpu().contiguous()
+            if self.bytes + part.nbytes > self.max_bytes:
+                self._tell()
+                return
+            self._store.write(row.key, part)
+            self.bytes += part.nbytes
+
+    def _forget(self) -> None:
+        self._store.clear()
+        self.bytes = 0
+        self._settings = self._current_settings()
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"The cache of the scaling pass is full with {self.bytes:,} bytes; the scaling pass runs again for "
+                "further texts. required_bytes(model, tokens) tells what all of them take.",
+                stacklevel=2,
+            )
+
+    def _current_settings(self) -> tuple[object, ...]:
+        """Beside the tokens, what the hidden states depend on and what may change."""
+        config, kind = self._config, self.model.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
+        return config.scaling_pass_value * config.global_scaling_weight, precision
+
+
+def refuse_changing_pass(model: XLoraModel) -> None:
+    """Raise where the scaling pass does not give the same hidden states for the same tokens.
+
+    Raises:
+        UnsupportedOperationError: a base model or experts that train, or dropout that is on.
+    """
+    config = cast(XLoraConfig, model.peft_config["default"])
+    used = bool(config.scaling_pass_value)
+    experts = {id(p) for m in model.modules() if isinstance(m, XLoraLayer) for p in m.parameters(recurse=False)}
+    router = {id(parameter) for parameter in model.internal_xlora_classifier.parameters()}
+    reason = None
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or id(parameter) in router:
+            continue
+        if id(parameter) not in experts:
+            reason = f"the base model's {name} is trained"
+        elif used:
+            reason = f"the scaling pass uses experts that are trained: scaling_pass_value={config.scaling_pass_value}"
+    reason = reason or _dropout(model, experts_count=used)
+    if reason is not None:
+        raise UnsupportedOperationError(
+            "The scaling pass can be kept where it gives the same hidden states for the same tokens.",
+            received=reason,
+            remedy="Train without this cache, or freeze the base model and set its dropout to 0.",
+        )
+
+
+def _dropout(model: nn.Module, *, experts_count: bool) -> str | None:
+    config = cast(Any, model).config.get_text_config()
+    for name in ("attention_dropout", "attn_pdrop"):  # applied as a function, by no module
+        if getattr(config, name, 0):
+            return f"the base model's configuration has {name}={getattr(config, name)}"
+    router = set(cast(Any, model).internal_xlora_classifier.modules())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0 and module not in router:
+            return f"the base model's {name} drops with p={module.p}"
+        if experts_count and isinstance(module, XLoraLayer) and any(module.dropouts):
+            return f"the experts at {name} drop with p={max(module.dropouts)}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Row:
+    key: bytes
+    start: int
+    stop: int
+
+
+def _rows(inputs: Mapping[str, Any]) -> list[_Row] | None:
+    """Each text of a batch: what its hidden states depend on, and where it lies; None where something else matters."""
+    ids = inputs.get("input_ids")
+    others = [
+        name
+        for name, value in inputs.items()
+        if value is not None
+        and name not in _BY_TOKEN
+        and name not in _WITHOUT_EFFECT
+        and not name.startswith(_WITHOUT_EFFECT_PREFIX)
+    ]
+    if not isinstance(ids, Tensor) or others:
+        return None
+    columns: dict[str, Tensor] = {}
+    for name in _BY_TOKEN:
+        value = inputs.get(name)
+        if isinstance(value, Tensor):
+            if value.dim() != 2 or value.shape[1] != ids.shape[1]:
+                return None
+            columns[name] = value.expand(ids.shape).cpu()
+    mask = columns.pop("attention_mask", None)
+    return [_row(columns, number, None if mask is None else mask[number]) for number in range(len(ids))]
+
+
+def _row(columns: Mapping[str, Tensor], number: int, mask: Tensor | None) -> _Row:
+    length = columns["input_ids"].shape[1]
+    real = torch.arange(length) if mask is None else mask.nonzero().flatten()
+    start, stop = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
+    digest = hashlib.sha256(f"{start} {stop}".encode())  # where a text begins counts for absolute positions
+    for name, values in columns.items():
+        digest.update(name.encode() + values[number, start:stop].contiguous().numpy().tobytes())
+    if mask is not None and stop - start != len(real):
+        digest.update(mask[start:stop].contiguous().numpy().tobytes())
+    return _Row(digest.digest(), start, stop)
+
+
+class _Memory:
+    """Hidden states in memory, by the key of their text."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, Tensor] = {}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._kept
+
+    def write(self, key: bytes, hidden: Tensor) -> None:
+        self._kept[key] = hidden.clone()
+
+    def read(self, key: bytes) -> Tensor | None:
+        return self._kept.get(key)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    close = clear
+
+
+@dataclass(frozen=True)
+class _Place:
+    start: int
+    stop: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _File:
+    """The same, one behind the other in a file without a name of its own, which ends with the process."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder, prefix=".loramix-scaling-pass-")  # noqa: SIM115 - closed by close()
+        self._file = cast("BinaryIO", file)
+        self._file.truncate(size)
+        self._map = mmap.mmap(self._file.fileno(), size)
+        self._places: dict[bytes, _Place] = {}
+        self._end = 0
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def write(self, key: bytes, hidden: Tensor) -> None:
+        place = _Place(self._end, self._end + hidden.nbytes, hidden.shape, hidden.dtype)
+        self._map[place.start : place.stop] = hidden.view(torch.uint8).numpy().tobytes()
+        self._places[key], self._end = place, place.stop
+
+    def read(self, key: bytes) -> Tensor | None:
+        place = self._places.get(key)
+        if place is None:
+            return None
+        if place.start == place.stop:
+            return torch.zeros(place.shape, dtype=place.dtype)
+        raw = bytearray(self._map[place.start : place.stop])
+        return torch.frombuffer(raw, dtype=place.dtype).view(place.shape)
+
+    def clear(self) -> None:
+        self._places.clear()
+        self._end = 0
+
+    def close(self) -> None:
+        self.clear()
+        self._map.close()
+        self._file.close()

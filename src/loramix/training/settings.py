@@ -1,0 +1,257 @@
+"""What a training run is made of: one YAML file, or the same from keyword arguments.
+
+base: meta-llama/Llama-3.2-1B            # folder or Hub id
+experts: {math: …, code: …}              # name -> folder or Hub id
+data: train.jsonl                        # see `loramix.training.data`
+output: runs/first
+mixture: {xlora_depth: 2, xlora_size: 256}        # fields of XLoraConfig
+objectives: {z_loss: 0.001, supervised: 0.1}      # fields of RouterObjectives
+init: {method: prompts, prompts: prompts.json}    # zeros, prompts, or labels (the data's own)
+trainer: {max_steps: 500, learning_rate: 0.003}   # fields of TRL's SFTConfig
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self, cast, no_type_check
+
+from loramix.errors import ConfigurationError
+from loramix.rules import require
+
+_SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@no_type_check
+@dataclass(frozen=True)
+class Data:
+    """Where a run's text comes from.
+
+    Args:
+        train: file, folder or data set id.
+        eval: likewise, for evaluation; None evaluates nothing while training.
+        split: of a data set of the Hub.
+        eval_split: likewise.
+    """
+
+    train: str
+    eval: str | None = None
+    split: str = "train"
+    eval_split: str = "test"
+
+
+@no_type_check
+@dataclass(frozen=True)
+class TrainSettings:
+    """A run that trains a router.
+
+    Args:
+        base: folder or Hub id of the base model.
+        experts: name -> folder or Hub id.
+        data: what to train on, and what to evaluate with.
+        output: folder for checkpoints, the trained mixture and its evaluation.
+        revision: of the base model.
+        dtype: the base model's: "auto", "float32", "bfloat16", "float16".
+        mixture: fields of `XLoraConfig`.
+        objectives: fields of `RouterObjectives`.
+        init: `method` ("zeros", "prompts", "labels") and, for prompts, `prompts`: a JSON file of name -> texts.
+        cache: bytes for the hidden states of the scaling pass ("500MB"); None runs the pass anew in each epoch.
+        cache_folder: keep them in a file there instead of in memory.
+        trainer: fields of TRL's `SFTConfig`.
+
+    Raises:
+        ConfigurationError: a key that does not exist, or a value that cannot work.
+    """
+
+    base: str
+    experts: dict[str, str]
+    data: Data
+    output: str = "loramix-training"
+    revision: str | None = None
+    dtype: str = "auto"
+    mixture: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, Any] = field(default_factory=dict)
+    init: dict[str, Any] = field(default_factory=dict)
+    cache: str | int | None = None
+    cache_folder: str | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("mixture", "objectives", "init", "trainer", "experts"):
+            require(
+                isinstance(getattr(self, name), Mapping),
+                f"{name} holds names and values.",
+                received=f"{name}={getattr(self, name)!r}",
+                remedy=f"Write {name} as a mapping.",
+            )
+        taken = {"output_dir": "output", "adapters": "experts", "hidden_size": "nothing: it is the base model's"}
+        for name in taken.keys() & {*self.trainer, *self.mixture}:
+            raise ConfigurationError(
+                f"{name} is said once.", received=f"{name} among trainer or mixture", remedy=f"Use {taken[name]}."
+            )
+        method = self.init.get("method")
+        check_keys(self.init, ("method", "prompts"), "init")
+        require(
+            method in (None, "zeros", "prompts", "labels") and (method == "prompts") == ("prompts" in self.init),
+            'init.method is "zeros", "prompts" (with init.prompts, a JSON file of name -> texts) or "labels".',
+            received=f"init={dict(self.init)!r}",
+            remedy="Write for example init: {method: prompts, prompts: prompts.json}.",
+        )
+        _ = self.cache_bytes
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache` as a number of bytes."""
+        return None if self.cache is None else parse_size(self.cache)
+
+    @classmethod
+    def read(cls, path: str | Path | None, changes: Mapping[str, Any] | None = None) -> Self:
+        """Read a YAML file, and put changes over it.
+
+        Args:
+            path: the file; None starts from nothing.
+            changes: dotted key -> value, for example {"trainer.max_steps": 10}.
+
+        Raises:
+            ConfigurationError: a file that is no YAML mapping, or settings that cannot work.
+        """
+        content = {} if path is None else _load(Path(path))
+        for key, value in (changes or {}).items():
+            _put(content, key.split("."), value)
+        return cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """The settings of a mapping; `data` may be a single path.
+
+        Raises:
+            ConfigurationError: keys that are missing or do not exist.
+        """
+        check_keys(content, [entry.name for entry in fields(cls)], "the settings")
+        missing = [name for name in ("base", "experts", "data") if not content.get(name)]
+        if missing:
+            raise ConfigurationError(
+                "A training names its base model, its experts and its data.",
+                received=f"no {', '.join(missing)}",
+                remedy="Write them into the file, or give --base, --expert NAME=PATH and --data.",
+            )
+        data = content["data"]
+        if isinstance(data, Mapping):
+            check_keys(data, [entry.name for entry in fields(Data)], "data")
+            require(
+                "train" in data, "data names what to train on.", received=f"data={data!r}", remedy="Add data.train."
+            )
+        values: dict[str, Any] = {**content, "data": Data(**data) if isinstance(data, Mapping) else Data(str(data))}
+        return cls(**values)
+
+
+@no_type_check
+@dataclass(frozen=True)
+class ExpertSettings:
+    """A run that trains one LoRA expert.
+
+    Args:
+        base: folder or Hub id of the base model.
+        data: what to train on.
+        output: the expert's folder; checkpoints go into `training/` below it.
+        revision: of the base model.
+        dtype: as for `TrainSettings`.
+        lora: fields of `LoraConfig`; all linear layers at rank 8 where it says nothing else.
+        trainer: fields of TRL's `SFTConfig`.
+    """
+
+    base: str
+    data: Data
+    output: str
+    revision: str | None = None
+    dtype: str = "auto"
+    lora: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises ConfigurationError: a key that does not exist, with the one that was meant."""
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigurationError(
+                f"{where} has the keys {', '.join(known) if len(known) < 20 else 'of its class'}.",
+                received=f"{key!r}",
+                remedy=f"Did you mean {close[0]!r}?" if close else "Leave it out.",
+            )
+
+
+def parse_size(size: str | int) -> int:
+    """`500MB`, `2 GiB` or a plain number, as bytes.
+
+    Raises:
+        ConfigurationError: none of these.
+    """
+    text = str(size).strip().lower().replace(" ", "")
+    unit = next((name for name in _SIZES if text.endswith(name)), "")
+    try:
+        value = float(text.removesuffix(unit)) * _SIZES.get(unit, 1)
+        if not 0 < value < 2**60:
+            raise ValueError(size)
+    except ValueError:
+        raise ConfigurationError(
+            "A size is a number of bytes, with a unit where wanted.",
+            received=repr(size),
+            remedy="Write for example 500MB, or 2GiB.",
+        ) from None
+    return int(value)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigurationError(
+            "Settings are a YAML file that can be read.",
+            received=f"{path}: {' '.join(str(error).split())}",
+            remedy="Correct the file.",
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(
+            "Settings are a mapping of keys to values.",
+            received=f"{path}: a {type(content).__name__}",
+            remedy="Write base:, experts:, data: and so on, each on a line.",
+        )
+    return cast("dict[str, Any]", content)
+
+
+def _put(content: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = content.get(key)
+        if key == "data" and isinstance(inner, str):
+            inner = {"train": inner}
+        if not isinstance(inner, dict):
+            inner = {}
+        content[key] = inner
+        content = inner
+    content[keys[-1]] = value
+
+
+def read_prompts(path: str | Path) -> dict[str, list[str]]:
+    """A JSON file of expert name -> text or texts.
+
+    Raises:
+        ConfigurationError: not such a file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        texts = {name: [value] if isinstance(value, str) else list(value) for name, value in content.items()}
+        if not all(isinstance(text, str) for values in texts.values() for text in values):
+            raise TypeError("texts that are no strings")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            "Prompts are a JSON file of expert name -> texts.",
+            received=f"{path}: {error}",
+            remedy='Write {"math": ["2 + 2 ="], "code": ["def f("]}.',
+        ) from error
+    return texts

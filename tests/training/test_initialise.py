@@ -1,0 +1,171 @@
+"""A router that routes before it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from loramix import ConfigurationError, DataError, XLoraConfig, get_peft_model
+from loramix.classifier import XLoraClassifier
+from loramix.training import init_router
+from loramix.training.initialise import LinearRouter, hidden_states, write_linear
+from tiny import llama, tokens
+
+MODES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "cool": {"softmax_temperature": 0.5},
+    "sparse": {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
+    "hard": {"enable_softmax": False, "top_k_lora": 2},
+}
+
+
+def mixture(experts: Any, **config: Any) -> Any:
+    base = llama()
+    torch.manual_seed(1)
+    settings = {"hidden_size": 64, "adapters": experts("llama"), "xlora_depth": 2, "xlora_size": 16, **config}
+    return get_peft_model(base, XLoraConfig(**settings)).eval()
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    model_max_length = 10**30
+
+    def __call__(self, text: str, **_: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([[int(word) for word in text.split()]])}
+
+
+def prompts() -> dict[str, list[str]]:
+    """Each expert's texts use words of its own."""
+    ranges = {"math": (4, 30), "code": (30, 60), "prose": (60, 96)}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: [" ".join(map(str, torch.randint(*ends, (30,), generator=generator).tolist())) for _ in range(6)]
+        for name, ends in ranges.items()
+    }
+
+
+def batches() -> Iterator[Mapping[str, Tensor]]:
+    for number, texts in enumerate(prompts().values()):
+        ids = torch.cat([Words()(text)["input_ids"] for text in texts])
+        mask = torch.ones_like(ids)
+        ids[0, -5:], mask[0, -5:] = 0, 0
+        yield {"input_ids": ids, "attention_mask": mask, "expert_ids": torch.full((len(ids),), number)}
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_classifier_of_any_depth_computes_a_linear_map_exactly(depth: int, layerwise: bool) -> None:
+    config = XLoraConfig(
+        hidden_size=8, adapters={}, xlora_depth=depth, xlora_size=9, layerwise_scalings=layerwise, xlora_dropout_p=0.3
+    )
+    classifier = XLoraClassifier(config, n_classes=4, n_layers=3).eval()
+    router = LinearRouter(torch.randn(4, 8), torch.randn(4), 2.5, 1.0)
+    write_linear(classifier, router)
+    hidden = torch.randn(2, 5, 8)
+    expected = 2.5 * (hidden @ router.weight.T + router.bias)
+    assert_close(classifier(hidden), expected.unsqueeze(2).expand(-1, -1, 3, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_units_that_are_left_over_can_still_learn() -> None:
+    config = XLoraConfig(hidden_size=8, adapters={}, xlora_depth=2, xlora_size=12, xlora_dropout_p=0.0)
+    classifier = XLoraClassifier(config, n_classes=3, n_layers=1)
+    write_linear(classifier, LinearRouter(torch.randn(3, 8), torch.randn(3), 1.0, 1.0))
+    classifier(torch.randn(1, 4, 8)).square().sum().backward()
+    assert classifier.layers[-1].weight.grad[:, 6:].abs().sum() > 0
+
+
+def test_too_narrow_a_router_is_refused_and_unchanged(experts: Any) -> None:
+    model = mixture(experts, xlora_size=5)
+    before = {name: tensor.clone() for name, tensor in model.internal_xlora_classifier.state_dict().items()}
+    with pytest.raises(ConfigurationError, match="xlora_size=6"):
+        init_router(model, "prompts", tokenizer=Words(), prompts=prompts())
+    assert all(torch.equal(before[n], t) for n, t in model.internal_xlora_classifier.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_zeros_are_uniform(mode: str, experts: Any) -> None:
+    model = mixture(experts, **MODES[mode])
+    assert init_router(model, "zeros") is None
+    model(tokens())
+    scalings = model.get_latest_scalings()
+    assert_close(scalings, torch.full_like(scalings, 0.0 if mode == "sparse" else 1 / 3))
+
+
+@pytest.mark.parametrize("method", ["prompts", "labels"])
+@pytest.mark.parametrize("mode", MODES)
+def test_each_text_goes_to_its_expert_without_training(mode: str, method: Any, experts: Any) -> None:
+    model = mixture(experts, layerwise_scalings=True, **MODES[mode])
+    source = {"tokenizer": Words(), "prompts": prompts()} if method == "prompts" else {"batches": batches()}
+    router = init_router(model, method, **source)
+    assert router is not None
+    assert router.accuracy > 0.95
+    for number, texts in enumerate(prompts().values()):
+        model(Words()(texts[-1])["input_ids"])
+        leaders = model.get_latest_scalings().argmax(-1)
+        assert (leaders == number).float().mean() > 0.9
+
+
+def test_regression_outputs_are_the_scalings_themselves_in_hard_routing(experts: Any) -> None:
+    model = mixture(experts, **MODES["hard"])
+    router = init_router(model, "labels", batches=batches())
+    assert router is not None
+    assert router.scale == 1.0
+    model(Words()(prompts()["math"][0])["input_ids"])
+    assert_close(model.get_latest_scalings().sum(-1), torch.ones(1, 30, 14), atol=0.02, rtol=0)
+
+
+def test_regression_is_ridge_regression(experts: Any) -> None:
+    """Against the normal equations written out over all tokens."""
+    model = mixture(experts)
+    router = init_router(model, "labels", batches=batches())
+    h, y = [], []
+    for batch in batches():
+        real = batch["attention_mask"].bool()
+        found = hidden_states(model, batch)[real]
+        h.append(torch.cat([found, torch.ones(len(found), 1)], 1).double())
+        y.append(torch.eye(3, dtype=torch.float64)[batch["expert_ids"][0]].expand(len(found), 3))
+    H, Y = torch.cat(h), torch.cat(y)
+    ridge = 1e-3 * (H[:, :-1].square().sum(0)).mean() * torch.eye(65, dtype=torch.float64)
+    ridge[-1, -1] = 0
+    expected = torch.linalg.solve(H.T @ H + ridge, H.T @ Y).T
+    assert router is not None
+    assert_close(torch.cat([router.weight, router.bias[:, None]], 1), expected.float(), atol=1e-4, rtol=1e-3)
+
+
+def test_unknown_labels_are_left_out(experts: Any) -> None:
+    one, other = mixture(experts), mixture(experts)
+    extra = {"input_ids": tokens(), "expert_ids": torch.tensor([-1, -1])}
+    first = init_router(one, "labels", batches=batches())
+    second = init_router(other, "labels", batches=[*batches(), extra])
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.weight, second.weight)
+
+
+def test_the_model_is_left_in_its_mode_and_without_hooks(experts: Any) -> None:
+    model = mixture(experts).train()
+    init_router(model, "labels", batches=batches())
+    assert model.training
+    assert model._loramix.hooks == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [("zeros", {"prompts": {}}), ("prompts", {}), ("labels", {"prompts": {}}), ("zeros", {"batches": []})],
+)
+def test_arguments_that_do_not_belong_together(method: Any, given: Any, experts: Any) -> None:
+    with pytest.raises(ConfigurationError, match="init_router takes"):
+        init_router(mixture(experts), method, **given)
+
+
+def test_every_expert_needs_text(experts: Any) -> None:
+    with pytest.raises(DataError, match="'prose'"):
+        init_router(mixture(experts), "labels", batches=list(batches())[:2])
+    with pytest.raises(DataError, match="'law'"):
+        init_router(mixture(experts), "prompts", tokenizer=Words(), prompts=prompts() | {"law": ["4 5"]})

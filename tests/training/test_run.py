@@ -1,0 +1,297 @@
+"""Whole runs, from files to a mixture: checked before they start, resumed when they were killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loramix import (
+    AdapterMismatchError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    DataError,
+    LoraConfig,
+    PeftModel,
+    XLoraModel,
+)
+from loramix.training import run as runs
+from loramix.training.check import check
+from loramix.training.run import last_complete_checkpoint, run_expert_training, run_training
+from loramix.training.settings import Data, ExpertSettings, TrainSettings
+from oracle.peft_side import PEFT_WARNINGS
+from tiny import llama, save_expert
+from training.conftest import Files, write_lines
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
+
+
+def settings(files: Files, output: Path, **changes: Any) -> TrainSettings:
+    return TrainSettings.from_dict(files.settings(output, **changes))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_a_mixture_its_checkpoints_and_its_evaluation(files: Files, tmp_path: Path) -> None:
+    model, evaluation = run_training(
+        settings(files, tmp_path, data={"train": str(files.data), "eval": str(files.data)}, objectives={"z_loss": 0.1})
+    )
+    assert evaluation is not None
+    assert set(evaluation.groups) == {"math", "code", "prose"}
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(evaluation.to_dict()))
+    base = AutoModelForCausalLM.from_pretrained(files.base)
+    for folder in (tmp_path / "mixture", tmp_path / "checkpoint-4"):
+        loaded = PeftModel.from_pretrained(base, folder)
+        assert isinstance(loaded, XLoraModel)
+        ids = torch.arange(4, 20).unsqueeze(0)
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+        assert loaded.peft_config["default"].base_model_name_or_path == str(files.base)
+        loaded.unload()
+    assert not same(tmp_path / "checkpoint-2", tmp_path / "checkpoint-4")
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(files: Files, tmp_path: Path) -> None:
+    run_training(settings(files, tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    broken = tmp_path / "part" / "checkpoint-3"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", broken)
+    (broken / "trainer_state.json").write_text("{")
+    assert last_complete_checkpoint(tmp_path / "part") == tmp_path / "part" / "checkpoint-2"
+    run_training(settings(files, tmp_path / "part"))
+    assert same(tmp_path / "whole" / "mixture", tmp_path / "part" / "mixture")
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_fresh_run_ignores_checkpoints(files: Files, tmp_path: Path) -> None:
+    run_training(settings(files, tmp_path))
+    again, _ = run_training(settings(files, tmp_path, trainer={"max_steps": 1}), resume=False)
+    assert isinstance(again, XLoraModel)
+    assert not same(tmp_path / "checkpoint-4", tmp_path / "mixture")
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_the_scaling_pass_may_be_kept(where: str, files: Files, tmp_path: Path) -> None:
+    run_training(settings(files, tmp_path / "plain"))
+    folder = {"cache_folder": str(tmp_path / "cache")} if where == "disk" else {}
+    run_training(settings(files, tmp_path / "kept", cache="1MB", **folder))
+    one, other = weights(tmp_path / "plain" / "mixture"), weights(tmp_path / "kept" / "mixture")
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["zeros", "prompts", "labels"])
+def test_every_start(method: str, files: Files, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"math": "1 + 2 = 3", "code": "def f(x):", "prose": ["The method", "returns"]}))
+    init = {"method": method} | ({"prompts": str(prompts)} if method == "prompts" else {})
+    chosen = settings(files, tmp_path / "run", init=init, trainer={"max_steps": 1, "learning_rate": 0.0})
+    model, _ = run_training(chosen)
+    layer = model.internal_xlora_classifier.layers[0]
+    assert bool(layer.weight.any()) == (method != "zeros")
+
+
+CHAT = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}] for i in range(6)]
+WORDS = [{"text": "some words " * (i + 1)} for i in range(6)]
+FORMATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "chat": ([{"messages": messages} for messages in CHAT], {}),
+    "completion only": (
+        [{"prompt": f"{i} =", "completion": f" {i}"} for i in range(6)],
+        {"completion_only_loss": True},
+    ),
+    "packed": (WORDS, {"packing": True, "max_length": 64}),
+    "bfloat16 autocast": (WORDS, {"bf16": True}),
+    "checkpointed": (WORDS, {"gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("case", FORMATS)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_what_trl_offers_works(case: str, files: Files, tmp_path: Path) -> None:
+    rows, trainer = FORMATS[case]
+    data = str(write_lines(tmp_path / "data.jsonl", rows))
+    run_training(settings(files, tmp_path / "run", data=data, trainer={"max_steps": 2, **trainer}))
+    start = run_start(files, tmp_path)
+    found = weights(tmp_path / "run" / "mixture")
+    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items())
+
+
+def run_start(files: Files, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """The router as a run with this seed begins."""
+    run_training(settings(files, tmp_path / "start", trainer={"max_steps": 1, "learning_rate": 0.0}))
+    return weights(tmp_path / "start" / "mixture")
+
+
+def test_experts_train_in_float32_beside_a_bfloat16_base(files: Files, tmp_path: Path) -> None:
+    chosen = settings(files, tmp_path, dtype="bfloat16", mixture={"xlora_depth": 1, "use_trainable_adapters": True})
+    model, _ = run_training(chosen)
+    kinds = {(p.dtype, p.requires_grad) for p in model.parameters()}
+    assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
+    moved = load_file(tmp_path / "mixture" / "math" / "adapter_model.safetensors")
+    started = load_file(Path(files.experts["math"]) / "adapter_model.safetensors")
+    assert any(not torch.equal(tensor.float(), started[name].float()) for name, tensor in moved.items())
+
+
+def test_a_plan_counts_what_will_be_there(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "load_base", lambda *_: pytest.fail("weights were loaded"))
+    plan = check(settings(files, tmp_path, trainer={"max_steps": -1, "num_train_epochs": 2})).plan
+    base = AutoModelForCausalLM.from_pretrained(files.base)
+    assert plan.base_parameters == base.num_parameters()
+    assert plan.memory["base model"] == sum(p.nbytes for p in base.parameters())
+    assert (plan.layers, plan.router_parameters) == (4, 65 * 3)
+    assert (plan.rows, plan.labelled, plan.eval_rows, plan.steps) == (12, 12, 0, 12)
+    assert plan.to_dict()["memory_total"] == sum(plan.memory.values())
+    assert not list(tmp_path.iterdir())
+
+
+def other_expert(files: Files, tmp_path: Path) -> dict[str, Any]:
+    wide = save_expert(tmp_path / "wide", llama(intermediate_size=96), target_modules=["down_proj"])
+    return {"experts": {**files.experts, "wide": wide}}
+
+
+def big_tokenizer(files: Files, tmp_path: Path) -> dict[str, Any]:
+    folder = shutil.copytree(files.base, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    return {"base": str(folder)}
+
+
+def unlabelled(files: Files, tmp_path: Path) -> dict[str, Any]:
+    return {"data": str(write_lines(tmp_path / "u.jsonl", [{"text": "x"}])), "objectives": {"supervised": 1.0}}
+
+
+REFUSED: dict[str, tuple[Any, type[Exception]]] = {
+    "no base": (lambda *_: {"base": "./nowhere"}, CheckpointNotFoundError),
+    "an expert of another base": (other_expert, AdapterMismatchError),
+    "a missing expert": (lambda *_: {"experts": {"x": "./nowhere"}}, CheckpointNotFoundError),
+    "missing data": (lambda *_: {"data": "./nowhere.jsonl"}, DataError),
+    "missing evaluation data": (lambda f, _: {"data": {"train": str(f.data), "eval": "./nowhere"}}, DataError),
+    "an expert that the data alone knows": (
+        lambda f, _: {"experts": {"math": f.experts["math"]}},
+        DataError,
+    ),
+    "a tokenizer that does not fit": (big_tokenizer, DataError),
+    "labels that are not there": (unlabelled, DataError),
+    "labels and packing": (
+        lambda *_: {"objectives": {"supervised": 1.0}, "trainer": {"packing": True}},
+        ConfigurationError,
+    ),
+    "a mixture that cannot be": (lambda *_: {"mixture": {"top_k_lora": 9}}, ConfigurationError),
+    "a misspelt field of the mixture": (lambda *_: {"mixture": {"xlora_dept": 2}}, ConfigurationError),
+    "a misspelt objective": (lambda *_: {"objectives": {"zloss": 2}}, ConfigurationError),
+    "a misspelt argument": (lambda *_: {"trainer": {"max_step": 2}}, ConfigurationError),
+    "an argument that cannot be": (lambda *_: {"trainer": {"lr_scheduler_type": "zigzag"}}, ConfigurationError),
+    "another dtype": (lambda *_: {"dtype": "int3"}, ConfigurationError),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_stop_a_run_stops_it_before_weights_load(
+    case: str, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "load_base", lambda *_: pytest.fail("weights were loaded"))
+    change, error = REFUSED[case]
+    chosen = settings(files, tmp_path / "out", **change(files, tmp_path))
+    with pytest.raises(error):
+        run_training(chosen)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings(*PEFT_WARNINGS)
+def test_an_expert_is_trained_and_peft_loads_it(files: Files, tmp_path: Path) -> None:
+    output = tmp_path / "expert"
+    chosen = ExpertSettings(
+        base=str(files.base),
+        data=Data(str(files.data)),
+        output=str(output),
+        lora={"r": 3, "target_modules": ["q_proj"]},
+        trainer={"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "disable_tqdm": True},
+    )
+    assert run_expert_training(chosen) == output
+    config = LoraConfig.from_pretrained(output)
+    assert (config.r, config.base_model_name_or_path) == (3, str(files.base))
+    import peft
+
+    base = AutoModelForCausalLM.from_pretrained(files.base)
+    ids = torch.arange(4, 20).unsqueeze(0)
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files.base), output)(ids).logits
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, output)(ids).logits, expected)
+    assert not torch.equal(expected, AutoModelForCausalLM.from_pretrained(files.base)(ids).logits)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loramix.checkpoint import tensors
+    from loramix.errors import SaveError
+
+    saved: list[Path] = []
+    real = tensors.save_file
+
+    def save(content: Any, path: Path, **options: Any) -> None:
+        if len(saved) >= 6:  # the router, three experts, the trainer's file; then one of the next checkpoint
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        real(content, path, **options)
+
+    monkeypatch.setattr(tensors, "save_file", save)
+    with pytest.raises(SaveError, match="No space left"):
+        run_training(settings(files, tmp_path))
+    monkeypatch.undo()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    run_training(settings(files, tmp_path))
+    run_training(settings(files, tmp_path / "whole"))
+    assert same(tmp_path / "mixture", tmp_path / "whole" / "mixture")
+
+
+SCRIPT = """
+import json, sys
+import transformers
+transformers.logging.set_verbosity_error()
+from loramix.training.run import run_training
+from loramix.training.settings import TrainSettings
+run_training(TrainSettings.from_dict(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(files: Files, tmp_path: Path) -> None:
+    """SIGTERM after random times, most of them while it trains and saves; each start goes on from what is whole."""
+    many = {"max_steps": 40, "save_steps": 1, "save_total_limit": 3}
+    run_training(settings(files, tmp_path / "whole", trainer=many))
+    content = json.dumps(files.settings(tmp_path / "killed", trainer=many))
+    command = [sys.executable, "-c", SCRIPT, content]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    rng, kills = random.Random(0), 0
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        first = last_complete_checkpoint(tmp_path / "killed")
+        while process.poll() is None and last_complete_checkpoint(tmp_path / "killed") == first:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            kills += 1
+        process.wait()
+    assert kills
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "killed" / "mixture", tmp_path / "whole" / "mixture")
