@@ -8,11 +8,18 @@ from typing import Annotated
 import typer
 
 from loramix import __version__
-from loramix.cli import demo, generate, info
+from loramix.cli import demo, evaluation, generate, info, train, train_expert
 from loramix.cli.terminal import ends_where_stdout_ends, show_error, write_what_stdout_can
 from loramix.errors import LoramixError
 
-COMMANDS = {"demo": demo.demo, "generate": generate.generate, "info": info.info}
+COMMANDS = {
+    "demo": demo.demo,
+    "train": train.train,
+    "train-expert": train_expert.train_expert,
+    "eval": evaluation.evaluate,
+    "generate": generate.generate,
+    "info": info.info,
+}
 
 
 def _print_version(wanted: bool) -> bool:

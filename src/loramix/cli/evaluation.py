@@ -1,0 +1,86 @@
+"""`loramix eval`: the demo's table for any mixture and any text."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loramix.cli.shipped import is_shipped
+from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
+
+if TYPE_CHECKING:
+    from loramix.training.evaluation import Evaluation
+
+
+class Figure(str, Enum):  # noqa: UP042 - typer shows its values
+    """What the table shows."""
+
+    BITS_PER_BYTE = "bits-per-byte"
+    LOSS = "loss"
+    PERPLEXITY = "perplexity"
+
+
+TITLES = {"bits_per_byte": "Bits per byte", "loss": "Nats a token", "perplexity": "Perplexity"}
+
+
+def evaluate(
+    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="A saved mixture, folder or Hub id; `demo` ships.")],
+    data: Annotated[str, typer.Option(help="JSON lines, a text file, a folder of text, or a data set's id.")],
+    base: Annotated[str | None, typer.Option(help="The base model. Default: the one that the mixture names.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "test",
+    figure: Annotated[Figure, typer.Option(help="What the table shows.")] = Figure.BITS_PER_BYTE,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens of a passage.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Passages of each group, at most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Measure a mixture on text: base, each expert, uniform, mixture, oracle, and without each expert.
+
+    Rows are grouped by the expert that they name; the oracle takes the best expert of each group.
+
+    [bold]Examples[/bold]
+
+    loramix eval ./mixture --data test.jsonl
+
+    loramix eval demo --data texts/ --figure perplexity --limit 50 --json
+    """
+    from loramix import demo
+    from loramix.training.data import read_rows
+    from loramix.training.run import evaluate_rows, open_for_evaluation
+
+    with stdout_kept_for_json(as_json), warnings_as_lines():
+        shipped = is_shipped(mixture) and base is None
+        model, tokenizer = demo.load() if shipped else open_for_evaluation(mixture, base)
+        rows = read_rows(data, split=split)
+        evaluation = evaluate_rows(model, tokenizer, rows, window=window, limit=limit)
+    if as_json:
+        print_json(evaluation.to_dict())
+    else:
+        show(evaluation, figure.value.replace("-", "_"))
+
+
+def show(evaluation: Evaluation, figure: str) -> None:
+    """Print the table, and what the mixture loses without each expert."""
+    from loramix.training.evaluation import BASE, MIXTURE, ORACLE, UNIFORM, columns
+
+    found = columns(evaluation, figure)
+    groups = list(found[BASE])
+    best = {group: min(row[group] for name, row in found.items() if name != ORACLE) for group in groups}
+    table = Table(title=f"{TITLES[figure]}: lower is better, * is best", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for group in groups:
+        table.add_column(Text(group), justify="right", no_wrap=True)
+    for name, row in found.items():
+        if name in (UNIFORM, ORACLE):
+            table.add_section()
+        title = {ORACLE: "best expert (oracle)"}.get(name, name)
+        cells = [f"{row[group]:.3f}{'*' if name != ORACLE and row[group] == best[group] else ' '}" for group in groups]
+        table.add_row(Text(title, style="bold" if name == MIXTURE else ""), *cells)
+    console = Console(highlight=False)
+    console.print(table)
+    for expert, difference in evaluation.leave_one_out().items():
+        console.print(f"without {expert}: loss {difference:+.4f}", markup=False)

@@ -1,0 +1,44 @@
+"""Options that are written as NAME=VALUE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+
+def named_paths(words: Sequence[str]) -> dict[str, str]:
+    """`math=./math` and so on, as name -> path in their order."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path):
+            raise typer.BadParameter(f"{word!r} is not NAME=PATH", param_hint="--expert")
+        if name in found:
+            raise typer.BadParameter(f"{name!r} is named twice", param_hint="--expert")
+        found[name] = path
+    return found
+
+
+def as_changes(words: Sequence[str], groups: Sequence[str] | None = None) -> dict[str, Any]:
+    """`trainer.max_steps=10` and so on, as dotted key -> value; a value is read as YAML is.
+
+    Args:
+        words: what stands behind each --set.
+        groups: what a key may begin with; None allows any.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise typer.BadParameter(f"{word!r} is not KEY=VALUE", param_hint="--set")
+        if groups is not None and (key.partition(".")[0] not in groups or "." not in key):
+            raise typer.BadParameter(f"{key!r} begins with none of {', '.join(groups)}", param_hint="--set")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise typer.BadParameter(f"{word!r}: {error}", param_hint="--set") from error
+    return found

@@ -1,0 +1,98 @@
+"""`loramix train`: a router, from files to a mixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loramix.cli.options import as_changes, named_paths
+from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
+
+if TYPE_CHECKING:
+    from loramix.training.check import Plan
+
+
+def train(
+    settings: Annotated[Path | None, typer.Argument(metavar="[SETTINGS]", help="A YAML file.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, folder or Hub id.")] = None,
+    expert: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="An expert; once for each.")] = None,
+    data: Annotated[str | None, typer.Option(help="JSON lines, a folder of text, or a data set's id.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="The same, to evaluate with.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for checkpoints and the trained mixture.")] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for example trainer.max_steps=200."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights, and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan, or the evaluation, as JSON.")] = False,
+) -> None:
+    """Train the router of a mixture, and evaluate it.
+
+    [bold]Examples[/bold]
+
+    loramix train run.yaml --dry-run
+
+    loramix train run.yaml --set trainer.max_steps=200 --set objectives.supervised=0.1
+
+    loramix train --base ./base --expert math=./math --expert code=./code --data train.jsonl --output run
+    """
+    changes: dict[str, Any] = {"base": base, "data.train": data, "data.eval": eval_data, "output": output}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if expert:
+        changes["experts"] = named_paths(expert)
+    changes |= as_changes(change or [])
+
+    from loramix.training.check import check
+    from loramix.training.run import run_training
+    from loramix.training.settings import TrainSettings
+
+    with stdout_kept_for_json(as_json), warnings_as_lines():
+        chosen = TrainSettings.read(settings, changes)
+        if dry_run:
+            plan, evaluation = check(chosen).plan, None
+        else:
+            plan, evaluation = None, run_training(chosen, resume=not fresh)[1]
+    if as_json:
+        found = plan or evaluation
+        print_json({} if found is None else found.to_dict())
+    elif plan is not None:
+        _show(plan)
+    elif evaluation is not None:
+        from loramix.cli.evaluation import show
+
+        show(evaluation, "bits_per_byte")
+
+
+def _show(plan: Plan) -> None:
+    console = Console(highlight=False)
+    facts = {
+        "experts (E)": ", ".join(plan.experts),
+        "adapted layers (L)": str(plan.layers),
+        "base model": f"{plan.base_parameters:,} parameters",
+        "router": f"{plan.router_parameters:,} parameters",
+        "rows": f"{plan.rows:,}, {plan.labelled:,} of them name their expert",
+        "rows to evaluate with": f"{plan.eval_rows:,}",
+        "optimizer steps": "by epochs of packed data" if plan.steps is None else f"{plan.steps:,}",
+        "scaling pass, kept": _size(plan.cache_bytes),
+    }
+    for name, value in facts.items():
+        console.print(f"  {name + ':':24}{value}", markup=False)
+    table = Table("memory", "bytes")
+    for name, size in plan.memory.items():
+        table.add_row(name, _size(size))
+    table.add_section()
+    table.add_row("together", _size(sum(plan.memory.values())))
+    console.print(table)
+    console.print("Everything is in place; no weights were loaded.")
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

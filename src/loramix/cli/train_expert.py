@@ -1,0 +1,52 @@
+"""`loramix train-expert`: one LoRA expert, from text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from loramix.cli.options import as_changes
+from loramix.cli.terminal import warnings_as_lines
+
+
+def train_expert(
+    base: Annotated[str, typer.Option(help="The base model, folder or Hub id.")],
+    data: Annotated[str, typer.Option(help="JSON lines, a text file, a folder of text, or a data set's id.")],
+    output: Annotated[str, typer.Option(help="Folder for the expert.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the matrices.")] = 8,
+    alpha: Annotated[float, typer.Option(help="lora_alpha.")] = 16,
+    target: Annotated[list[str] | None, typer.Option(help="A module; once for each. Default: all linear.")] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="lora.… or trainer.…, for example trainer.max_steps=200."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights, and stop.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a checkpoint.")] = False,
+) -> None:
+    """Train a LoRA expert on some text; PEFT loads it too.
+
+    [bold]Examples[/bold]
+
+    loramix train-expert --base ./base --data math/ --output experts/math
+
+    loramix train-expert --base ./base --data code.jsonl --output experts/code --rank 16 --set trainer.max_steps=500
+    """
+    changes = as_changes(change or [], ("lora", "trainer"))
+
+    from loramix.training.check import check_expert
+    from loramix.training.run import run_expert_training
+    from loramix.training.settings import Data, ExpertSettings
+
+    lora: dict[str, Any] = {"r": rank, "lora_alpha": alpha} | ({"target_modules": target} if target else {})
+    groups: dict[str, Any] = {"lora": lora, "trainer": {}}
+    for key, value in changes.items():
+        group, _, name = key.partition(".")
+        groups[group][name] = value
+    with warnings_as_lines():
+        settings = ExpertSettings(base=base, data=Data(data), output=output, **groups)
+        if dry_run:
+            check_expert(settings)
+            print("Everything is in place; no weights were loaded.")
+        else:
+            print(run_expert_training(settings, resume=not fresh))
