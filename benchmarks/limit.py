@@ -36,6 +36,15 @@ class Weights:
         """Of `generate` with a cache: the head is asked for `new` tokens only, the last one is never read again."""
         return self.limit(tokens=prompt + new - 1, logits=new)
 
+    def training_limit(self, scaling_passes: int) -> float:
+        """Of a router's training step, to the base model's forward with logits at every token.
+
+        The mixture pass, and in backward as much again, since no weight but the router's has a gradient: the gradients
+        of the activations, through the backbone, both matrices of each expert, and the head.
+        """
+        step = (scaling_passes + 2) * self.backbone + 2 * self.experts + 2 * self.head
+        return step / (self.backbone + self.head)
+
     def limit(self, tokens: int, logits: int) -> float:
         """Of anything that reads `tokens` tokens and gives logits at `logits` of them."""
         mixture = tokens * (2 * self.backbone + self.experts) + logits * self.head

@@ -16,6 +16,7 @@ TITLES = {
     "decode": "One token with a cache",
     "generate": "Generate",
     "growth": "Growth with length",
+    "training": "Training step",
 }
 COLUMNS = ("work", "base", "loramix / base", "limit", "loramix / limit", "target", "PEFT / base", "PEFT / loramix")
 PAGE = """# Benchmarks
@@ -42,6 +43,11 @@ layers but the head; attention scores (2 · S · H a block, 2 % of ΣW at S 64),
 sides. For `generate` the head counts for the new tokens only. Its limit counts a token of the prompt like a generated
 one; in time it costs much less (compare a forward of the prompt with one token after it), and since the prompt's tokens
 have the higher ratio, what is measured can lie below that limit.
+
+A training step of the router alone is told against the base model's forward over the same batch: the scaling pass, the
+mixture pass, and in backward the gradients of the activations, as much again as the mixture pass; no weight but the
+router's has one. That is (3 ΣW + 2 ΣR(in + out) + 2 head) / (ΣW + head), and one ΣW less where the scaling pass's
+hidden states are kept.
 """
 
 

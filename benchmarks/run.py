@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args
 import torch
 import typer
 
-from benchmarks import decode, forward, generate, growth
+from benchmarks import decode, forward, generate, growth, training
 from benchmarks.harness import Measurement
 from benchmarks.machine import describe
 from benchmarks.models import Models, build
@@ -28,8 +28,9 @@ WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "decode": decode.measure,
     "generate": generate.measure,
     "growth": growth.measure,
+    "training": training.measure,
 }
-ROUNDS = {"forward": 61, "decode": 101, "generate": 17, "growth": 9}
+ROUNDS = {"forward": 61, "decode": 101, "generate": 17, "growth": 9, "training": 9}
 
 
 def main(

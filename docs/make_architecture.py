@@ -25,6 +25,7 @@ WHAT = {
     "fixed": "constant scalings, merged into weights",
     "functional": "the stacked product, fast and slow",
     "gating": "logits → scalings",
+    "hooks": "how training and recording take part",
     "hub": "folder or Hub id → files",
     "inject": "find, number and replace the layers",
     "journal": "files of a cut-off save",
@@ -39,6 +40,8 @@ WHAT = {
     "rules": "checks of a configuration",
     "scalings": "the slot that layers read",
     "base_layers": "what a layer is to an expert",
+    "routing": "what a routing does, in numbers",
+    "training": "objectives, initialisation, data, whole runs",
     "targets": "which modules an expert adapts",
 }
 

@@ -27,6 +27,7 @@ PUBLIC = {
     "CheckpointNotFoundError": "errors",
     "ConfigurationError": "errors",
     "CorruptCheckpointError": "errors",
+    "DataError": "errors",
     "IncompleteCheckpointError": "errors",
     "LoraConfig": "config",
     "LoramixError": "errors",
@@ -37,6 +38,7 @@ PUBLIC = {
     "RoutingError": "errors",
     "SaveError": "errors",
     "TaskType": "config",
+    "TrainingError": "errors",
     "TwoPassCache": "cache",
     "UnsupportedAdapterError": "errors",
     "UnsupportedOperationError": "errors",
@@ -91,3 +93,27 @@ def test_dir_lists_the_public_names() -> None:
 
 def test_the_version_is_one_that_pip_accepts() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", loramix.__version__)
+
+
+TRAINING = {
+    "Evaluation": "evaluation",
+    "ExpertLabels": "data",
+    "RouterCallback": "objectives",
+    "RouterObjectives": "objectives",
+    "Row": "data",
+    "ScalingPassCache": "recall",
+    "evaluate": "evaluation",
+    "init_router": "initialise",
+    "read_rows": "data",
+    "required_bytes": "recall",
+}
+
+
+def test_the_public_names_of_training_are_locked() -> None:
+    from loramix import training
+
+    assert sorted(training.__all__) == sorted(TRAINING)
+    for name, home in TRAINING.items():
+        assert getattr(training, name) is getattr(importlib.import_module(f"loramix.training.{home}"), name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = training.nonsense
