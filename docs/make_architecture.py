@@ -39,6 +39,7 @@ WHAT = {
     "passes": "scaling pass, then mixture pass",
     "rules": "checks of a configuration",
     "scalings": "the slot that layers read",
+    "base_files": "base model and tokenizer → memory",
     "base_layers": "what a layer is to an expert",
     "routing": "what a routing does, in numbers",
     "training": "objectives, initialisation, data, whole runs",

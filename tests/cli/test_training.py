@@ -94,7 +94,7 @@ def test_what_is_wrong_is_told(loramix: Command, run_file: Path, files: Files, t
         (("train",), "ConfigurationError"),
         (("train", run_file, "--set", "trainer.max_stepz=1"), "ConfigurationError"),
         (("eval", tmp_path, "--data", files.data), "CheckpointNotFoundError"),
-        (("eval", files.experts["math"], "--data", files.data), "CheckpointError"),
+        (("eval", files.experts["math"], "--data", files.data), "ConfigurationError"),
         (
             ("train-expert", "--base", files.base, "--data", files.data, "--output", tmp_path / "x", "--target", "no"),
             "ConfigurationError",

@@ -5,21 +5,16 @@ T: tokens of prompt and continuation together.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import huggingface_hub.utils.logging
 import torch
 from jaxtyping import Int
 from rich.console import Console
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TextStreamer,
@@ -28,14 +23,13 @@ from transformers import (
 from transformers.utils import logging
 
 from loramix import demo
+from loramix.base_files import load_base, load_tokenizer, one_line
 from loramix.cli.shipped import is_shipped
 from loramix.config import PeftConfig
 from loramix.demo.routed import RoutedText, route
 from loramix.demo.show import legend, routed_panel
 from loramix.errors import (
-    CheckpointNotFoundError,
     ConfigurationError,
-    CorruptCheckpointError,
     UnsupportedOperationError,
 )
 from loramix.model import PeftModel, XLoraModel
@@ -125,7 +119,7 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto")
 
     Raises:
         ConfigurationError: the mixture names no base model and none is given; the device cannot be used.
-        CheckpointNotFoundError: the base model or its tokenizer cannot be loaded.
+        CheckpointNotFoundError, CorruptCheckpointError: as `load_base`.
         CheckpointError, AdapterError: as `PeftModel.from_pretrained`.
     """
     if not sys.stderr.isatty():
@@ -142,7 +136,8 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto")
             received=f"no base_model_name_or_path in {mixture!r}",
             remedy="add --base FOLDER_OR_HUB_ID",
         )
-    plain, tokenizer = _load_base(identifier, None if base else saved.revision)
+    revision = None if base else saved.revision
+    tokenizer, plain = load_tokenizer(identifier, revision), load_base(identifier, revision)
     return Opened(_placed(PeftModel.from_pretrained(plain, mixture), place), tokenizer, mixture, identifier)
 
 
@@ -188,41 +183,6 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
     return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
 
 
-def _load_base(identifier: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    try:
-        with _errors_only():
-            tokenizer = AutoTokenizer.from_pretrained(identifier, revision=revision or "main")
-            model = AutoModelForCausalLM.from_pretrained(identifier, revision=revision or "main", dtype="auto")
-    except OSError as error:
-        raise CheckpointNotFoundError(
-            "The base model and its tokenizer can be loaded from a folder or from the Hub.",
-            received=f"{identifier!r}: {_one_line(error)}",
-            remedy="name another folder or Hub id with --base FOLDER_OR_HUB_ID",
-        ) from error
-    # A damaged file makes transformers, tokenizers and safetensors raise nearly anything.
-    except Exception as error:
-        raise CorruptCheckpointError(
-            "The files of the base model and its tokenizer can be read, and fit each other.",
-            received=f"{identifier!r}: {_one_line(error)}",
-            remedy="download the base model again, or name another one with --base FOLDER_OR_HUB_ID",
-        ) from error
-    return cast(PreTrainedModel, model), cast(PreTrainedTokenizerFast, tokenizer)
-
-
-@contextlib.contextmanager
-def _errors_only() -> Generator[None]:
-    """While this is open, the libraries that load a base model log no warnings: what fails is told once, by us."""
-    hub = huggingface_hub.utils.logging
-    before = logging.get_verbosity(), hub.get_verbosity()
-    logging.set_verbosity_error()
-    hub.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before[0])
-        hub.set_verbosity(before[1])
-
-
 def _usable(device: str) -> torch.device:
     if device == "auto":
         return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or _CPU
@@ -232,14 +192,10 @@ def _usable(device: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigurationError(
             "A device is one that torch can use on this machine.",
-            received=f"{device!r}: {_one_line(error)}",
+            received=f"{device!r}: {one_line(error)}",
             remedy='use --device cpu, or leave --device out: "auto" is the accelerator where there is one',
         ) from error
     return place
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loramix.cli.shipped import is_shipped
 from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
 
 if TYPE_CHECKING:
@@ -48,15 +47,22 @@ def evaluate(
 
     loramix eval demo --data texts/ --figure perplexity --limit 50 --json
     """
-    from loramix import demo
+    from loramix.cli.continuation import open_mixture
+    from loramix.errors import ConfigurationError
+    from loramix.model import XLoraModel
     from loramix.training.data import read_rows
-    from loramix.training.run import evaluate_rows, open_for_evaluation
+    from loramix.training.run import evaluate_rows
 
     with stdout_kept_for_json(as_json), warnings_as_lines():
-        shipped = is_shipped(mixture) and base is None
-        model, tokenizer = demo.load() if shipped else open_for_evaluation(mixture, base)
         rows = read_rows(data, split=split)
-        evaluation = evaluate_rows(model, tokenizer, rows, window=window, limit=limit)
+        opened = open_mixture(mixture, base=base)
+        if not isinstance(opened.model, XLoraModel):
+            raise ConfigurationError(
+                "An evaluation compares the experts of a mixture.",
+                received=f"the single expert {mixture!r}",
+                remedy="name the folder of a mixture",
+            )
+        evaluation = evaluate_rows(opened.model, opened.tokenizer, rows, window=window, limit=limit)
     if as_json:
         print_json(evaluation.to_dict())
     else:

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loramix import checkpoint
 from loramix.adapter import Adapter
+from loramix.base_files import load_tokenizer, one_line
 from loramix.config import LoraConfig, XLoraConfig
-from loramix.errors import CheckpointNotFoundError, ConfigurationError, DataError
+from loramix.errors import ConfigurationError, DataError
 from loramix.hub import from_anywhere
 from loramix.inject import new_targets, plan
 from loramix.model import hidden_size_of
@@ -136,22 +137,14 @@ def _arguments(output: str, trainer: Mapping[str, Any]) -> Any:
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigurationError(
             "trainer holds arguments that TRL's SFTConfig takes.",
-            received=f"{dict(trainer)!r}: {' '.join(str(error).split())}",
+            received=f"{dict(trainer)!r}: {one_line(error)}",
             remedy="Correct them; https://huggingface.co/docs/trl/sft_trainer lists them.",
         ) from error
 
 
 def _base_of(place: str, revision: str | None) -> tuple[Any, Any]:
-    revision = revision or "main"
-    try:
-        config = AutoConfig.from_pretrained(place, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-    except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(
-            "The base model's configuration and its tokenizer can be loaded.",
-            received=f"{place!r}: {' '.join(str(error).split())}",
-            remedy="Name the folder or the Hub id of a causal language model.",
-        ) from error
+    tokenizer = load_tokenizer(place, revision)
+    config = AutoConfig.from_pretrained(place, revision=revision or "main")
     size = config.get_text_config().vocab_size
     if len(tokenizer) > size:
         raise DataError(
@@ -180,7 +173,7 @@ def _hollow(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     except ValueError as error:
         raise ConfigurationError(
             "The base model is a causal language model.",
-            received=f"a configuration of type {config.model_type!r}: {' '.join(str(error).split())[:200]}",
+            received=f"a configuration of type {config.model_type!r}: {one_line(error)[:200]}",
             remedy="Name a base model for text generation.",
         ) from error
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import set_seed
 
 from loramix import checkpoint
-from loramix.config import XLoraConfig
-from loramix.errors import CheckpointNotFoundError, ConfigurationError, LoramixError
-from loramix.model import PeftModel, XLoraModel, get_peft_model
+from loramix.base_files import load_base
+from loramix.errors import LoramixError
+from loramix.model import XLoraModel, get_peft_model
 from loramix.training.check import Checked, CheckedExpert, check, check_expert
 from loramix.training.data import ExpertLabels, Row
 from loramix.training.evaluation import Evaluation, cut, evaluate
@@ -135,25 +135,6 @@ def evaluate_rows(
     return evaluate(model, cut(tokenizer, texts, window=window or min(1024, positions), limit=limit))
 
 
-def load_base(place: str, revision: str | None, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A causal language model from a folder or the Hub.
-
-    Raises:
-        CheckpointNotFoundError: it cannot be loaded.
-    """
-    try:
-        return cast(
-            PreTrainedModel,
-            AutoModelForCausalLM.from_pretrained(place, revision=revision or "main", dtype=dtype),
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(
-            "The base model can be loaded from a folder or from the Hub.",
-            received=f"{place!r}: {' '.join(str(error).split())}",
-            remedy="Name the folder or the Hub id of a causal language model.",
-        ) from error
-
-
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint with the most steps that was written whole: its trainer state, which is written last, is readable.
 
@@ -211,22 +192,3 @@ def with_padding(tokenizer: Any) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def open_for_evaluation(mixture: str, base: str | None = None) -> tuple[XLoraModel, Any]:
-    """A saved mixture on its base model, and the tokenizer.
-
-    Raises:
-        ConfigurationError: one expert instead of a mixture, or a mixture that names no base model.
-    """
-    saved = XLoraConfig.from_pretrained(mixture)
-    place = base or saved.base_model_name_or_path
-    if not place:
-        raise ConfigurationError(
-            "A mixture names its base model, or the command does.",
-            received=f"no base_model_name_or_path in {mixture!r}",
-            remedy="add --base FOLDER_OR_HUB_ID",
-        )
-    model = PeftModel.from_pretrained(load_base(place, None if base else saved.revision), mixture)
-    tokenizer = AutoTokenizer.from_pretrained(place, revision=(None if base else saved.revision) or "main")
-    return cast(XLoraModel, model), tokenizer

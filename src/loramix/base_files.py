@@ -1,0 +1,76 @@
+"""A base model and its tokenizer, from a folder or the Hub: what fails is told once, in our words."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar, cast
+
+import huggingface_hub.utils.logging
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from loramix.errors import CheckpointNotFoundError, CorruptCheckpointError
+
+_Loaded = TypeVar("_Loaded")
+
+
+def load_base(identifier: str, revision: str | None = None, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A causal language model.
+
+    Args:
+        identifier: folder or Hub id.
+        revision: of a Hub repository; None is the default branch.
+        dtype: "auto" is the one that it was saved in.
+
+    Raises:
+        CheckpointNotFoundError: no such folder or repository, or no causal language model in it.
+        CorruptCheckpointError: files that cannot be read, or that do not fit each other.
+    """
+    call = cast(Any, AutoModelForCausalLM).from_pretrained
+    return _load(identifier, lambda: call(identifier, revision=revision or "main", dtype=dtype))
+
+
+def load_tokenizer(identifier: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer beside a base model; arguments and errors as for `load_base`."""
+    call = cast(Any, AutoTokenizer).from_pretrained
+    return _load(identifier, lambda: call(identifier, revision=revision or "main"))
+
+
+def _load(identifier: str, call: Callable[[], _Loaded]) -> _Loaded:
+    try:
+        with _errors_only():
+            return call()
+    except OSError as error:
+        raise CheckpointNotFoundError(
+            "The base model and its tokenizer can be loaded from a folder or from the Hub.",
+            received=f"{identifier!r}: {one_line(error)}",
+            remedy="name another folder or Hub id as the base model (--base FOLDER_OR_HUB_ID)",
+        ) from error
+    # A damaged file makes transformers, tokenizers and safetensors raise nearly anything.
+    except Exception as error:
+        raise CorruptCheckpointError(
+            "The files of the base model and its tokenizer can be read, and fit each other.",
+            received=f"{identifier!r}: {one_line(error)}",
+            remedy="download the base model again, or name another one (--base FOLDER_OR_HUB_ID)",
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """An error of another library in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@contextlib.contextmanager
+def _errors_only() -> Generator[None]:
+    """While this is open, the libraries that load a base model log no warnings."""
+    hub = huggingface_hub.utils.logging
+    before = logging.get_verbosity(), hub.get_verbosity()
+    logging.set_verbosity_error()
+    hub.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before[0])
+        hub.set_verbosity(before[1])
