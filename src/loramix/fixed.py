@@ -11,6 +11,7 @@ R: total rank of a layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -53,19 +54,16 @@ def put(model: PreTrainedModel, merged: Mapping[str, Merged]) -> None:
 
     A weight that others share, as a tied head shares the embedding's, stays theirs.
     """
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for path, (weight, bias) in merged.items():
         layer: Any = model.get_submodule(path)
-        tied = sum(parameter is layer.weight for parameter in _every_parameter(model)) > 1
+        tied = uses[id(layer.weight)] > 1
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
         if tied:
             model.config.get_text_config().tie_word_embeddings = False
             model.config.tie_word_embeddings = False
-
-
-def _every_parameter(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for module in model.modules() for parameter in module.parameters(recurse=False)]
 
 
 def _merged(path: str, layer: XLoraLayer, routing: Routing) -> Merged:
@@ -100,7 +98,8 @@ def _up_projection(layer: XLoraLayer, routing: Routing) -> tuple[Tensor | None, 
 
 
 def _product(layer: XLoraLayer, up: Float[Tensor, "out R"]) -> Float[Tensor, "out inputs"]:
-    down = torch.cat([A.float().flatten(1) for A in layer.unstack_A()])
+    experts = layer.unstack(dict(layer.named_parameters(recurse=False))).values()
+    down = torch.cat([weights.A.float().flatten(1) for weights in experts])
     return up @ down
 
 

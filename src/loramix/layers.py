@@ -182,10 +182,6 @@ class XLoraLayer(nn.Module):
         """One expert's B in the shape that its file has."""
         return B
 
-    def unstack_A(self) -> Sequence[Tensor]:
-        """Each expert's A as its file holds it: (r, in), (r, V), or (r, in, *kernel)."""
-        return self._unstack_A(self.lora_A)
-
     def unstack(self, tensors: Mapping[str, Tensor]) -> dict[int, LoraWeights]:
         """The experts' tensors as their files hold them, by expert number.
 

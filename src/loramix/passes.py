@@ -9,7 +9,6 @@ B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import uuid
@@ -118,18 +117,12 @@ class MixtureState:
         losses = [loss for hook in self.hooks if (loss := hook.made(made)) is not None]
         return TensorRouting(final, config.global_scaling_weight, self.layouts), losses
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MixtureState:
-        """A copy is another model: it may be trained further, and does not continue this one's caches."""
-        twin = memo[id(self)] = MixtureState.__new__(MixtureState)
-        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo), owner=uuid.uuid4().hex)
-        return twin
-
     def __getstate__(self) -> dict[str, Any]:
         """Hooks belong to whoever attached them and do not travel."""
         return self.__dict__ | {"hooks": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Likewise what was pickled."""
+        """A copy, or what was pickled, is another model: it does not continue this one's caches."""
         self.__dict__.update(state, owner=uuid.uuid4().hex)
 
     @property

@@ -5,7 +5,7 @@ Paths, shapes, columns, arguments and memory: what would stop a run in its third
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from loramix import checkpoint
 from loramix.adapter import Adapter
 from loramix.base_files import load_tokenizer, one_line
+from loramix.checkpoint.mixture import classifier_shapes
 from loramix.config import LoraConfig, XLoraConfig
 from loramix.errors import ConfigurationError, DataError
 from loramix.hub import from_anywhere
@@ -231,8 +232,7 @@ def _plan(
 ) -> Plan:
     base = sum(parameter.numel() for parameter in hollow.parameters())
     out = len(experts) * (layers if config.layerwise_scalings else 1)
-    widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), out]
-    router = sum((a + 1) * b for a, b in itertools.pairwise(widths))
+    router = sum(map(math.prod, classifier_shapes(config, out).values()))
     expert_sizes = sum(module.num_parameters for expert in experts for module in expert.weights.values())
     size = hollow.dtype.itemsize
     sample = [len(tokenizer(row.as_text(tokenizer), verbose=False)["input_ids"]) for row in rows[:64]]

@@ -190,11 +190,15 @@ def _check(rows: Sequence[Row], experts: Sequence[str]) -> None:
                 remedy="Convert one of them, or train on them one after the other.",
             )
         if experts and row.expert is not None and row.expert not in experts:
-            raise DataError(
-                "A row names one of the mixture's experts, or none.",
-                received=f"{row.source}: expert {row.expert!r}; the experts are {', '.join(map(repr, experts))}",
-                remedy="Rename the expert in the data or in the mixture, or leave the column out.",
-            )
+            raise _unknown(f"{row.source}: expert {row.expert!r}", experts)
+
+
+def _unknown(what: str, experts: Iterable[str]) -> DataError:
+    return DataError(
+        "A row names one of the mixture's experts, or none.",
+        received=f"{what}; the experts are {', '.join(map(repr, experts))}",
+        remedy="Rename the expert in the data or in the mixture, or leave the column out.",
+    )
 
 
 class ExpertLabels:
@@ -220,11 +224,7 @@ class ExpertLabels:
         names = [row.get(EXPERT) for row in rows]
         unknown = [name for name in names if name is not None and name not in self.experts]
         if unknown:
-            raise DataError(
-                "A row names one of the mixture's experts, or none.",
-                received=f"expert {unknown[0]!r}; the experts are {', '.join(map(repr, self.experts))}",
-                remedy="Rename the expert in the data or in the mixture, or leave the column out.",
-            )
+            raise _unknown(f"expert {unknown[0]!r}", self.experts)
         batch = self.collator([{name: value for name, value in row.items() if name != EXPERT} for row in rows])
         ids = [IGNORED if name is None else self.experts[name] for name in names]
         return {**batch, EXPERT_IDS: torch.tensor(ids)}

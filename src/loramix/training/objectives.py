@@ -131,14 +131,14 @@ class RouterObjective(RoutingHook):
         return made.activated if self.config.enable_softmax else torch.softmax(made.logits, dim=-1)
 
     def _checked(self, ids: Tensor, made: Made) -> Tensor:
-        batch, length, _, experts = made.logits.shape
+        batch, length = made.logits.shape[:2]
         if ids.shape not in ((batch,), (batch, length)):
             raise ConfigurationError(
                 "expert_ids holds one number for each text of the batch, or for each token.",
                 received=f"shape {tuple(ids.shape)} for a batch of {batch} texts of {length} tokens",
                 remedy="do not pack texts whose expert is labelled, or label every token",
             )
-        return ids.to(made.logits.device) if experts else ids
+        return ids.to(made.logits.device)
 
     def take(self) -> dict[str, float]:
         """The mean of each loss and the routing's metrics since the last call."""
