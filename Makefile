@@ -38,6 +38,7 @@ docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
 	$(BIN)/python docs/make_architecture.py
 	$(BIN)/python -m benchmarks.report docs/benchmarks.json
 	$(BIN)/python -m docs.make_speed
+	$(BIN)/python docs/make_memory.py
 
 readme: $(VENV)/.installed-dev ## run the demo and put what it printed into README.md
 	$(BIN)/python docs/make_demo.py

@@ -1,4 +1,4 @@
-"""Interleaved timing in CPU time, and ratios taken in pairs.
+"""Interleaved timing in CPU time, ratios taken in pairs, and the peak of what a call allocates.
 
 A machine that others use slows down and speeds up while a benchmark runs. So each round runs every contender once, the
 next round starts with another one, and a ratio is taken within a round before the median over rounds is.
@@ -7,13 +7,16 @@ next round starts with another one, and a ratio is taken within a round before t
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Times = dict[str, list[float | None]]
+from torch.profiler import ProfilerActivity, profile
+
+Samples = dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -43,37 +46,39 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One comparison: the CPU seconds of each contender in each round (None: it sat the round out).
+    """One comparison: a sample of each contender in each round (None: it sat the round out).
 
     Args:
         work: what was done.
-        seconds: by contender.
+        samples: by contender.
         limit: the arithmetic limit of loramix's ratio to the base model.
         target: the ratio to reach.
         facts: whatever else belongs in the table.
+        unit: of the samples, "s" (CPU seconds) or "B" (bytes).
     """
 
     work: str
-    seconds: Times
+    samples: Samples
     limit: float | None = None
     target: float | None = None
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    unit: str = "s"
 
-    def time(self, name: str) -> Spread:
-        """CPU seconds of one contender."""
-        return spread([t for t in self.seconds[name] if t is not None])
+    def amount(self, name: str) -> Spread:
+        """CPU seconds, or bytes, of one contender."""
+        return spread([t for t in self.samples[name] if t is not None])
 
     def ratio(self, name: str, to: str = "base") -> Spread:
-        """CPU time of one contender over another's, round by round."""
-        pairs = zip(self.seconds[name], self.seconds[to], strict=True)
+        """One contender over another, round by round."""
+        pairs = zip(self.samples[name], self.samples[to], strict=True)
         return spread([a / b for a, b in pairs if a is not None and b is not None])
 
 
-def interleave(contenders: Sequence[Contender], rounds: int, *, warm_ups: int = 1) -> Times:
+def interleave(contenders: Sequence[Contender], rounds: int, *, warm_ups: int = 1) -> Samples:
     """CPU seconds of every contender in every round; the order turns from round to round."""
     for contender in [c for c in contenders for _ in range(warm_ups)]:
         contender.call()
-    times: Times = {contender.name: [] for contender in contenders}
+    times: Samples = {contender.name: [] for contender in contenders}
     gc.collect()
     gc.disable()
     try:
@@ -91,6 +96,21 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
     start = time.process_time()
     call()
     return round(time.process_time() - start, 6)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes that a call holds at once, beyond what was there before; exact, from the allocator's own events.
+
+    Memory that a library takes by itself, past PyTorch's allocator, is not seen.
+    """
+    call()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held)
 
 
 def spread(values: Sequence[float]) -> Spread:

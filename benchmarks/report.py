@@ -48,6 +48,12 @@ A training step of the router alone is told against the base model's forward ove
 mixture pass, and in backward the gradients of the activations, as much again as the mixture pass; no weight but the
 router's has one. That is (3 ΣW + 2 ΣR(in + out) + 2 head) / (ΣW + head), and one ΣW less where the scaling pass's
 hidden states are kept.
+
+Memory is the most bytes that a step holds at once, beyond weights and gradients of the router: exact, from the
+allocator's events. The base model's is that of its own training forward and backward with frozen weights, the gradient
+going through all of its activations; the limit adds, in float32, the low-rank activation (B, S, R) of each adapted
+layer, the scalings of each rank column (B, S, R), once where all layers share them, and the scaling pass's hidden
+states (B, S, H).
 """
 
 
@@ -101,10 +107,10 @@ def table(measured: Sequence[Measurement]) -> str:
 
 def _row(m: Measurement) -> tuple[str, ...]:
     ours = m.ratio("loramix")
-    other = "PEFT" in m.seconds
+    other = "PEFT" in m.samples
     return (
         m.work,
-        _milliseconds(m.time("base")),
+        _amount(m.amount("base"), m.unit),
         _ratio(ours),
         "" if m.limit is None else f"{m.limit:.2f}",
         "" if m.limit is None else f"{ours.median / m.limit:.2f}",
@@ -115,11 +121,16 @@ def _row(m: Measurement) -> tuple[str, ...]:
 
 
 def _ratio(s: Spread) -> str:
+    if s.rounds == 1:
+        return f"{s.median:.3f}"
     return f"{s.median:.2f} ({s.lower:.2f}–{s.upper:.2f}; {s.rounds})"
 
 
-def _milliseconds(s: Spread) -> str:
-    return f"{s.median * 1e3:.1f} ms ({s.lower * 1e3:.1f}–{s.upper * 1e3:.1f})"
+def _amount(s: Spread, unit: str) -> str:
+    factor, shown = {"s": (1e3, "ms"), "B": (1e-6, "MB")}[unit]
+    if s.rounds == 1:
+        return f"{s.median * factor:.1f} {shown}"
+    return f"{s.median * factor:.1f} {shown} ({s.lower * factor:.1f}–{s.upper * factor:.1f})"
 
 
 def draw(measured: Sequence[Measurement], target: Path) -> None:

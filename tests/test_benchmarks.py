@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import report
-from benchmarks.harness import Contender, Measurement, interleave, spread
+from benchmarks.harness import Contender, Measurement, interleave, peak_bytes, spread
 from benchmarks.limit import Weights
 from benchmarks.models import Models, build
 from benchmarks.run import WORKS, kept_works, main, preamble
@@ -52,6 +53,16 @@ def test_rounds_are_interleaved_and_slow_contenders_sit_some_out() -> None:
     assert [t is None for t in times["slow"]] == [False, True, False]
 
 
+def test_the_peak_is_the_most_that_is_held_at_once() -> None:
+    def call() -> None:
+        for _ in range(3):
+            a = torch.zeros(1000)
+            b = torch.zeros(500)
+            del a, b
+
+    assert peak_bytes(call) == 4 * 1500
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     measured = Measurement("m", {"base": [1.0, 10.0, 2.0], "x": [2.0, 30.0, None]})
     ratio = measured.ratio("x")
@@ -63,8 +74,8 @@ def test_ratios_are_taken_within_a_round() -> None:
 @pytest.mark.parametrize("work", WORKS)
 def test_every_work_measures_every_contender(models: Models, work: str) -> None:
     for measured in WORKS[work](models, 2):
-        assert {"base", "loramix"} <= set(measured.seconds)
-        assert all(len(times) == 2 for times in measured.seconds.values())
+        assert {"base", "loramix"} <= set(measured.samples)
+        assert all(len(found) == (2 if measured.unit == "s" else 1) for found in measured.samples.values())
         assert measured.limit is not None
         assert measured.facts.get("tokens in common") == measured.facts.get("new")
         assert report.table([measured]).count("\n") == 2

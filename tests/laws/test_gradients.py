@@ -16,6 +16,7 @@ from laws.mixtures import HARD, SPARSE, mixture
 from loramix.checkpoint import load_adapter
 from loramix.errors import ConfigurationError
 from loramix.functional import lora_mixture_reference
+from loramix.layers import XLoraLayer
 from tiny import ARCHITECTURES, llama, tokens
 
 Experts = Callable[[str], dict[str, str]]
@@ -107,6 +108,42 @@ def test_frozen_experts_give_the_router_the_same_gradients(experts: Experts) -> 
     for model in (frozen, trained):
         loss_of(model(tokens()).logits).backward()
     assert_close(router_gradients(frozen), router_gradients(trained), atol=1e-6, rtol=1e-5)
+
+
+def kept_for_backward(call: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward, the parameters aside."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    assert result.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("layerwise", [False, True], ids=["shared", "layerwise"])
+def test_backward_keeps_the_low_rank_activation_of_a_layer_and_computes_nothing_for_frozen_weights(
+    layerwise: bool, experts: Experts
+) -> None:
+    ids = tokens(4, 32)
+    base = llama().requires_grad_(False)
+    embedded = base.get_input_embeddings()(ids).requires_grad_()
+    model = mixture(experts("llama"), layerwise_scalings=layerwise, xlora_depth=1)
+    own = kept_for_backward(lambda: base(inputs_embeds=embedded, labels=ids, use_cache=False).loss)
+    mixed = kept_for_backward(lambda: model(ids, labels=ids).loss)
+    layers = [layer for layer in model.modules() if isinstance(layer, XLoraLayer)]
+    ranks = sum(layer.lora_A.shape[0] for layer in layers)
+    columns = ranks if layerwise else layers[0].lora_A.shape[0]
+    made = len(model.expert_names) * (len(layers) if layerwise else 1)
+    assert mixed - own <= 4 * ids.numel() * (ranks + columns + 2 * made + 64)  # 64: the router's input
+    model(ids, labels=ids).loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        f"internal_xlora_classifier.{name}" for name, _ in model.internal_xlora_classifier.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

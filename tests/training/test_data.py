@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cli.conftest import byte_tokenizer
 from loramix import DataError
-from loramix.training import ExpertLabels, read_rows
+from loramix.training import ExpertLabels, Row, read_rows
+from loramix.training.data import pieces, to_dataset
 from training.conftest import write_lines
 
 MESSAGES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -108,23 +115,79 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         read_rows(tmp_path)
 
 
-def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+READS = """
+import json, sys
+from pathlib import Path
+import datasets
+from loramix import DataError
+from loramix.training import read_rows
 
-    asked: list[Any] = []
+lines = Path(sys.argv[1])
+datasets.load_dataset("json", data_files={"test": str(lines)})
+cache = Path(datasets.config.HF_DATASETS_CACHE)
+made = next(cache.glob("json/*/*/*/dataset_info.json")).parent
+kept = cache / "user___data" / "few" / "0.0.0" / ("a" * 40)
+kept.parent.mkdir(parents=True)
+made.rename(kept)
+(kept / "json-test.arrow").rename(kept / "data-test.arrow")
+info = json.loads((kept / "dataset_info.json").read_text())
+(kept / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "data", "config_name": "few"}))
+for options in ({"split": "test"}, {"split": "test", "subset": "few"}):
+    print(json.dumps([[row.content, row.expert, row.source] for row in read_rows("user/data", **options)]))
+for name, options in (("user/missing", {}), ("user/data", {"split": "train"}), ("user/data", {"subset": "other"})):
+    try:
+        read_rows(name, **options)
+    except DataError as error:
+        print(error.received)
+"""
 
-    def load(name: str, split: str) -> Any:
-        asked.append((name, split))
-        if name == "user/missing":
-            raise FileNotFoundError("Couldn't find\nit")
-        return [{"text": "x", "expert": "math"}]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    (row,) = read_rows("user/data", split="test")
-    assert (row.content, row.expert, row.source) == ({"text": "x"}, "math", "user/data, row 0")
-    with pytest.raises(DataError, match="Couldn't find it"):
-        read_rows("user/missing")
-    assert asked == [("user/data", "test"), ("user/missing", "train")]
+def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path: Path, lines: Any) -> None:
+    """The `datasets` library itself, offline, with a data set of the Hub as it lies in the cache."""
+    file = lines(tmp_path / "data.jsonl", [{"text": "x", "expert": "math"}, {"text": "y", "expert": None}])
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", READS, str(file)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows, same, *errors = done.stdout.splitlines()
+    assert json.loads(rows) == [[{"text": "x"}, "math", "user/data, row 0"], [{"text": "y"}, None, "user/data, row 1"]]
+    assert same == rows
+    assert [error.partition(":")[0] for error in errors] == [
+        "'user/missing', split 'train'",
+        "'user/data', split 'train'",
+        "'user/data', split 'train'",
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 64, None])
+def test_long_text_is_cut_and_every_token_but_the_first_is_predicted_once(size: int | None) -> None:
+    tokenizer = byte_tokenizer()
+    text = "a long text, and none of it lost"
+    found = pieces(Row({"text": text}, None, "here"), tokenizer, size)
+    predicted = [token for piece in found for token in piece[1:]]
+    assert predicted == [*tokenizer(text)["input_ids"][1:], tokenizer.eos_token_id]
+    assert all(2 <= len(piece) <= (size or 99) for piece in found)
+    assert all(one[-1] == other[0] for one, other in pairwise(found))
+    rows = to_dataset([Row({"text": text}, "math", "here")], tokenizer, size, labels=True)
+    assert rows.to_list() == [{"input_ids": piece, "expert": "math"} for piece in found]
+    assert set(to_dataset([Row({"text": text}, "math", "here")], tokenizer, size).column_names) == {"input_ids"}
+
+
+def test_other_formats_are_left_to_the_trainer() -> None:
+    tokenizer = byte_tokenizer()
+    row = Row({"prompt": "1 +", "completion": " 1"}, None, "here")
+    assert pieces(row, tokenizer, 4) == [tokenizer("1 + 1")["input_ids"][:4]]
+    assert to_dataset([row], tokenizer, 4).to_list() == [row.content]
+
+
+def test_text_that_predicts_nothing_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(DataError, match="single token"):
+        to_dataset([Row({"text": tokenizer.eos_token}, None, "here")], tokenizer, 8)
 
 
 def test_labels_become_numbers() -> None:

@@ -85,14 +85,21 @@ def compare(output: Path, alone: Path, files: Files) -> None:
     assert loaded.expert_names == list(files.experts)
 
 
-def test_ddp_is_the_run_of_one_process(alone: Path, files: Files, tmp_path: Path) -> None:
-    launch(torchrun(2), files, tmp_path / "run", per_device_train_batch_size=1)
+LAUNCHERS = {
+    "torchrun": torchrun(2),
+    "accelerate": ["accelerate.commands.launch", "--main_process_port", "0", "--multi_gpu", "--num_processes", "2"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ddp_is_the_run_of_one_process(launcher: str, alone: Path, files: Files, tmp_path: Path) -> None:
+    launch(LAUNCHERS[launcher], files, tmp_path / "run", per_device_train_batch_size=1)
     compare(tmp_path / "run", alone, files)
 
 
 def test_fsdp2_is_the_run_of_one_process(alone: Path, files: Files, tmp_path: Path) -> None:
     config = tmp_path / "fsdp2.yaml"
     config.write_text(yaml.safe_dump(FSDP2))
-    command = ["accelerate.commands.launch", "--config_file", str(config)]
+    command = ["accelerate.commands.launch", "--main_process_port", "0", "--config_file", str(config)]
     launch(command, files, tmp_path / "run", per_device_train_batch_size=1)
     compare(tmp_path / "run", alone, files)

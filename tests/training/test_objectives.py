@@ -234,6 +234,21 @@ def test_gradients_that_are_no_numbers_stop_the_training_before_the_weights(expe
     assert (tmp_path / "checkpoint-2" / "adapter_config.json").is_file()
 
 
+def test_a_batch_of_only_padding_teaches_nothing_and_stops_nothing(experts: Any, tmp_path: Path) -> None:
+    model = mixture(experts)
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in tokens(3, 8)]
+    rows = [row | {"expert_ids": torch.tensor(number)} for number, row in enumerate(rows)]
+    rows[1] |= {"labels": torch.full((8,), -100), "attention_mask": torch.zeros(8, dtype=torch.long)}
+    settings = arguments(tmp_path, per_device_train_batch_size=1, train_sampling_strategy="sequential")
+    callback = RouterCallback(RouterObjectives(z_loss=1.0, load_balance=1.0, entropy_floor=1.0, supervised=1.0))
+    trainer = Trainer(model, TrainingArguments(**settings), train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [(step["loss"] > 0, step["grad_norm"] > 0) for step in steps] == [(True, True), (False, False), (True, True)]
+    assert ["router/load_cv" in step for step in steps] == [True, False, True]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
@@ -219,3 +221,15 @@ def test_trainer_gets_the_same_weights_from_it(experts: Any, tmp_path: Path) -> 
     assert hits == 8
     assert_close(cached, plain, atol=1e-4, rtol=1e-3)
     assert not math.isnan(float(cached.sum()))
+
+
+def test_a_pass_in_which_all_processes_must_take_part_is_refused(experts: Any) -> None:
+    model = mixture(experts)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with ScalingPassCache(model, max_bytes=PLENTY):
+            fully_shard(model.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(UnsupportedOperationError, match="FSDP2"):
+                model(tokens(), labels=tokens())
+    finally:
+        distributed.destroy_process_group()

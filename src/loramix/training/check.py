@@ -5,7 +5,6 @@ Paths, shapes, columns, arguments and memory: what would stop a run in its third
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -16,16 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from loramix import checkpoint
 from loramix.adapter import Adapter
 from loramix.base_files import load_tokenizer, one_line
-from loramix.checkpoint.mixture import classifier_shapes
 from loramix.config import LoraConfig, XLoraConfig
 from loramix.errors import ConfigurationError, DataError
 from loramix.hub import from_anywhere
 from loramix.inject import new_targets, plan
 from loramix.model import hidden_size_of
-from loramix.training.data import Row, read_rows
+from loramix.training.data import Row, pieces, read_rows
+from loramix.training.memory import sizes_of, training_memory
 from loramix.training.objectives import RouterObjectives
 from loramix.training.settings import ExpertSettings, TrainSettings, check_keys, read_prompts
 
+_LONGEST = 1024  # tokens of a text, where the settings do not say
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,7 +41,8 @@ class Plan:
         rows: texts to train on.
         labelled: of them, those that name an expert.
         eval_rows: texts to evaluate with.
-        steps: optimizer steps; None where the trainer counts epochs of packed data.
+        steps: optimizer steps, estimated from a sample where texts are longer than `max_length`; None where the
+            trainer counts epochs of packed data.
         memory: bytes by what takes them: weights exactly, activations as an estimate.
         cache_bytes: what the hidden states of the scaling pass take, with an average text of the sample.
     """
@@ -84,16 +85,17 @@ def check(settings: TrainSettings) -> Checked:
         LoramixError: what would stop the run, with what to change.
     """
     objectives = _objectives(settings)
-    arguments = _arguments(settings.output, settings.trainer)
     base_config, tokenizer = _base_of(settings.base, settings.revision)
+    arguments = _arguments(settings.output, settings.trainer, base_config)
     dtype = _dtype(settings.dtype, base_config)
     hollow = _hollow(base_config, dtype)
     config = _mixture_config(settings, hollow)
     experts = [checkpoint.load_adapter(name, place) for name, place in config.adapters.items()]
     sites = plan(hollow, [replace(expert, base_weights={}) for expert in experts])
     config.validate_for(len(experts), hidden_size_of(hollow))
-    rows = read_rows(settings.data.train, list(config.adapters), split=settings.data.split)
-    eval_rows = [] if settings.data.eval is None else read_rows(settings.data.eval, split=settings.data.eval_split)
+    data = settings.data
+    rows = read_rows(data.train, list(config.adapters), split=data.split, subset=data.subset)
+    eval_rows = [] if data.eval is None else read_rows(data.eval, split=data.eval_split, subset=data.subset)
     rows[0].as_text(tokenizer)
     labelled = sum(row.expert is not None for row in rows)
     _check_labels(settings, objectives, config, rows, labelled)
@@ -119,20 +121,30 @@ def _objectives(settings: TrainSettings) -> RouterObjectives:
     return RouterObjectives(**values)
 
 
-def _arguments(output: str, trainer: Mapping[str, Any]) -> Any:
+def _arguments(output: str, trainer: Mapping[str, Any], base_config: Any) -> Any:
     from trl.trainer.sft_config import SFTConfig
 
+    positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
+    longest = min(_LONGEST, positions or _LONGEST)
     check_keys(trainer, [entry.name for entry in fields(SFTConfig)], "trainer")
     defaults = {
         "activation_checkpointing": False,
         "bf16": False,
         "report_to": "none",
         "remove_unused_columns": False,
+        "max_length": longest,
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     known = {entry.name for entry in fields(SFTConfig)}
     given: dict[str, Any] = {name: value for name, value in defaults.items() if name in known} | dict(trainer)
+    length = given["max_length"]
+    if isinstance(length, int) and not 2 <= length <= (positions or length):
+        raise ConfigurationError(
+            "max_length is at least 2 and at most the positions that the base model has.",
+            received=f"trainer.max_length={length}; the base model has {positions or 'no limit'}",
+            remedy=f"Use trainer.max_length={longest}.",
+        )
     try:
         return SFTConfig(output_dir=output, **given)
     except (ValueError, TypeError, ImportError) as error:
@@ -230,30 +242,40 @@ def _plan(
     eval_rows: int,
     tokenizer: Any,
 ) -> Plan:
-    base = sum(parameter.numel() for parameter in hollow.parameters())
-    out = len(experts) * (layers if config.layerwise_scalings else 1)
-    router = sum(map(math.prod, classifier_shapes(config, out).values()))
-    expert_sizes = sum(module.num_parameters for expert in experts for module in expert.weights.values())
-    size = hollow.dtype.itemsize
-    sample = [len(tokenizer(row.as_text(tokenizer), verbose=False)["input_ids"]) for row in rows[:64]]
-    average, longest = sum(sample) / len(sample), max(sample)
-    length = min(longest, arguments.max_length or longest)
-    batch = arguments.per_device_train_batch_size * length
-    text = hollow.config.get_text_config()
-    memory = {
-        "base model": base * size,
-        "experts": expert_sizes * (16 if config.use_trainable_adapters else size),
-        "router, its gradients and Adam's moments": router * 16,
-        "activations of one batch (estimate)": int(
-            batch * (text.num_hidden_layers * 24 * config.hidden_size * size + 3 * 4 * text.vocab_size)
-        ),
-    }
+    weights = [module for expert in experts for module in expert.weights.values()]
+    sizes = sizes_of(
+        hollow,
+        config,
+        layers=layers,
+        experts=sum(module.num_parameters for module in weights),
+        ranks=sum(module.A.shape[0] for module in weights),
+    )
+    sample = [pieces(row, tokenizer, arguments.max_length) for row in rows[:64]]
+    lengths = [len(piece) for found in sample for piece in found]
+    longest = arguments.max_length if arguments.packing else max(lengths)
+    batch = arguments.per_device_train_batch_size
+    memory = training_memory(
+        sizes,
+        tokens=batch * longest,
+        experts_train=config.use_trainable_adapters,
+        checkpointing=arguments.activation_checkpointing or arguments.gradient_checkpointing,
+    )
     steps = arguments.max_steps if arguments.max_steps > 0 else None
-    if steps is None and not settings.trainer.get("packing"):
-        rows_a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        steps = int(-(-len(rows) // rows_a_step) * arguments.num_train_epochs)
-    cache = int(len(rows) * average) * config.hidden_size * size
-    return Plan(list(config.adapters), layers, router, base, len(rows), labelled, eval_rows, steps, memory, cache)
+    if steps is None and not arguments.packing:
+        count = round(len(rows) * len(lengths) / len(sample))
+        steps = int(-(-count // (batch * arguments.gradient_accumulation_steps)) * arguments.num_train_epochs)
+    return Plan(
+        experts=list(config.adapters),
+        layers=layers,
+        router_parameters=sizes.router,
+        base_parameters=sizes.base,
+        rows=len(rows),
+        labelled=labelled,
+        eval_rows=eval_rows,
+        steps=steps,
+        memory=memory,
+        cache_bytes=round(len(rows) * sum(lengths) / len(sample)) * sizes.hidden * sizes.itemsize,
+    )
 
 
 @dataclass(frozen=True)
@@ -273,8 +295,8 @@ def check_expert(settings: ExpertSettings) -> CheckedExpert:
     Raises:
         LoramixError: what would stop the run, with what to change.
     """
-    arguments = _arguments(f"{settings.output}/training", settings.trainer)
     base_config, tokenizer = _base_of(settings.base, settings.revision)
+    arguments = _arguments(f"{settings.output}/training", settings.trainer, base_config)
     dtype = _dtype(settings.dtype, base_config)
     values: dict[str, Any] = {
         "target_modules": "all-linear",
@@ -286,6 +308,6 @@ def check_expert(settings: ExpertSettings) -> CheckedExpert:
     check_keys(values, [entry.name for entry in fields(LoraConfig)], "lora")
     config = LoraConfig(base_model_name_or_path=from_anywhere(settings.base), revision=settings.revision, **values)
     new_targets(_hollow(base_config, dtype), config)
-    rows = read_rows(settings.data.train, split=settings.data.split)
+    rows = read_rows(settings.data.train, split=settings.data.split, subset=settings.data.subset)
     rows[0].as_text(tokenizer)
     return CheckedExpert(config, arguments, tokenizer, rows, dtype)

@@ -58,7 +58,64 @@ class Row:
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
 
 
-def read_rows(place: str | Path, experts: Sequence[str] = (), *, split: str = "train") -> list[Row]:
+def pieces(row: Row, tokenizer: Any, size: int | None) -> list[list[int]]:
+    """A row's tokens as training sees them.
+
+    Plain text gets the end token and is cut where it is longer than `size` tokens, so that none of it is lost: a piece
+    begins with the last token of the one before, and every token but the first is predicted once. A conversation or
+    a completion is one piece, and ends after `size` tokens.
+
+    Args:
+        row: the text.
+        tokenizer: of the base model.
+        size: at least 2; None cuts nothing.
+    """
+    ids: list[int] = tokenizer(row.as_text(tokenizer), verbose=False)["input_ids"]
+    if "text" not in row.content:
+        return [ids[:size]]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    if size is None:
+        return [ids]
+    return [ids[i : i + size] for i in range(0, len(ids) - 1, size - 1)]
+
+
+def to_dataset(rows: Sequence[Row], tokenizer: Any, size: int | None, *, labels: bool = False) -> Any:
+    """Rows as TRL's trainers take them: plain text as tokens, in `pieces`; the other formats as they are.
+
+    Args:
+        rows: of one format.
+        tokenizer: of the base model.
+        size: the longest piece, in tokens.
+        labels: whether `expert` stays a column, where any row has it.
+
+    Raises:
+        DataError: no text is long enough to predict a token.
+    """
+    import datasets  # pyright: ignore[reportMissingTypeStubs]
+
+    def items() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            label = {EXPERT: row.expert} if labelled else {}
+            if "text" not in row.content:
+                yield row.content | label
+            else:
+                yield from ({"input_ids": piece} | label for piece in pieces(row, tokenizer, size) if len(piece) > 1)
+
+    labelled = labels and any(row.expert is not None for row in rows)
+    found = list(items())
+    if not found:
+        raise DataError(
+            "A text to train on has at least two tokens: one to read, one to predict.",
+            received=f"{len(rows)} texts of a single token",
+            remedy="Give longer texts.",
+        )
+    return datasets.Dataset.from_list(found)
+
+
+def read_rows(
+    place: str | Path, experts: Sequence[str] = (), *, split: str = "train", subset: str | None = None
+) -> list[Row]:
     """Read all rows of a data set.
 
     Args:
@@ -66,6 +123,7 @@ def read_rows(place: str | Path, experts: Sequence[str] = (), *, split: str = "t
             of the Hub (through `datasets`, which keeps it in its cache).
         experts: the experts that rows may name; none: any.
         split: of a data set of the Hub.
+        subset: likewise, where it has several.
 
     Raises:
         DataError: nothing there, a row that cannot be read, rows of different formats, or an expert that is none of
@@ -77,7 +135,7 @@ def read_rows(place: str | Path, experts: Sequence[str] = (), *, split: str = "t
     elif path.is_file():
         rows = list(_from_lines(path) if path.suffix in (".jsonl", ".json") else _from_text(path, None))
     else:
-        rows = list(_from_hub(str(place), split))
+        rows = list(_from_hub(str(place), subset, split))
     if not rows:
         raise DataError(
             "Data holds at least one text.",
@@ -159,7 +217,7 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _from_hub(name: str, split: str) -> Iterator[Row]:
+def _from_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
     if name.startswith((".", "/", "~")) or "/" not in name:
         raise DataError(
             "Data is a file, a folder, or the id of a data set.",
@@ -169,7 +227,7 @@ def _from_hub(name: str, split: str) -> Iterator[Row]:
     import datasets  # pyright: ignore[reportMissingTypeStubs]
 
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises nearly anything, by where it looked
         raise DataError(
             "A data set is in the cache, or the Hub hands it out.",

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Self, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from loramix.config import XLoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
@@ -148,10 +149,10 @@ class ScalingPassCache(RoutingHook):
 
 
 def refuse_changing_pass(model: XLoraModel) -> None:
-    """Raise where the scaling pass does not give the same hidden states for the same tokens.
+    """Raise where the scaling pass does not give the same hidden states for the same tokens, or cannot be left out.
 
     Raises:
-        UnsupportedOperationError: a base model or experts that train, or dropout that is on.
+        UnsupportedOperationError: a base model or experts that train, dropout that is on, or sharded parameters.
     """
     config = cast(XLoraConfig, model.peft_config["default"])
     used = bool(config.scaling_pass_value)
@@ -165,12 +166,14 @@ def refuse_changing_pass(model: XLoraModel) -> None:
             reason = f"the base model's {name} is trained"
         elif used:
             reason = f"the scaling pass uses experts that are trained: scaling_pass_value={config.scaling_pass_value}"
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        reason = "parameters that are divided among processes (FSDP2), which must all take part in every pass"
     reason = reason or _dropout(model, experts_count=used)
     if reason is not None:
         raise UnsupportedOperationError(
-            "The scaling pass can be kept where it gives the same hidden states for the same tokens.",
+            "The scaling pass can be kept where it gives the same hidden states for the same tokens and may be left out.",
             received=reason,
-            remedy="Train without this cache, or freeze the base model and set its dropout to 0.",
+            remedy="Train without this cache; or freeze the base model, set its dropout to 0, and use DDP.",
         )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from loramix.base_files import load_base
 from loramix.errors import LoramixError
 from loramix.model import XLoraModel, get_peft_model
 from loramix.training.check import Checked, CheckedExpert, check, check_expert
-from loramix.training.data import ExpertLabels, Row
+from loramix.training.data import ExpertLabels, Row, to_dataset
 from loramix.training.evaluation import Evaluation, cut, evaluate
 from loramix.training.initialise import init_router
 from loramix.training.objectives import RouterCallback
@@ -58,8 +57,8 @@ def run_training(settings: TrainSettings, *, resume: bool = True) -> tuple[XLora
     trainer = SFTTrainer(
         cast(Any, model),
         arguments,
-        train_dataset=to_dataset(checked.rows),
-        eval_dataset=to_dataset(checked.eval_rows) if checked.eval_rows else None,
+        train_dataset=to_dataset(checked.rows, tokenizer, arguments.max_length, labels=not packed),
+        eval_dataset=to_dataset(checked.eval_rows, tokenizer, arguments.max_length) if checked.eval_rows else None,
         processing_class=tokenizer,
         data_collator=None if packed else cast(Any, collator),
         callbacks=[callback],
@@ -108,14 +107,6 @@ def labelled_batches(
             number = torch.tensor([experts.index(row.expert)])
             batches.append({"input_ids": torch.tensor([ids]), "expert_ids": number})
     return batches
-
-
-def to_dataset(rows: Sequence[Row]) -> Any:
-    """Rows as TRL's trainers take them; `expert` stays a column where any row has it."""
-    import datasets  # pyright: ignore[reportMissingTypeStubs]
-
-    labelled = any(row.expert is not None for row in rows)
-    return datasets.Dataset.from_list([row.content | ({"expert": row.expert} if labelled else {}) for row in rows])
 
 
 def evaluate_rows(
@@ -176,10 +167,9 @@ def run_expert_training(settings: ExpertSettings, *, resume: bool = True) -> Pat
     arguments = checked.arguments
     set_seed(arguments.seed)
     model = get_peft_model(load_base(settings.base, settings.revision, checked.dtype), checked.config)
-    rows = [replace(row, expert=None) for row in checked.rows]
-    trainer = SFTTrainer(
-        cast(Any, model), arguments, train_dataset=to_dataset(rows), processing_class=with_padding(checked.tokenizer)
-    )
+    tokenizer = with_padding(checked.tokenizer)
+    rows = to_dataset(checked.rows, tokenizer, arguments.max_length)
+    trainer = SFTTrainer(cast(Any, model), arguments, train_dataset=rows, processing_class=tokenizer)
     last = last_complete_checkpoint(arguments.output_dir) if resume else None
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     folder = Path(settings.output)

@@ -35,12 +35,14 @@ class Data:
         eval: likewise, for evaluation; None evaluates nothing while training.
         split: of a data set of the Hub.
         eval_split: likewise.
+        subset: of a data set of the Hub that has several.
     """
 
     train: str
     eval: str | None = None
     split: str = "train"
     eval_split: str = "test"
+    subset: str | None = None
 
 
 @no_type_check

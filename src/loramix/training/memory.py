@@ -1,0 +1,99 @@
+"""What a training holds in memory, before it starts: parameters exactly, activations as an estimate.
+
+H: hidden size. V: vocabulary. L: adapted layers. E: experts. R: total rank of an adapted layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from loramix.checkpoint.mixture import classifier_shapes
+from loramix.config import XLoraConfig
+
+TRAINED = 16  # bytes of a trained parameter: float32, its gradient, and Adam's two moments
+KEPT = 24  # of H, numbers that backward needs of each token in each block of a frozen base (a Llama's, rounded up)
+LOGITS = 12  # bytes for each token and entry of the vocabulary: float32 logits, their softmax and its gradient
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters by part, and what activations grow with.
+
+    Args:
+        base: parameters of the base model.
+        root: of them, those outside its blocks: embeddings and head.
+        experts: parameters of all experts.
+        router: parameters of the classifier.
+        ranks: ΣR over the adapted layers.
+        hidden: H.
+        blocks: of the base model.
+        vocabulary: V.
+        itemsize: bytes of a number of the base model's dtype.
+    """
+
+    base: int
+    root: int
+    experts: int
+    router: int
+    ranks: int
+    hidden: int
+    blocks: int
+    vocabulary: int
+    itemsize: int
+
+
+def sizes_of(base: PreTrainedModel, config: XLoraConfig, *, layers: int, experts: int, ranks: int) -> Sizes:
+    """Count.
+
+    Args:
+        base: the base model, which may be without weights (on the meta device).
+        config: the mixture's, complete.
+        layers: L.
+        experts: parameters of all experts.
+        ranks: ΣR over the adapted layers.
+    """
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    root = {id(p): p.numel() for module in ends if module is not None for p in module.parameters()}
+    out = len(config.adapters) * (layers if config.layerwise_scalings else 1)
+    text = base.config.get_text_config()
+    return Sizes(
+        base=base.num_parameters(),
+        root=sum(root.values()),
+        experts=experts,
+        router=sum(map(math.prod, classifier_shapes(config, out).values())),
+        ranks=ranks,
+        hidden=config.hidden_size,
+        blocks=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        itemsize=base.dtype.itemsize,
+    )
+
+
+def training_memory(
+    sizes: Sizes, *, tokens: int, experts_train: bool = False, checkpointing: bool = False, shards: int = 1
+) -> dict[str, int]:
+    """Bytes of one process, by what takes them.
+
+    Args:
+        sizes: of base model and mixture.
+        tokens: of the batch of this process.
+        experts_train: whether the experts train too.
+        checkpointing: whether activations are recomputed in backward, block by block.
+        shards: processes among which FSDP2 divides the parameters; 1 for one process, and for each of DDP's.
+    """
+    width = sizes.hidden * sizes.itemsize
+    blocks = width * (sizes.blocks + KEPT) if checkpointing else width * KEPT * sizes.blocks
+    low_rank = sizes.ranks * sizes.itemsize // (sizes.blocks if checkpointing else 1)
+    memory = {
+        "base model": sizes.base * sizes.itemsize // shards,
+        "experts": sizes.experts * (TRAINED if experts_train else sizes.itemsize) // shards,
+        "router, its gradients and Adam's moments": sizes.router * TRAINED // shards,
+        "activations of one batch (estimate)": tokens * (blocks + low_rank + LOGITS * sizes.vocabulary),
+    }
+    if shards > 1:
+        block = (sizes.base - sizes.root + sizes.experts) // sizes.blocks
+        memory["gathered: embeddings, head and two blocks"] = (sizes.root + 2 * block) * sizes.itemsize
+    return memory
