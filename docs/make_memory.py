@@ -51,7 +51,7 @@ def sizes(name: str) -> Sizes:
 def table() -> str:
     """One row for each model."""
     rows = [
-        "| base model | its weights | experts | router | activations | recomputed | DDP, each rank | FSDP2, each of 8 |",
+        "| base model | its weights | experts | router | activations | recomputed | DDP, a rank | FSDP2, one of 8 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in MODELS:

@@ -50,7 +50,7 @@ settings = TrainSettings.from_dict(
         "trainer": short,
     }
 )
-model, evaluation = run_training(settings)
+evaluation = run_training(settings).evaluation
 assert evaluation is not None
 for name, row in evaluation.to_dict()["rows"].items():
     print(f"{name:16}", {group: round(figures["bits_per_byte"], 3) for group, figures in row.items()})

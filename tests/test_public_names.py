@@ -98,6 +98,7 @@ def test_the_version_is_one_that_pip_accepts() -> None:
 TRAINING = {
     "Evaluation": "evaluation",
     "ExpertLabels": "data",
+    "FiniteGradients": "objectives",
     "RouterCallback": "objectives",
     "RouterObjectives": "objectives",
     "Row": "data",

@@ -1,4 +1,4 @@
-"""Reading a file that holds one JSON object."""
+"""Reading and writing a file that holds one JSON object."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         raise _corrupt(path, "hold each key once", f"{', '.join(map(repr, names))} twice")
     return values
+
+
+def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write a file beside its place and put it there: whoever reads it finds a whole one."""
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(target)
 
 
 def _corrupt(path: str | os.PathLike[str], rule: str, found: str) -> CorruptCheckpointError:

@@ -131,8 +131,13 @@ class MixtureState:
         return None if self._latest is None else self._latest.expand(-1, -1, len(self.paths), -1)
 
 
-def attach(model: nn.Module, hook: RoutingHook) -> Callable[[], None]:
+def attach(model: nn.Module, hook: RoutingHook, *, alone: bool = False) -> Callable[[], None]:
     """Let a hook take part in a mixture's passes, until the function that is returned is called.
+
+    Args:
+        model: the mixture.
+        hook: what takes part.
+        alone: in the place of others of its class, which something that was interrupted has left.
 
     Raises:
         UnsupportedOperationError: a model that makes no scalings.
@@ -144,7 +149,8 @@ def attach(model: nn.Module, hook: RoutingHook) -> Callable[[], None]:
             received=f"a {type(model).__name__} without a router",
             remedy="pass the model that get_peft_model(base, XLoraConfig(…)) returned, not a wrapper around it",
         )
-    state.hooks = (*state.hooks, hook)
+    others = state.hooks if not alone else tuple(other for other in state.hooks if type(other) is not type(hook))
+    state.hooks = (*others, hook)
 
     def detach() -> None:
         state.hooks = tuple(other for other in state.hooks if other is not hook)
@@ -224,13 +230,15 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
         elif self.training and torch.is_grad_enabled() and kwargs.get("use_cache") is not True:
             first["use_cache"] = False  # nobody continues the cache of a training step
             kwargs["use_cache"] = False
-        hidden = state.recall(first) if cache is None and first.get("use_cache") is False else None
+        known = cache is None and first.get("use_cache") is False  # a training step: its texts come again
+        hidden = state.recall(first) if known else None
         made: Any = None
         if hidden is None:
             with torch.no_grad():
                 made = routed(state.scaling_pass(), forward, self, **first)
             hidden = made.last_hidden_state
-            state.keep(first, hidden)
+            if known:
+                state.keep(first, hidden)
         inputs = kwargs if expert_ids is None else kwargs | {EXPERT_IDS: expert_ids}
         routing, losses = state.mixture_pass(hidden, inputs, self.training)
         out = routed(routing, forward, self, **(kwargs | ({"return_dict": True} if "return_dict" in quiet else {})))

@@ -51,7 +51,9 @@ def test_a_run_prints_its_evaluation_and_eval_prints_the_same(
 ) -> None:
     done = loramix("train", run_file, "--json")
     assert done.code == 0
-    trained = json.loads(done.out)
+    printed = json.loads(done.out)
+    assert printed["mixture"] == str(tmp_path / "run" / "mixture")
+    trained = printed["evaluation"]
     evaluated = json.loads(loramix("eval", tmp_path / "run" / "mixture", "--data", files.data, "--json").out)
     assert evaluated["rows"]["X-LoRA"]["all"]["loss"] == pytest.approx(trained["rows"]["X-LoRA"]["all"]["loss"])
     assert evaluated["rows"]["X-LoRA"]["all"]["tokens"] == trained["rows"]["X-LoRA"]["all"]["tokens"]

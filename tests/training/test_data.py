@@ -66,9 +66,24 @@ def test_a_folders_subfolders_are_experts_where_the_mixture_has_them(tmp_path: P
         (tmp_path / name).write_text(name)
     (tmp_path / "empty.txt").write_text(" \n")
     write_lines(tmp_path / "rows.jsonl", [{"text": "row"}])
-    found = {row.content["text"]: row.expert for row in read_rows(tmp_path, ["math"])}
-    assert found == {"math/a.txt": "math", "math/deep/b.md": "math", "law/c.txt": None, "d.txt": None, "row": None}
-    assert {row.expert for row in read_rows(tmp_path)} == {"math", "law", None}
+    write_lines(tmp_path / "math" / "rows.jsonl", [{"text": "own"}, {"text": "other", "expert": "code"}])
+    found = {row.content["text"]: row.expert for row in read_rows(tmp_path, ["math", "code"])}
+    assert found == {
+        "math/a.txt": "math",
+        "math/deep/b.md": "math",
+        "law/c.txt": None,
+        "d.txt": None,
+        "row": None,
+        "own": "math",
+        "other": "code",
+    }
+    assert {row.expert for row in read_rows(tmp_path)} == {"math", "law", "code", None}
+
+
+def test_lines_end_where_json_says_and_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\u2028two\u0085"}\r\n{"text": "three"}\n', encoding="utf-8-sig")
+    assert [row.content["text"] for row in read_rows(path)] == ["one\u2028two\u0085", "three"]
 
 
 BAD_LINES = {
@@ -76,6 +91,14 @@ BAD_LINES = {
     "no object": ("[1]", "a list"),
     "no column": ('{"body": "x"}', "the columns body"),
     "an empty text": ('{"text": ""}', "text=''"),
+    "a blank text": ('{"text": " \\n"}', "text=' "),
+    "messages that are none": ('{"messages": [1, "a"]}', "messages=[1"),
+    "messages without a role": ('{"messages": [{"content": "x"}]}', "messages=["),
+    "a text of messages": ('{"text": [{"role": "user", "content": "x"}]}', "text=["),
+    "a prompt of one kind and a completion of the other": (
+        '{"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}',
+        "prompt='x'",
+    ),
     "a text that is none": ('{"text": 3}', "text=3"),
     "no messages": ('{"messages": []}', "messages=[]"),
     "an expert that is no name": ('{"text": "x", "expert": 3}', "expert=3"),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loramix import PeftModel
-from training.conftest import Files
+from training.conftest import Files, write_lines
 
 FSDP2 = {
     "compute_environment": "LOCAL_MACHINE",
@@ -33,20 +34,33 @@ FSDP2 = {
         "fsdp_reshard_after_forward": True,
     },
 }
+CHANGES: dict[str, Any] = {"objectives": {"z_loss": 0.1, "supervised": 0.1}}
 
 
-def launch(command: list[str], files: Files, output: Path, **trainer: Any) -> None:
-    """Run `loramix train` under a launcher."""
+COMMAND = ("-m", "loramix.cli")
+FSDP_COMMAND = (str(Path(__file__).with_name("fsdp_on_cpu.py")),)
+
+
+def launch(
+    launcher: list[str], files: Files, output: Path, batch: int, *, command: Sequence[str] = COMMAND, **changes: Any
+) -> Any:
+    """Run `loramix train --json` under a launcher, on texts of one length: a mean of means is then the mean of all."""
     run = output.parent / f"{output.name}.yaml"
-    run.write_text(yaml.safe_dump(files.settings(output, trainer=trainer), sort_keys=False))
+    texts = [json.loads(line) for line in files.data.read_text().splitlines()]
+    rows = [row | {"text": f"{row['text']:<24}"} for row in texts]
+    data = str(write_lines(output.parent / "data.jsonl", rows))
+    trainer = {"per_device_train_batch_size": batch}
+    settings = files.settings(output, trainer=trainer, **CHANGES, data={"train": data, "eval": data}, **changes)
+    run.write_text(yaml.safe_dump(settings, sort_keys=False))
     done = subprocess.run(
-        [sys.executable, "-m", *command, "-m", "loramix.cli", "train", str(run)],
+        [sys.executable, "-m", *launcher, *command, "train", str(run), "--json"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return done
 
 
 def torchrun(processes: int) -> list[str]:
@@ -63,7 +77,7 @@ def losses(output: Path) -> list[float]:
 def alone(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process, with the same number of texts in a step."""
     output = tmp_path_factory.mktemp("alone") / "run"
-    launch(torchrun(1), files, output, per_device_train_batch_size=2)
+    launch(torchrun(1), files, output, 2)
     return output
 
 
@@ -80,7 +94,6 @@ def compare(output: Path, alone: Path, files: Files) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], atol=2e-3, rtol=1e-2)
-    assert files_of(output) == files_of(alone)
     loaded: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files.base), output / "checkpoint-4")
     assert loaded.expert_names == list(files.experts)
 
@@ -93,13 +106,35 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ddp_is_the_run_of_one_process(launcher: str, alone: Path, files: Files, tmp_path: Path) -> None:
-    launch(LAUNCHERS[launcher], files, tmp_path / "run", per_device_train_batch_size=1)
+    done = launch(LAUNCHERS[launcher], files, tmp_path / "run", 1)
     compare(tmp_path / "run", alone, files)
+    assert json.loads(done.stdout) == {
+        "mixture": str(tmp_path / "run" / "mixture"),
+        "evaluation": json.loads((tmp_path / "run" / "evaluation.json").read_text()),
+    }
+    assert files_of(tmp_path / "run") == files_of(alone)
 
 
-def test_fsdp2_is_the_run_of_one_process(alone: Path, files: Files, tmp_path: Path) -> None:
+@pytest.fixture
+def fsdp2(tmp_path: Path) -> list[str]:
     config = tmp_path / "fsdp2.yaml"
     config.write_text(yaml.safe_dump(FSDP2))
-    command = ["accelerate.commands.launch", "--main_process_port", "0", "--config_file", str(config)]
-    launch(command, files, tmp_path / "run", per_device_train_batch_size=1)
+    return ["accelerate.commands.launch", "--main_process_port", "0", "--config_file", str(config)]
+
+
+def test_fsdp2_is_the_run_of_one_process(fsdp2: list[str], alone: Path, files: Files, tmp_path: Path) -> None:
+    done = launch(fsdp2, files, tmp_path / "run", 1, command=FSDP_COMMAND)
+    assert done.stderr.count("DistributedType.FSDP sharded=True") == 2
     compare(tmp_path / "run", alone, files)
+    assert json.loads(done.stdout)["evaluation"]["rows"]["X-LoRA"]["all"]["tokens"] > 0
+    its_own = {"pytorch_model_fsdp.bin", "optimizer.bin"}  # what the trainer resumes a sharded run from
+    assert files_of(tmp_path / "run") == (files_of(alone) | its_own) - {"optimizer.pt"}
+
+
+def test_fsdp2_trains_float32_experts_beside_a_bfloat16_base(fsdp2: list[str], files: Files, tmp_path: Path) -> None:
+    mixture = {"xlora_depth": 1, "use_trainable_adapters": True}
+    launch(fsdp2, files, tmp_path / "run", 1, command=FSDP_COMMAND, dtype="bfloat16", mixture=mixture)
+    moved = load_file(tmp_path / "run" / "mixture" / "math" / "adapter_model.safetensors")
+    started = load_file(Path(files.experts["math"]) / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in moved.values()} == {torch.float32}
+    assert any(not torch.equal(tensor, started[name]) for name, tensor in moved.items())

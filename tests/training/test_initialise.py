@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,27 @@ def test_every_expert_needs_text(experts: Any) -> None:
         init_router(mixture(experts), "labels", batches=list(batches())[:2])
     with pytest.raises(DataError, match="'law'"):
         init_router(mixture(experts), "prompts", tokenizer=Words(), prompts=prompts() | {"law": ["4 5"]})
+    for blank in ("", [], ["4 5", " "]):
+        with pytest.raises(DataError, match="blank"):
+            init_router(mixture(experts), "prompts", tokenizer=Words(), prompts={**prompts(), "math": blank})
+
+
+def test_prompts_may_be_files(experts: Any, tmp_path: Path) -> None:
+    texts = {name: " ".join(parts) for name, parts in prompts().items()}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    written, read = mixture(experts), mixture(experts)
+    init_router(written, "prompts", tokenizer=Words(), prompts=texts)
+    init_router(read, "prompts", tokenizer=Words(), prompts={name: tmp_path / f"{name}.txt" for name in texts})
+    for one, other in zip(written.parameters(), read.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(DataError, match="can be read"):
+        init_router(read, "prompts", tokenizer=Words(), prompts=dict.fromkeys(texts, tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("wrong", [-5, 3])
+def test_a_label_that_is_no_experts_is_refused(wrong: int, experts: Any) -> None:
+    first, *others = batches()
+    labels = first["expert_ids"].index_fill(0, torch.tensor([1]), wrong)
+    with pytest.raises(ConfigurationError, match=f"{wrong} with 3 experts"):
+        init_router(mixture(experts), "labels", batches=[{**first, "expert_ids": labels}, *others])

@@ -12,10 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from loramix import ConfigurationError, TrainingError, UnsupportedOperationError, XLoraConfig, get_peft_model
-from loramix.hooks import RoutingHook
+from loramix import (
+    ConfigurationError,
+    PeftModel,
+    TrainingError,
+    UnsupportedOperationError,
+    XLoraConfig,
+    get_peft_model,
+)
+from loramix.hooks import Made, RoutingHook
 from loramix.passes import attach
 from loramix.training import ExpertLabels, RouterCallback, RouterObjectives
 from loramix.training.objectives import RouterObjective
@@ -172,6 +179,83 @@ def test_the_temperature_follows_its_schedule_and_is_kept(experts: Any, tmp_path
     model = mixture(experts)
     trained(model, tmp_path, aims)
     assert model.peft_config["default"].softmax_temperature == pytest.approx(0.25)
+
+
+def test_the_last_and_shorter_step_of_an_epoch_counts_as_much(experts: Any, tmp_path: Path) -> None:
+    """Three texts: a step of two batches, then a step of one; a loss of 1 for each batch."""
+
+    class One(RouterObjective):
+        def _terms(self, made: Made, real: Tensor | None) -> dict[str, tuple[float, Tensor]]:
+            seen.append(self.scale)
+            return super()._terms(made, real)
+
+    seen: list[float] = []
+    settings = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    callback = RouterCallback(OBJECTIVES["z_loss"])
+    runner = Trainer(
+        mixture(experts),
+        TrainingArguments(**arguments(tmp_path, **settings)),
+        train_dataset=rows(3),
+        callbacks=[callback],
+    )
+    callback.first_of(runner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loramix.training.objectives.RouterObjective", One)
+        runner.train()
+    assert seen == [0.5, 0.5, 1.0]
+
+
+def test_the_best_model_comes_with_its_temperature(experts: Any, tmp_path: Path) -> None:
+    model = mixture(experts)
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"metric_for_best_model": "eval_loss"}
+    runner = Trainer(
+        model,
+        TrainingArguments(**arguments(tmp_path, load_best_model_at_end=True, greater_is_better=True, **settings)),
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        callbacks=[RouterCallback(RouterObjectives(temperature=(8.0, 1.0)))],
+    )
+    runner.train()
+    best = Path(runner.state.best_model_checkpoint)
+    assert best.name != "checkpoint-3"
+    saved: Any = PeftModel.from_pretrained(llama(), best)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens()).logits, saved(tokens()).logits)
+
+
+def test_a_loss_scaler_is_refused(experts: Any, tmp_path: Path) -> None:
+    callback, settings = RouterCallback(OBJECTIVES["z_loss"]), TrainingArguments(**arguments(tmp_path))
+    settings.fp16 = True
+    with pytest.raises(ConfigurationError, match="bf16=True"):
+        callback.on_train_begin(settings, None, None, model=mixture(experts))
+    RouterCallback().on_train_begin(settings, None, None, model=mixture(experts))
+
+
+def test_a_training_that_was_interrupted_leaves_nothing_to_the_next(experts: Any, tmp_path: Path) -> None:
+    model = mixture(experts)
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    settings = TrainingArguments(**arguments(tmp_path))
+    callbacks = [RouterCallback(OBJECTIVES["z_loss"]), Interrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, settings, train_dataset=rows(), callbacks=callbacks).train()
+    assert len(model._loramix.hooks) == 1
+    RouterCallback(OBJECTIVES["z_loss"]).on_train_begin(settings, None, None, model=model)
+    assert len(model._loramix.hooks) == 1
+    trained(model, tmp_path, OBJECTIVES["z_loss"])
+    assert model._loramix.hooks == ()
+
+
+def test_labels_that_are_no_experts_are_refused(experts: Any) -> None:
+    model = mixture(experts).train()
+    hooked(model, RouterObjectives(supervised=1.0))
+    for wrong in (-5, 3):
+        with pytest.raises(ConfigurationError, match=f"{wrong} with 3 experts"):
+            model(tokens(), labels=tokens(), expert_ids=torch.tensor([0, wrong]))
 
 
 def test_the_callback_leaves_the_model_without_hooks(experts: Any, tmp_path: Path) -> None:

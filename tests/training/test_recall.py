@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from loramix import ConfigurationError, UnsupportedOperationError, XLoraConfig, get_peft_model
 from loramix.training import ScalingPassCache, required_bytes
-from tiny import ARCHITECTURES, gpt2, llama, tokens
+from tiny import ARCHITECTURES, gpt2, llama, opt, tokens
 
 PLENTY = 2**20
 
@@ -159,9 +159,24 @@ def trainable_base(experts: Any) -> Any:
     return model
 
 
+def dropping_by_hand(experts: Any) -> Any:
+    model = mixture(experts)
+    model.model.layers[0].mlp.act_fn = nn.Dropout(0.3)
+    return model
+
+
+def noisy(experts: Any) -> Any:
+    model = mixture(experts)
+    model.get_input_embeddings().neftune_noise_alpha = 5.0  # as transformers.Trainer does it
+    return model
+
+
 CHANGING = {
     "the base model's lm_head.weight is trained": trainable_base,
-    "drops with p=": lambda experts: mixture(experts, "gpt2", gpt2(attn_pdrop=0.0)),
+    "drops with p=0.3": dropping_by_hand,
+    "resid_pdrop=0.1": lambda experts: mixture(experts, "gpt2", gpt2(attn_pdrop=0.0)),
+    "has dropout=0.1": lambda experts: mixture(experts, "opt", opt(dropout=0.1)),
+    "neftune_noise_alpha=5.0": noisy,
     "attn_pdrop=0.1": lambda experts: mixture(experts, "gpt2", gpt2(resid_pdrop=0.0, embd_pdrop=0.0)),
     "scaling_pass_value=0.5": lambda experts: mixture(experts, use_trainable_adapters=True, scaling_pass_value=0.5),
 }
@@ -233,3 +248,37 @@ def test_a_pass_in_which_all_processes_must_take_part_is_refused(experts: Any) -
                 model(tokens(), labels=tokens())
     finally:
         distributed.destroy_process_group()
+
+
+def test_evaluation_keeps_nothing_and_takes_no_room(experts: Any) -> None:
+    model = mixture(experts)
+    with ScalingPassCache(model, max_bytes=required_bytes(model, tokens().numel())) as cache:
+        with torch.no_grad():
+            model.eval()(tokens(seed=7), labels=tokens(seed=7))
+        model.train()
+        for _ in range(2):
+            step(model, input_ids=tokens())
+        assert (cache.hits, cache.misses) == (1, 1)
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_training(
+    experts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mixture(experts)
+    expected = step(model, input_ids=tokens())
+    with (
+        ScalingPassCache(model, max_bytes=PLENTY, folder=tmp_path) as cache,
+        Path("/dev/full").open("r+b", buffering=0) as full,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(cache._store, "_file", full)
+        with pytest.warns(UserWarning, match="or its disk, is full with 0 bytes"):
+            assert all(map(torch.equal, step(model, input_ids=tokens()), expected))
+        assert all(map(torch.equal, step(model, input_ids=tokens()), expected))
+        assert cache.hits == 0
+
+
+def test_a_folder_that_cannot_be_written_is_told(experts: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="can be written"):
+        ScalingPassCache(mixture(experts), max_bytes=PLENTY, folder=tmp_path / "file" / "cache")

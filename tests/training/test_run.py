@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from loramix import (
     PeftModel,
     XLoraModel,
 )
+from loramix.errors import LoramixError, SaveError, TrainingError
+from loramix.layers import XLoraLinear
 from loramix.training import run as runs
 from loramix.training.check import check
 from loramix.training.run import last_complete_checkpoint, run_expert_training, run_training
@@ -52,9 +55,11 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_a_run_leaves_a_mixture_its_checkpoints_and_its_evaluation(files: Files, tmp_path: Path) -> None:
-    model, evaluation = run_training(
+    done = run_training(
         settings(files, tmp_path, data={"train": str(files.data), "eval": str(files.data)}, objectives={"z_loss": 0.1})
     )
+    model, evaluation = done.model, done.evaluation
+    assert done.folder == tmp_path / "mixture"
     assert evaluation is not None
     assert set(evaluation.groups) == {"math", "code", "prose"}
     assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(evaluation.to_dict()))
@@ -81,11 +86,83 @@ def test_a_resumed_run_equals_the_uninterrupted_one(files: Files, tmp_path: Path
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
 
 
+def test_a_finished_run_that_is_started_again_stays_as_it_is(files: Files, tmp_path: Path) -> None:
+    """Also where it was killed between its last checkpoint and the end."""
+    for trainer in ({"lr_scheduler_type": "constant"}, {"num_train_epochs": 1, "max_steps": -1}):
+        chosen = settings(files, tmp_path / str(len(trainer)), trainer=trainer)
+        output = run_training(chosen).folder.parent
+        shutil.copytree(output / "mixture", output / "first")
+        steps = last_complete_checkpoint(output)
+        shutil.rmtree(output / "mixture")
+        run_training(chosen)
+        assert same(output / "mixture", output / "first")
+        assert last_complete_checkpoint(output) == steps
+        longer = settings(files, output, trainer=trainer | {"max_steps": 8})
+        with pytest.warns(UserWarning, match="max_steps"):
+            run_training(longer)
+        assert not same(output / "mixture", output / "first")
+
+
+def test_the_best_mixture_is_the_one_that_is_kept(files: Files, tmp_path: Path) -> None:
+    trainer = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    trainer |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the worst one is not the last
+    data = {"train": str(files.data), "eval": str(files.data)}
+    run_training(settings(files, tmp_path, data=data, trainer=trainer))
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).name != "checkpoint-4"
+    assert same(Path(state["best_model_checkpoint"]), tmp_path / "mixture")
+    run_training(settings(files, tmp_path, data=data, trainer=trainer))  # it is finished: the same again
+    assert same(Path(state["best_model_checkpoint"]), tmp_path / "mixture")
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so(files: Files, tmp_path: Path) -> None:
+    run_training(settings(files, tmp_path, trainer={"max_steps": 2}))
+    with pytest.warns(UserWarning, match=r"objectives.z_loss: None, now 1.0; trainer.max_steps: 2, now 4"):
+        run_training(settings(files, tmp_path, objectives={"z_loss": 1.0}))
+    with pytest.raises(ConfigurationError, match="xlora_depth: 1, now 2"):
+        run_training(settings(files, tmp_path, mixture={"xlora_depth": 2}))
+    run_training(settings(files, tmp_path, mixture={"xlora_depth": 2}), resume=False)
+
+
+def test_what_trl_refuses_is_told(files: Files, tmp_path: Path) -> None:
+    data = str(write_lines(tmp_path / "chat.jsonl", [{"messages": messages} for messages in CHAT]))
+    with pytest.raises(ConfigurationError, match="SFTTrainer takes"):
+        run_training(settings(files, tmp_path / "run", data=data, trainer={"assistant_only_loss": True}))
+
+
+def test_an_expert_whose_loss_is_no_number_is_not_saved(files: Files, tmp_path: Path) -> None:
+    wild = {"learning_rate": 1e30, "max_grad_norm": 0.0, "max_steps": 6, "disable_tqdm": True, "save_steps": 1}
+    chosen = ExpertSettings(base=str(files.base), data=Data(str(files.data)), output=str(tmp_path / "x"), trainer=wild)
+    with pytest.raises(TrainingError, match="the weights are those of step"):
+        run_expert_training(chosen)
+    assert not (tmp_path / "x" / "adapter_model.safetensors").exists()
+
+
+def test_an_expert_that_is_trained_stays_as_it_is(files: Files, tmp_path: Path) -> None:
+    short = {"max_steps": 2, "lr_scheduler_type": "constant", "disable_tqdm": True}
+    chosen = ExpertSettings(base=str(files.base), data=Data(str(files.data)), output=str(tmp_path / "x"), trainer=short)
+    run_expert_training(chosen)
+    first = weights(tmp_path / "x")
+    for file in (tmp_path / "x").glob("adapter_*"):
+        file.unlink()
+    run_expert_training(chosen)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in weights(tmp_path / "x").items())
+    run_expert_training(chosen, resume=False)
+
+
+def test_a_window_longer_than_the_positions_is_refused(files: Files, tmp_path: Path) -> None:
+    done = run_training(settings(files, tmp_path, trainer={"max_steps": 1}))
+    with pytest.raises(DataError, match="128 positions"):
+        runs.evaluate_rows(done.model, None, [], window=129)
+
+
 def test_a_fresh_run_ignores_checkpoints(files: Files, tmp_path: Path) -> None:
     run_training(settings(files, tmp_path))
-    again, _ = run_training(settings(files, tmp_path, trainer={"max_steps": 1}), resume=False)
-    assert isinstance(again, XLoraModel)
-    assert not same(tmp_path / "checkpoint-4", tmp_path / "mixture")
+    shutil.copytree(tmp_path / "mixture", tmp_path / "before")
+    again = run_training(settings(files, tmp_path, trainer={"max_steps": 1}), resume=False)
+    assert isinstance(again.model, XLoraModel)
+    assert not same(tmp_path / "before", tmp_path / "mixture")
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -104,7 +181,7 @@ def test_every_start(method: str, files: Files, tmp_path: Path) -> None:
     prompts.write_text(json.dumps({"math": "1 + 2 = 3", "code": "def f(x):", "prose": ["The method", "returns"]}))
     init = {"method": method} | ({"prompts": str(prompts)} if method == "prompts" else {})
     chosen = settings(files, tmp_path / "run", init=init, trainer={"max_steps": 1, "learning_rate": 0.0})
-    model, _ = run_training(chosen)
+    model = run_training(chosen).model
     layer = model.internal_xlora_classifier.layers[0]
     assert bool(layer.weight.any()) == (method != "zeros")
 
@@ -123,9 +200,44 @@ FORMATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+SHOWS: dict[str, Callable[[Any, Any], object]] = {
+    "chat": lambda batch, _: bytes(batch["input_ids"][0][:4].tolist()) and (batch["labels"] != -100).sum() > 20,
+    "completion only": lambda batch, _: (batch["labels"][0] != -100).sum().item() == 3,  # " 0" and the end
+    "packed": lambda batch, _: len(batch["input_ids"]) == 1 and (batch["position_ids"] == 0).sum() == 2,
+    "bfloat16 autocast": lambda _, seen: seen == {torch.bfloat16},
+    "checkpointed": lambda batch, _: True,
+}
+
+
 @pytest.mark.parametrize("case", FORMATS)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_what_trl_offers_works(case: str, files: Files, tmp_path: Path) -> None:
+def test_what_trl_offers_reaches_the_model(
+    case: str, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, trainer = FORMATS[case]
+    data = str(write_lines(tmp_path / "data.jsonl", rows))
+    built: list[Any] = []
+    build, seen = runs.build_trainer, set[torch.dtype]()
+    monkeypatch.setattr(runs, "build_trainer", lambda *a, **k: built.append(build(*a, **k)) or built[0])
+    monkeypatch.setattr(XLoraLinear, "_gated", spied(XLoraLinear._gated, seen))
+    done = run_training(settings(files, tmp_path / "run", data=data, trainer={"max_steps": 2, **trainer}))
+    batch = next(iter(built[0].get_train_dataloader()))
+    assert SHOWS[case](batch, seen)
+    assert done.model.is_gradient_checkpointing == (case == "checkpointed")
+
+
+def spied(method: Any, seen: set[torch.dtype]) -> Any:
+    def run(self: Any, x: Any, routing: Any) -> Any:
+        out = method(self, x, routing)
+        seen.add(out.dtype)
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("case", FORMATS)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_what_trl_offers_trains(case: str, files: Files, tmp_path: Path) -> None:
     rows, trainer = FORMATS[case]
     data = str(write_lines(tmp_path / "data.jsonl", rows))
     run_training(settings(files, tmp_path / "run", data=data, trainer={"max_steps": 2, **trainer}))
@@ -143,7 +255,7 @@ def run_start(files: Files, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 def test_experts_train_in_float32_beside_a_bfloat16_base(files: Files, tmp_path: Path) -> None:
     chosen = settings(files, tmp_path, dtype="bfloat16", mixture={"xlora_depth": 1, "use_trainable_adapters": True})
-    model, _ = run_training(chosen)
+    model = run_training(chosen).model
     kinds = {(p.dtype, p.requires_grad) for p in model.parameters()}
     assert kinds == {(torch.bfloat16, False), (torch.float32, True)}
     moved = load_file(tmp_path / "mixture" / "math" / "adapter_model.safetensors")
@@ -179,7 +291,45 @@ def unlabelled(files: Files, tmp_path: Path) -> dict[str, Any]:
     return {"data": str(write_lines(tmp_path / "u.jsonl", [{"text": "x"}])), "objectives": {"supervised": 1.0}}
 
 
+def no_configuration(files: Files, tmp_path: Path) -> dict[str, Any]:
+    folder = shutil.copytree(files.base, tmp_path / "base")
+    (folder / "config.json").unlink()
+    return {"base": str(folder)}
+
+
+def blocked(files: Files, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "file").touch()
+    return {"output": str(tmp_path / "file" / "run")}
+
+
+def strangers(files: Files, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "p.json").write_text('{"law": "text"}')
+    return {"init": {"method": "prompts", "prompts": str(tmp_path / "p.json")}}
+
+
 REFUSED: dict[str, tuple[Any, type[Exception]]] = {
+    "a base without a configuration": (no_configuration, LoramixError),
+    "an output that cannot be": (blocked, SaveError),
+    "a cache folder that cannot be": (
+        lambda f, p: {"cache": "1MB", "cache_folder": blocked(f, p)["output"]},
+        SaveError,
+    ),
+    "prompts of others": (strangers, DataError),
+    "a router too narrow for its start": (
+        lambda *_: {"init": {"method": "labels"}, "mixture": {"xlora_depth": 2, "xlora_size": 4}},
+        ConfigurationError,
+    ),
+    "an evaluation without data": (lambda *_: {"trainer": {"eval_strategy": "steps"}}, ConfigurationError),
+    "a number that is none": (lambda *_: {"trainer": {"max_steps": "ten"}}, ConfigurationError),
+    "a batch that is none": (lambda *_: {"trainer": {"per_device_train_batch_size": True}}, ConfigurationError),
+    "more tokens than positions": (lambda *_: {"trainer": {"max_length": 129}}, ConfigurationError),
+    "too few tokens": (lambda *_: {"trainer": {"max_length": 1}}, ConfigurationError),
+    "re-entrant checkpointing": (
+        lambda *_: {
+            "trainer": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        },
+        ConfigurationError,
+    ),
     "no base": (lambda *_: {"base": "./nowhere"}, CheckpointNotFoundError),
     "an expert of another base": (other_expert, AdapterMismatchError),
     "a missing expert": (lambda *_: {"experts": {"x": "./nowhere"}}, CheckpointNotFoundError),
@@ -210,7 +360,8 @@ def test_what_would_stop_a_run_stops_it_before_weights_load(
 ) -> None:
     monkeypatch.setattr(runs, "load_base", lambda *_: pytest.fail("weights were loaded"))
     change, error = REFUSED[case]
-    chosen = settings(files, tmp_path / "out", **change(files, tmp_path))
+    changes = change(files, tmp_path)
+    chosen = settings(files, Path(changes.pop("output", tmp_path / "out")), **changes)
     with pytest.raises(error):
         run_training(chosen)
     assert not (tmp_path / "out").exists()
@@ -242,7 +393,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loramix.checkpoint import tensors
-    from loramix.errors import SaveError
 
     saved: list[Path] = []
     real = tensors.save_file

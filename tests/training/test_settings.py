@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loramix import ConfigurationError
-from loramix.training.settings import Data, TrainSettings, parse_size, read_prompts
+from loramix.training.settings import Data, TrainSettings, parse_size, read_prompts, with_numbers
 
 GOOD = {"base": "b", "experts": {"math": "m"}, "data": "d.jsonl"}
 
@@ -56,6 +56,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another start": ({"init": {"method": "magic"}}, "magic"),
     "prompts without texts": ({"init": {"method": "prompts"}}, "init.prompts"),
     "texts without prompts": ({"init": {"method": "zeros", "prompts": "p"}}, "init"),
+    "a base said twice": ({"mixture": {"base_model_name_or_path": "x"}}, "base_model_name_or_path"),
+    "a revision said twice": ({"mixture": {"revision": "x"}}, "revision"),
+    "data that is no path": ({"data": {"train": 5}}, "data.train=5"),
+    "evaluation data that is no path": ({"data": {"train": "d", "eval": ["e"]}}, "data.eval"),
+    "a folder for no cache": ({"cache_folder": "x"}, "without cache"),
     "a cache of no size": ({"cache": "lots"}, "lots"),
 }
 
@@ -66,6 +71,14 @@ def test_what_cannot_work_is_named(case: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         TrainSettings.from_dict({**GOOD, **changes})
     assert said in str(caught.value)
+
+
+def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("base: b\nexperts: {m: 1e3}\ndata: d\nobjectives: {z_loss: 1e-3, temperature: [4e0, 1]}\n")
+    found = TrainSettings.read(path)
+    assert found.objectives == {"z_loss": 0.001, "temperature": [4.0, 1]}
+    assert with_numbers(["1e", "e5", "1.5E+2", {"a": "-2e-1"}]) == ["1e", "e5", 150.0, {"a": -0.2}]
 
 
 @pytest.mark.parametrize("content", ["a: [", "- a", "", "\xff"])
@@ -82,6 +95,9 @@ def test_prompts_are_texts_by_expert(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({"math": "1 + 1", "code": ["a", "b"]}))
     assert read_prompts(path) == {"math": ["1 + 1"], "code": ["a", "b"]}
+    (tmp_path / "math.txt").write_text("1 + 1")
+    assert read_prompts(tmp_path) == {"math": tmp_path / "math.txt"}
+    assert read_prompts({"math": str(path)}) == {"math": path}
     for wrong in ("{", "[]", '{"math": [1]}', '{"math": 3}'):
         path.write_text(wrong)
         with pytest.raises(ConfigurationError, match="JSON file of expert name"):

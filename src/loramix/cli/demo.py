@@ -18,6 +18,10 @@ def demo(
         typer.Option(min=0, max=MAX_SEED, help="Of the router's first weights, its training text and what is written."),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as one JSON document.")] = False,
+    files: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Instead of the tour, write its models, text and a run.yaml there."),
+    ] = None,
 ) -> None:
     """Mix the experts that ship with loramix, train their router, compare, and write: a minute or two, no network.
 
@@ -28,7 +32,15 @@ def demo(
     loramix demo
 
     loramix demo --out tour --json > measured.json
+
+    loramix demo --files work
     """
+    if files is not None:
+        from loramix.demo.files import write_files
+
+        print(f"{files}: {', '.join(write_files(files))}")
+        return
+
     from loramix.demo import DemoSettings, run_demo
 
     with stdout_kept_for_json(as_json):

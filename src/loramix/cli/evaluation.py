@@ -32,6 +32,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="JSON lines, a text file, a folder of text, or a data set's id.")],
     base: Annotated[str | None, typer.Option(help="The base model. Default: the one that the mixture names.")] = None,
     split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "test",
+    subset: Annotated[str | None, typer.Option(help="Of a data set of the Hub that has several.")] = None,
     figure: Annotated[Figure, typer.Option(help="What the table shows.")] = Figure.BITS_PER_BYTE,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens of a passage.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Passages of each group, at most.")] = None,
@@ -54,7 +55,7 @@ def evaluate(
     from loramix.training.run import evaluate_rows
 
     with stdout_kept_for_json(as_json), warnings_as_lines():
-        rows = read_rows(data, split=split)
+        rows = read_rows(data, split=split, subset=subset)
         opened = open_mixture(mixture, base=base)
         if not isinstance(opened.model, XLoraModel):
             raise ConfigurationError(

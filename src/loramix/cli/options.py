@@ -30,6 +30,8 @@ def as_changes(words: Sequence[str], groups: Sequence[str] | None = None) -> dic
     """
     import yaml
 
+    from loramix.training.settings import with_numbers
+
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -38,7 +40,7 @@ def as_changes(words: Sequence[str], groups: Sequence[str] | None = None) -> dic
         if groups is not None and (key.partition(".")[0] not in groups or "." not in key):
             raise typer.BadParameter(f"{key!r} begins with none of {', '.join(groups)}", param_hint="--set")
         try:
-            found[key] = yaml.safe_load(value)
+            found[key] = with_numbers(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise typer.BadParameter(f"{word!r}: {error}", param_hint="--set") from error
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,7 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for example trainer.max_steps=200."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights, and stop.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a checkpoint.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, and remove earlier checkpoints.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan, or the evaluation, as JSON.")] = False,
 ) -> None:
     """Train the router of a mixture, and evaluate it.
@@ -54,18 +55,23 @@ def train(
     with stdout_kept_for_json(as_json), warnings_as_lines():
         chosen = TrainSettings.read(settings, changes)
         if dry_run:
-            plan, evaluation = check(chosen).plan, None
+            plan, done = check(chosen).plan, None
         else:
-            plan, evaluation = None, run_training(chosen, resume=not fresh)[1]
-    if as_json:
-        found = plan or evaluation
-        print_json({} if found is None else found.to_dict())
-    elif plan is not None:
-        _show(plan)
-    elif evaluation is not None:
-        from loramix.cli.evaluation import show
+            plan, done = None, run_training(chosen, resume=not fresh)
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes, the first one speaks
+    if plan is not None:
+        print_json(plan.to_dict()) if as_json else _show(plan)
+    if done is not None:
+        if as_json:
+            found = None if done.evaluation is None else done.evaluation.to_dict()
+            print_json({"mixture": str(done.folder), "evaluation": found})
+            return
+        if done.evaluation is not None:
+            from loramix.cli.evaluation import show
 
-        show(evaluation, "bits_per_byte")
+            show(done.evaluation, "bits_per_byte")
+        print(done.folder)
 
 
 def _show(plan: Plan) -> None:

@@ -21,8 +21,12 @@ def train_expert(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="lora.… or trainer.…, for example trainer.max_steps=200."),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the base model on the Hub.")] = None,
+    dtype: Annotated[str, typer.Option(help="The base model's: auto, float32, bfloat16, float16.")] = "auto",
+    subset: Annotated[str | None, typer.Option(help="Of a data set of the Hub that has several.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights, and stop.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a checkpoint.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, and remove earlier checkpoints.")] = False,
 ) -> None:
     """Train a LoRA expert on some text; PEFT loads it too.
 
@@ -44,7 +48,14 @@ def train_expert(
         group, _, name = key.partition(".")
         groups[group][name] = value
     with warnings_as_lines():
-        settings = ExpertSettings(base=base, data=Data(data), output=output, **groups)
+        settings = ExpertSettings(
+            base=base,
+            data=Data(data, split=split, subset=subset),
+            output=output,
+            revision=revision,
+            dtype=dtype,
+            **groups,
+        )
         if dry_run:
             check_expert(settings)
             print("Everything is in place; no weights were loaded.")

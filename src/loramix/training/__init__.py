@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from loramix.training.data import ExpertLabels, Row, read_rows
     from loramix.training.evaluation import Evaluation, evaluate
     from loramix.training.initialise import init_router
-    from loramix.training.objectives import RouterCallback, RouterObjectives
+    from loramix.training.objectives import FiniteGradients, RouterCallback, RouterObjectives
     from loramix.training.recall import ScalingPassCache, required_bytes
 
 __all__ = [
     "Evaluation",
     "ExpertLabels",
+    "FiniteGradients",
     "RouterCallback",
     "RouterObjectives",
     "Row",
@@ -29,7 +30,7 @@ _HOMES = {
     **dict.fromkeys(("ExpertLabels", "Row", "read_rows"), "data"),
     **dict.fromkeys(("Evaluation", "evaluate"), "evaluation"),
     "init_router": "initialise",
-    **dict.fromkeys(("RouterCallback", "RouterObjectives"), "objectives"),
+    **dict.fromkeys(("FiniteGradients", "RouterCallback", "RouterObjectives"), "objectives"),
     **dict.fromkeys(("ScalingPassCache", "required_bytes"), "recall"),
 }
 

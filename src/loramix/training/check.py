@@ -5,26 +5,34 @@ Paths, shapes, columns, arguments and memory: what would stop a run in its third
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loramix import checkpoint
 from loramix.adapter import Adapter
-from loramix.base_files import load_tokenizer, one_line
+from loramix.base_files import load_config, load_tokenizer, one_line
 from loramix.config import LoraConfig, XLoraConfig
-from loramix.errors import ConfigurationError, DataError
+from loramix.errors import ConfigurationError, DataError, SaveError
 from loramix.hub import from_anywhere
 from loramix.inject import new_targets, plan
 from loramix.model import hidden_size_of
 from loramix.training.data import Row, pieces, read_rows
+from loramix.training.initialise import check_width, prompt_texts
 from loramix.training.memory import sizes_of, training_memory
 from loramix.training.objectives import RouterObjectives
 from loramix.training.settings import ExpertSettings, TrainSettings, check_keys, read_prompts
 
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _LONGEST = 1024  # tokens of a text, where the settings do not say
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,7 +107,20 @@ def check(settings: TrainSettings) -> Checked:
     rows[0].as_text(tokenizer)
     labelled = sum(row.expert is not None for row in rows)
     _check_labels(settings, objectives, config, rows, labelled)
-    prompts = read_prompts(settings.init["prompts"]) if "prompts" in settings.init else None
+    prompts = None
+    if "prompts" in settings.init:
+        prompts = prompt_texts(read_prompts(settings.init["prompts"]), list(config.adapters))
+    if settings.init.get("method") in ("prompts", "labels"):
+        check_width(config, len(config.adapters))
+    if arguments.eval_strategy != "no" and not eval_rows:
+        raise ConfigurationError(
+            "An evaluation while training needs data to evaluate with.",
+            received=f"trainer.eval_strategy={str(arguments.eval_strategy)!r} without data.eval",
+            remedy="Add data.eval, or leave eval_strategy out.",
+        )
+    for place in (settings.output, settings.cache_folder):
+        if place is not None:
+            check_writable(Path(place))
     return Checked(
         _plan(settings, arguments, hollow, config, experts, len(sites), rows, labelled, len(eval_rows), tokenizer),
         config,
@@ -138,6 +159,16 @@ def _arguments(output: str, trainer: Mapping[str, Any], base_config: Any) -> Any
     }
     known = {entry.name for entry in fields(SFTConfig)}
     given: dict[str, Any] = {name: value for name, value in defaults.items() if name in known} | dict(trainer)
+    for old, new in _RENAMED.items():
+        if old in trainer:
+            given[new] = given.pop(old)
+    _refuse_wrong_types(given, SFTConfig)
+    if (given.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
+        raise ConfigurationError(
+            "A mixture checkpoints gradients without re-entering autograd.",
+            received="trainer.activation_checkpointing_kwargs with use_reentrant: true",
+            remedy="Leave it out.",
+        )
     length = given["max_length"]
     if isinstance(length, int) and not 2 <= length <= (positions or length):
         raise ConfigurationError(
@@ -155,9 +186,46 @@ def _arguments(output: str, trainer: Mapping[str, Any], base_config: Any) -> Any
         ) from error
 
 
+def _refuse_wrong_types(given: Mapping[str, Any], kind: Any) -> None:
+    """Raises ConfigurationError: no number where TRL's own default is one."""
+    defaults = {entry.name: entry.default for entry in fields(kind)}
+    for name, value in given.items():
+        default = defaults[name]
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigurationError(
+                f"trainer.{name} is a number.", received=f"{value!r}", remedy=f"Use for example {name}={default!r}."
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise where a folder cannot be made, or written into; leaves nothing behind.
+
+    Raises:
+        SaveError: why.
+    """
+    made: list[Path] = []
+    try:
+        for place in (*reversed(folder.absolute().parents), folder.absolute()):
+            if not place.is_dir():
+                place.mkdir()
+                made.append(place)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SaveError(
+            "A run writes into its output folder.",
+            received=f"{str(folder)!r}: {error}",
+            remedy="Name another folder.",
+        ) from error
+    finally:
+        for place in reversed(made):
+            place.rmdir()
+
+
 def _base_of(place: str, revision: str | None) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(place, revision)
-    config = AutoConfig.from_pretrained(place, revision=revision or "main")
+    config = load_config(place, revision)
     size = config.get_text_config().vocab_size
     if len(tokenizer) > size:
         raise DataError(
@@ -263,7 +331,8 @@ def _plan(
     steps = arguments.max_steps if arguments.max_steps > 0 else None
     if steps is None and not arguments.packing:
         count = round(len(rows) * len(lengths) / len(sample))
-        steps = int(-(-count // (batch * arguments.gradient_accumulation_steps)) * arguments.num_train_epochs)
+        a_step = batch * arguments.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+        steps = int(-(-count // a_step) * arguments.num_train_epochs)
     return Plan(
         experts=list(config.adapters),
         layers=layers,

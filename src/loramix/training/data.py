@@ -1,22 +1,22 @@
 """Text to train on and to evaluate with: JSON lines, a folder of text files, or a data set of the Hub.
 
 A JSON line holds `text`, or `messages` (a list of {"role", "content"}), or `prompt` and `completion`; and it may hold
-`expert`, the name of the expert that the text belongs to. In a folder, a file's expert is the subfolder it lies in,
-where one of the mixture's experts has that name.
+`expert`, the name of the expert that the text belongs to. In a folder, the expert of what does not name one is the
+subfolder it lies in, where one of the mixture's experts has that name.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from loramix.errors import DataError
+from loramix.errors import ConfigurationError, DataError
 from loramix.hooks import EXPERT_IDS
 from loramix.training.losses import IGNORED
 
@@ -147,7 +147,7 @@ def read_rows(
 
 
 def _from_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: JSON may hold U+2028 as it is
         if not line.strip():
             continue
         source = f"{path}, line {number}"
@@ -176,16 +176,32 @@ def _row(fields: object, source: str) -> Row:
             remedy='Name the column "text", or convert it to messages.',
         )
     content = {name: values[name] for name in chosen}
-    empty = [name for name, value in content.items() if not isinstance(value, str | list) or not value]
+    wrong = [name for name, value in content.items() if not _is_text(value, name) and not _is_conversation(value, name)]
+    if len({type(value) for value in content.values()}) > 1:
+        wrong = list(content)
     expert = values.get(EXPERT)
-    if empty or not isinstance(expert, str | None):
-        shown = ", ".join(f"{name}={values.get(name)!r}"[:80] for name in empty or [EXPERT])
+    if not isinstance(expert, str | None):
+        wrong.append(EXPERT)
+    if wrong:
+        shown = ", ".join(f"{name}={values.get(name)!r}"[:80] for name in wrong)
         raise DataError(
-            "text is a string that is not empty, messages is a list, and expert is a name.",
+            "text is a string that is not blank, messages a list of {role, content}, prompt and completion both one "
+            "or both the other, and expert is a name.",
             received=f"{source}: {shown}",
             remedy="Leave that row out, or correct it.",
         )
     return Row(content, expert, source)
+
+
+def _is_text(value: object, name: str) -> bool:
+    return name != "messages" and isinstance(value, str) and bool(value.strip())
+
+
+def _is_conversation(value: object, name: str) -> bool:
+    if name == "text" or not isinstance(value, list) or not value:
+        return False
+    messages = cast("list[object]", value)
+    return all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages)
 
 
 def _from_folder(path: Path, experts: Sequence[str]) -> Iterator[Row]:
@@ -193,22 +209,28 @@ def _from_folder(path: Path, experts: Sequence[str]) -> Iterator[Row]:
         parts: tuple[str, ...] = file.relative_to(path).parts
         if not file.is_file() or any(part.startswith(".") for part in parts):
             continue
+        owner = next(iter(parts[:-1]), None)
+        owner = owner if not experts or owner in experts else None
         if file.suffix in (".jsonl", ".json"):
-            yield from _from_lines(file)
+            yield from (row if row.expert else replace(row, expert=owner) for row in _from_lines(file))
         else:
-            owner = next(iter(parts[:-1]), None)
-            yield from _from_text(file, owner if not experts or owner in experts else None)
+            yield from _from_text(file, owner)
 
 
 def _from_text(path: Path, expert: str | None) -> Iterator[Row]:
-    text = _read(path)
+    text = read_text(path)
     if text.strip():
         yield Row({"text": text}, expert, str(path))
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             "Data is text in UTF-8 that can be read.",
@@ -257,6 +279,17 @@ def _unknown(what: str, experts: Iterable[str]) -> DataError:
         received=f"{what}; the experts are {', '.join(map(repr, experts))}",
         remedy="Rename the expert in the data or in the mixture, or leave the column out.",
     )
+
+
+def check_expert_ids(ids: Tensor, experts: int) -> None:
+    """Raises ConfigurationError: an id that is neither `IGNORED` nor the number of an expert."""
+    wrong = ids[(ids != IGNORED) & ((ids < 0) | (ids >= experts))]
+    if len(wrong):
+        raise ConfigurationError(
+            f"expert_ids are numbers of experts, or {IGNORED} where the expert is not known.",
+            received=f"{int(wrong[0])} with {experts} experts",
+            remedy=f"Number them from 0 to {experts - 1}, in the order of XLoraConfig.adapters.",
+        )
 
 
 class ExpertLabels:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -27,6 +28,7 @@ from loramix.errors import ConfigurationError, DataError
 from loramix.hooks import EXPERT_IDS, RoutingHook
 from loramix.model import XLoraModel
 from loramix.passes import attach
+from loramix.training.data import check_expert_ids, read_text
 from loramix.training.losses import IGNORED
 
 Method = Literal["zeros", "prompts", "labels"]
@@ -54,7 +56,7 @@ def init_router(
     method: Method,
     *,
     tokenizer: Any = None,
-    prompts: Mapping[str, Sequence[str]] | None = None,
+    prompts: Mapping[str, str | Path | Sequence[str]] | None = None,
     batches: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> LinearRouter | None:
     """Set the weights of a mixture's router.
@@ -65,15 +67,15 @@ def init_router(
             states of a few texts for each expert. "labels": ridge regression onto the experts that labelled text
             belongs to, in closed form.
         tokenizer: for "prompts": a transformers tokenizer.
-        prompts: for "prompts": expert name -> texts, for every expert.
+        prompts: for "prompts": expert name -> a text, several, or the `Path` of a file with one; for every expert.
         batches: for "labels": `input_ids`, `attention_mask` and `expert_ids` (B,) or (B, S), -1 where unknown.
 
     Returns:
         The linear map that the router now computes; None with "zeros".
 
     Raises:
-        ConfigurationError: another method, or arguments that it does not come with.
-        DataError: an expert without text, or a name that is no expert's.
+        ConfigurationError: another method, arguments that it does not come with, or a router that is too narrow.
+        DataError: an expert without text, a name that is no expert's, or a file that cannot be read.
     """
     wanted = {"zeros": (), "prompts": ("tokenizer", "prompts"), "labels": ("batches",)}
     given = {"tokenizer": tokenizer, "prompts": prompts, "batches": batches}
@@ -104,13 +106,8 @@ def write_linear(classifier: XLoraClassifier, router: LinearRouter) -> None:
         ConfigurationError: hidden layers with fewer than 2 E units.
     """
     experts = len(router.bias)
+    check_width(classifier.config, experts)
     linears = [module for module in classifier.layers if isinstance(module, nn.Linear)]
-    if len(linears) > 1 and min(linear.out_features for linear in linears[:-1]) < 2 * experts:
-        raise ConfigurationError(
-            "A router with hidden layers carries a linear map through pairs of units, two for each expert.",
-            received=f"xlora_size={linears[0].out_features} for {experts} experts",
-            remedy=f"Use xlora_size={2 * experts} or more, or xlora_depth=1.",
-        )
     weight, bias = router.scale * router.weight, router.scale * router.bias
     repeats = linears[-1].out_features // experts
     with torch.no_grad():
@@ -126,6 +123,16 @@ def write_linear(classifier: XLoraClassifier, router: LinearRouter) -> None:
         out = torch.zeros(experts, linears[-1].in_features)
         out[:, : 2 * experts] = torch.cat([torch.eye(experts), -torch.eye(experts)], dim=1)
         _fill(linears[-1], out.repeat(repeats, 1), torch.zeros(experts * repeats))
+
+
+def check_width(config: XLoraConfig, experts: int) -> None:
+    """Raises ConfigurationError: hidden layers with fewer than 2 E units carry no linear map."""
+    if config.xlora_depth > 1 and config.xlora_size < 2 * experts:
+        raise ConfigurationError(
+            "A router with hidden layers carries a linear map through pairs of units, two for each expert.",
+            received=f"xlora_size={config.xlora_size} for {experts} experts",
+            remedy=f"Use xlora_size={2 * experts} or more, or xlora_depth=1.",
+        )
 
 
 def _write_constant(classifier: XLoraClassifier) -> None:
@@ -187,6 +194,7 @@ class _Moments:
     def add(self, batch: Mapping[str, Tensor]) -> None:
         hidden = hidden_states(self.model, batch).float().cpu()
         ids = batch[EXPERT_IDS].cpu()
+        check_expert_ids(ids, len(self.names))
         ids = (ids if ids.dim() == 2 else ids.unsqueeze(1)).expand(hidden.shape[:2])
         known = ids != IGNORED
         if "attention_mask" in batch:
@@ -268,19 +276,38 @@ def _best_scale(logits: Float[Tensor, "N E"], experts: Int[Tensor, " N"]) -> flo
 
 
 def _labelled(
-    model: XLoraModel, tokenizer: Any, prompts: Mapping[str, Sequence[str]]
+    model: XLoraModel, tokenizer: Any, prompts: Mapping[str, str | Path | Sequence[str]]
 ) -> Iterable[Mapping[str, Tensor]]:
-    names = model.expert_names
+    texts = prompt_texts(prompts, model.expert_names)
+    for number, name in enumerate(model.expert_names):
+        for text in texts[name]:
+            ids = tokenizer(text, return_tensors="pt", truncation=tokenizer.model_max_length < _NO_LIMIT)["input_ids"]
+            yield {"input_ids": ids, EXPERT_IDS: torch.full((1,), number)}
+
+
+def prompt_texts(prompts: Mapping[str, str | Path | Sequence[str]], names: Sequence[str]) -> dict[str, list[str]]:
+    """Expert name -> texts, from texts and files.
+
+    Raises:
+        DataError: an expert without text, a name that is no expert's, or a file that cannot be read.
+    """
     if set(prompts) != set(names):
         raise DataError(
             "prompts holds texts for each expert of the mixture, and for no other.",
             received=f"texts for {', '.join(map(repr, prompts)) or 'nobody'}; experts {', '.join(map(repr, names))}",
             remedy="Use the experts' names as keys.",
         )
-    for number, name in enumerate(names):
-        for text in [prompts[name]] if isinstance(prompts[name], str) else prompts[name]:
-            ids = tokenizer(text, return_tensors="pt", truncation=tokenizer.model_max_length < _NO_LIMIT)["input_ids"]
-            yield {"input_ids": ids, EXPERT_IDS: torch.full((1,), number)}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        given = prompts[name]
+        found[name] = [read_text(given)] if isinstance(given, Path) else [given] if isinstance(given, str) else [*given]
+        if not found[name] or not all(text.strip() for text in found[name]):
+            raise DataError(
+                "Every expert has a text to make a router from, and none is blank.",
+                received=f"{name!r}: {given!r}"[:200],
+                remedy="Give a few texts for each expert.",
+            )
+    return found
 
 
 _NO_LIMIT = 10**9

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, cast, no_type_check
 
 import torch
@@ -27,6 +28,7 @@ from loramix.passes import attach
 from loramix.routing.metrics import RoutingMeter
 from loramix.rules import require, require_finite
 from loramix.training import losses
+from loramix.training.data import check_expert_ids
 
 
 @no_type_check
@@ -138,6 +140,7 @@ class RouterObjective(RoutingHook):
                 received=f"shape {tuple(ids.shape)} for a batch of {batch} texts of {length} tokens",
                 remedy="do not pack texts whose expert is labelled, or label every token",
             )
+        check_expert_ids(ids, made.logits.shape[-1])
         return ids.to(made.logits.device)
 
     def take(self) -> dict[str, float]:
@@ -160,39 +163,59 @@ def real_tokens(made: Made) -> Bool[Tensor, "B S"] | None:
 PREFIX = "router/"
 
 
-class RouterCallback(TrainerCallback):
+class FiniteGradients(TrainerCallback):
+    """Stops a training whose gradients are no numbers any more, before they reach the weights.
+
+    Raises (while training):
+        TrainingError: a gradient that is not finite, with the step and where the checkpoints are.
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not args.fp16:  # a loss scaler skips such steps by itself
+            refuse_bad_gradients(model, state.global_step + 1, args.output_dir)
+
+
+class RouterCallback(FiniteGradients):
     """Brings router objectives to `transformers.Trainer`, TRL's trainers, and whatever calls their callbacks.
 
     It attaches the objectives for the time of the training, scales them with gradient accumulation, follows the
-    temperature's schedule, logs the routing's metrics as `router/…`, and stops a training whose gradients are no
-    numbers any more before they reach the weights.
+    temperature's schedule, logs the routing's metrics as `router/…` (those of the main process), and stops a training
+    whose gradients are no numbers any more before they reach the weights.
+
+    An objective is a mean over the batch of one process, and its gradient the mean over batches and processes: what
+    bounds a mean, as `entropy_floor` and `load_balance` do, bounds that of each such batch.
 
     Args:
         objectives: None measures only.
 
     Raises (while training):
-        TrainingError: a gradient that is not finite, with the step and the last checkpoint.
+        TrainingError: a gradient that is not finite, with the step and where the checkpoints are.
+        ConfigurationError: objectives under a loss scaler (fp16).
     """
 
     def __init__(self, objectives: RouterObjectives | None = None) -> None:
         self.objectives = objectives or RouterObjectives()
         self._hook: RouterObjective | None = None
         self._detach: Callable[[], None] | None = None
+        self._trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._hook = RouterObjective(
-            self.objectives, model.peft_config["default"], 1 / max(1, args.gradient_accumulation_steps)
-        )
-        self._detach = attach(model, self._hook)
+        if args.fp16 and any(asdict(replace(self.objectives, least_entropy=0.0, temperature=None)).values()):
+            raise ConfigurationError(
+                "Router objectives join the gradient past the loss scaler, which fp16 needs.",
+                received=f"fp16=True with {self.objectives}",
+                remedy="Train with bf16=True, or in float32.",
+            )
+        self._hook = RouterObjective(self.objectives, model.peft_config["default"])
+        self._detach = attach(model, self._hook, alone=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._hook is not None:  # the last step of an epoch may have fewer batches, which the trainer alone knows
+            batches = getattr(self._trainer, "current_gradient_accumulation_steps", args.gradient_accumulation_steps)
+            self._hook.scale = 1 / max(1, batches)
         temperature = self.objectives.temperature_at(state.global_step / max(1, state.max_steps - 1))
         if temperature is not None:
             model.set_softmax_temperature(temperature)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if not args.fp16:  # a loss scaler skips such steps by itself
-            refuse_bad_gradients(model, state.global_step + 1, args.output_dir)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if self._hook is None or logs is None or "loss" not in logs:
@@ -202,17 +225,30 @@ class RouterCallback(TrainerCallback):
         if state.log_history:
             cast("dict[str, float]", state.log_history[-1]).update(found)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint and self.objectives.temperature is not None:
+            restore_temperature(model, state.best_model_checkpoint)
         if self._detach is not None:
             self._detach()
         self._hook = self._detach = None
 
     def first_of(self, trainer: Any) -> None:
-        """Put this callback before those that report (TensorBoard, …), so that they see the metrics too."""
+        """Put this callback before those that report (TensorBoard, …), so that they see the metrics too.
+
+        It also lets the objectives count fully in an epoch's last step, where that has fewer batches than the others.
+        """
+        self._trainer = trainer
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
         callbacks.insert(0, self)
+
+
+def restore_temperature(model: Any, folder: str | Path) -> None:
+    """The softmax temperature that a checkpoint was saved with: a trainer that loads one loads its tensors alone."""
+    config = XLoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, XLoraConfig)
+    model.set_softmax_temperature(config.softmax_temperature)
 
 
 def refuse_bad_gradients(model: nn.Module, step: int, folder: str | None) -> None:

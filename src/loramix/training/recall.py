@@ -10,7 +10,6 @@ B, S: batch, sequence. H: hidden size. N: tokens.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -80,7 +79,7 @@ class ScalingPassCache(RoutingHook):
         refuse_changing_pass(model)
         self.max_bytes = max_bytes
         self.bytes = self.hits = self.misses = 0
-        self._store: _Memory | _File = _Memory() if folder is None else _File(Path(folder), max_bytes)
+        self._store: _Memory | _File = _Memory() if folder is None else _File(Path(folder))
         self._told = False
         self._settings = self._current_settings()
         self._detach: Callable[[], None] | None = None
@@ -121,10 +120,9 @@ class ScalingPassCache(RoutingHook):
             if row.key in self._store:
                 continue
             part = hidden[number, row.start : row.stop].detach().cpu().contiguous()
-            if self.bytes + part.nbytes > self.max_bytes:
+            if self.bytes + part.nbytes > self.max_bytes or not self._store.write(row.key, part):
                 self._tell()
                 return
-            self._store.write(row.key, part)
             self.bytes += part.nbytes
 
     def _forget(self) -> None:
@@ -136,8 +134,8 @@ class ScalingPassCache(RoutingHook):
         if not self._told:
             self._told = True
             warnings.warn(
-                f"The cache of the scaling pass is full with {self.bytes:,} bytes; the scaling pass runs again for "
-                "further texts. required_bytes(model, tokens) tells what all of them take.",
+                f"The cache of the scaling pass, or its disk, is full with {self.bytes:,} bytes; the scaling pass runs "
+                "again for further texts. required_bytes(model, tokens) tells what all of them take.",
                 stacklevel=2,
             )
 
@@ -171,17 +169,21 @@ def refuse_changing_pass(model: XLoraModel) -> None:
     reason = reason or _dropout(model, experts_count=used)
     if reason is not None:
         raise UnsupportedOperationError(
-            "The scaling pass can be kept where it gives the same hidden states for the same tokens and may be left out.",
+            "The scaling pass can be kept where it may be left out, for it gives the same hidden states again.",
             received=reason,
             remedy="Train without this cache; or freeze the base model, set its dropout to 0, and use DDP.",
         )
 
 
 def _dropout(model: nn.Module, *, experts_count: bool) -> str | None:
-    config = cast(Any, model).config.get_text_config()
-    for name in ("attention_dropout", "attn_pdrop"):  # applied as a function, by no module
-        if getattr(config, name, 0):
-            return f"the base model's configuration has {name}={getattr(config, name)}"
+    noise = getattr(cast(Any, model).get_input_embeddings(), "neftune_noise_alpha", None)
+    if noise:
+        return f"noise is added to the embeddings: neftune_noise_alpha={noise}"
+    settings = cast("dict[str, Any]", cast(Any, model).config.get_text_config().to_dict())
+    for name, value in settings.items():  # many models apply it as a function, by no module
+        elsewhere = name.startswith(("classifier", "summary"))  # heads of other tasks
+        if "drop" in name and not elsewhere and isinstance(value, float) and value > 0:
+            return f"the base model's configuration has {name}={value}"
     router = set(cast(Any, model).internal_xlora_classifier.modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0 and module not in router:
@@ -243,8 +245,9 @@ class _Memory:
     def __contains__(self, key: bytes) -> bool:
         return key in self._kept
 
-    def write(self, key: bytes, hidden: Tensor) -> None:
+    def write(self, key: bytes, hidden: Tensor) -> bool:
         self._kept[key] = hidden.clone()
+        return True
 
     def read(self, key: bytes) -> Tensor | None:
         return self._kept.get(key)
@@ -266,22 +269,34 @@ class _Place:
 class _File:
     """The same, one behind the other in a file without a name of its own, which ends with the process."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.TemporaryFile(dir=folder, prefix=".loramix-scaling-pass-")  # noqa: SIM115 - closed by close()
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=folder, prefix=".loramix-scaling-pass-", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise ConfigurationError(
+                "The cache of the scaling pass lies in a folder that can be written.",
+                received=f"folder={str(folder)!r}: {error}",
+                remedy="Name another folder, or keep the hidden states in memory with folder=None.",
+            ) from error
         self._file = cast("BinaryIO", file)
-        self._file.truncate(size)
-        self._map = mmap.mmap(self._file.fileno(), size)
         self._places: dict[bytes, _Place] = {}
         self._end = 0
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
-    def write(self, key: bytes, hidden: Tensor) -> None:
+    def write(self, key: bytes, hidden: Tensor) -> bool:
+        """Whether the disk had room for it."""
         place = _Place(self._end, self._end + hidden.nbytes, hidden.shape, hidden.dtype)
-        self._map[place.start : place.stop] = hidden.view(torch.uint8).numpy().tobytes()
+        try:
+            self._file.seek(place.start)
+            if self._file.write(hidden.view(torch.uint8).numpy().tobytes()) < hidden.nbytes:
+                return False
+        except OSError:
+            return False
         self._places[key], self._end = place, place.stop
+        return True
 
     def read(self, key: bytes) -> Tensor | None:
         place = self._places.get(key)
@@ -289,7 +304,8 @@ class _File:
             return None
         if place.start == place.stop:
             return torch.zeros(place.shape, dtype=place.dtype)
-        raw = bytearray(self._map[place.start : place.stop])
+        self._file.seek(place.start)
+        raw = bytearray(self._file.read(place.stop - place.start))
         return torch.frombuffer(raw, dtype=place.dtype).view(place.shape)
 
     def clear(self) -> None:
@@ -298,5 +314,4 @@ class _File:
 
     def close(self) -> None:
         self.clear()
-        self._map.close()
         self._file.close()

@@ -2,6 +2,7 @@
 
 What a run leaves in its output folder:
 
+    settings.json           what it was started with
     checkpoint-<step>/      the trainer's, each a mixture that `PeftModel.from_pretrained` loads
     mixture/                the trained mixture
     evaluation.json         the figures of `loramix eval`, where there is data to evaluate with
@@ -11,77 +12,143 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors.torch
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from loramix import checkpoint
-from loramix.base_files import load_base
-from loramix.errors import LoramixError
+from loramix.base_files import load_base, one_line
+from loramix.errors import ConfigurationError, DataError, LoramixError
+from loramix.json_file import read_json_object, write_json
 from loramix.model import XLoraModel, get_peft_model
-from loramix.training.check import Checked, CheckedExpert, check, check_expert
-from loramix.training.data import ExpertLabels, Row, to_dataset
+from loramix.training.check import Checked, check, check_expert
+from loramix.training.data import ExpertLabels, Row, pieces, to_dataset
 from loramix.training.evaluation import Evaluation, cut, evaluate
 from loramix.training.initialise import init_router
-from loramix.training.objectives import RouterCallback
+from loramix.training.objectives import FiniteGradients, RouterCallback, restore_temperature
 from loramix.training.recall import ScalingPassCache
 from loramix.training.settings import ExpertSettings, TrainSettings
 
+SETTINGS = "settings.json"
 
-def run_training(settings: TrainSettings, *, resume: bool = True) -> tuple[XLoraModel, Evaluation | None]:
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to.
+
+    Attributes:
+        model: the trained mixture.
+        folder: where it was saved.
+        evaluation: where there is data for it; the main process alone has it.
+    """
+
+    model: XLoraModel
+    folder: Path
+    evaluation: Evaluation | None
+
+
+def run_training(settings: TrainSettings, *, resume: bool = True) -> Trained:
     """Train a router from files to a mixture.
 
     Args:
         settings: what to do.
         resume: go on from the last complete checkpoint in the output folder, where there is one.
 
-    Returns:
-        The trained mixture, and its evaluation where there is data for it and this is the main process.
-
     Raises:
         LoramixError: whatever stops it; checkpoints that were saved stay.
     """
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
-
     checked = check(settings)
-    set_seed(checked.arguments.seed)
+    arguments, output = checked.arguments, Path(settings.output)
+    last = last_complete_checkpoint(output) if resume else None
+    if last is not None:
+        compare_settings(output, settings)
+    set_seed(arguments.seed)
     model = get_peft_model(load_base(settings.base, settings.revision, checked.dtype), checked.config)
-    _initialise(model, settings, checked)
-    tokenizer, arguments = with_padding(checked.tokenizer), checked.arguments
+    if last is None:
+        _initialise(model, settings, checked)
+    tokenizer = with_padding(checked.tokenizer)
     callback = RouterCallback(checked.objectives)
     packed = arguments.packing or arguments.padding_free
-    collator = ExpertLabels(DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id), model.expert_names)
-    trainer = SFTTrainer(
-        cast(Any, model),
-        arguments,
-        train_dataset=to_dataset(checked.rows, tokenizer, arguments.max_length, labels=not packed),
-        eval_dataset=to_dataset(checked.eval_rows, tokenizer, arguments.max_length) if checked.eval_rows else None,
-        processing_class=tokenizer,
-        data_collator=None if packed else cast(Any, collator),
-        callbacks=[callback],
+    trainer = build_trainer(
+        model, arguments, tokenizer, checked.rows, checked.eval_rows, callback=callback, labels=not packed
     )
+    if not packed:
+        trainer.data_collator = ExpertLabels(trainer.data_collator, model.expert_names)
     callback.first_of(trainer)
-    last = last_complete_checkpoint(arguments.output_dir) if resume else None
-    _train(model, trainer, settings, None if last is None else str(last))
-    folder = Path(arguments.output_dir)
-    trainer.save_model(str(folder / "mixture"))
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            remove_checkpoints(output)
+        write_json(output / SETTINGS, asdict(settings))
+    folder = output / "mixture"
+    if last is not None and is_finished(last, arguments):
+        chosen = load_trained(model, last, best=arguments.load_best_model_at_end)
+        restore_temperature(model, chosen)
+        if trainer.is_world_process_zero():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    else:
+        _train(model, trainer, settings, last)
+        trainer.save_model(str(folder))
     evaluation = None
-    if checked.eval_rows and trainer.is_world_process_zero():
+    if checked.eval_rows and (trainer.is_world_process_zero() or trainer.is_fsdp_enabled):  # shards: all take part
         evaluation = evaluate_rows(model, tokenizer, checked.eval_rows)
-        (folder / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=2), encoding="utf-8")
-    return model, evaluation
+    if evaluation is None or not trainer.is_world_process_zero():
+        return Trained(model, folder, None)
+    write_json(output / "evaluation.json", evaluation.to_dict())
+    return Trained(model, folder, evaluation)
 
 
-def _train(model: XLoraModel, trainer: Any, settings: TrainSettings, checkpoint_folder: str | None) -> None:
-    size = settings.cache_bytes
+def build_trainer(
+    model: PreTrainedModel,
+    arguments: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    eval_rows: Sequence[Row],
+    *,
+    callback: TrainerCallback,
+    labels: bool = False,
+) -> Any:
+    """TRL's SFTTrainer for rows of text.
+
+    Raises:
+        ConfigurationError: arguments that TRL refuses, for this model, tokenizer and data.
+    """
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    try:
+        return SFTTrainer(
+            cast(Any, model),
+            arguments,
+            train_dataset=to_dataset(rows, tokenizer, arguments.max_length, labels=labels),
+            eval_dataset=to_dataset(eval_rows, tokenizer, arguments.max_length) if eval_rows else None,
+            processing_class=tokenizer,
+            callbacks=[callback],
+        )
+    except LoramixError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ConfigurationError(
+            "TRL's SFTTrainer takes the trainer's arguments, for this tokenizer and this data.",
+            received=one_line(error),
+            remedy="Correct them; https://huggingface.co/docs/trl/sft_trainer lists them.",
+        ) from error
+
+
+def _train(model: XLoraModel, trainer: Any, settings: TrainSettings, last: Path | None) -> None:
+    folder, size = None if last is None else str(last), settings.cache_bytes
     if size is None:
-        trainer.train(resume_from_checkpoint=checkpoint_folder)
+        trainer.train(resume_from_checkpoint=folder)
         return
     with ScalingPassCache(model, max_bytes=size, folder=settings.cache_folder):
-        trainer.train(resume_from_checkpoint=checkpoint_folder)
+        trainer.train(resume_from_checkpoint=folder)
 
 
 def _initialise(model: XLoraModel, settings: TrainSettings, checked: Checked) -> None:
@@ -89,24 +156,23 @@ def _initialise(model: XLoraModel, settings: TrainSettings, checked: Checked) ->
     if method == "prompts":
         init_router(model, "prompts", tokenizer=checked.tokenizer, prompts=checked.prompts)
     elif method == "labels":
-        init_router(
-            model, "labels", batches=list(labelled_batches(checked.rows, checked.tokenizer, model.expert_names))
-        )
+        size = checked.arguments.max_length
+        batches = labelled_batches(checked.rows, checked.tokenizer, model.expert_names, size=size)
+        init_router(model, "labels", batches=batches)
     elif method == "zeros":
         init_router(model, "zeros")
 
 
 def labelled_batches(
-    rows: Sequence[Row], tokenizer: Any, experts: Sequence[str], *, window: int = 512
+    rows: Sequence[Row], tokenizer: Any, experts: Sequence[str], *, size: int | None
 ) -> list[Mapping[str, torch.Tensor]]:
-    """The rows that name their expert, each as a batch for `init_router(model, "labels", batches=…)`."""
-    batches: list[Mapping[str, torch.Tensor]] = []
-    for row in rows:
-        if row.expert is not None:
-            ids = tokenizer(row.as_text(tokenizer), verbose=False)["input_ids"][:window]
-            number = torch.tensor([experts.index(row.expert)])
-            batches.append({"input_ids": torch.tensor([ids]), "expert_ids": number})
-    return batches
+    """The rows that name their expert, in pieces of at most `size` tokens, as `init_router` takes batches."""
+    return [
+        {"input_ids": torch.tensor([piece]), "expert_ids": torch.tensor([experts.index(row.expert)])}
+        for row in rows
+        if row.expert is not None
+        for piece in pieces(row, tokenizer, size)
+    ]
 
 
 def evaluate_rows(
@@ -120,10 +186,48 @@ def evaluate_rows(
         rows: the text.
         window: tokens of a passage; as many as the base model has positions, at most 1024, when None.
         limit: at most so many passages of each group.
+
+    Raises:
+        DataError: text too short to predict a token of, or a window that is longer than the base model's positions.
     """
-    positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", 1024)
+    positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if window is not None and window > positions:
+        raise DataError(
+            "A passage is no longer than the positions that the base model has.",
+            received=f"window={window} with {positions} positions",
+            remedy=f"Use a window of at most {positions} tokens.",
+        )
     texts = ((row.as_text(tokenizer), row.expert or "other") for row in rows)
     return evaluate(model, cut(tokenizer, texts, window=window or min(1024, positions), limit=limit))
+
+
+def compare_settings(output: Path, settings: TrainSettings) -> None:
+    """Tell what changed since a run was started; it goes on with the new settings.
+
+    Raises:
+        ConfigurationError: another base model, other experts, or another mixture.
+    """
+    file = output / SETTINGS
+    if not file.is_file():
+        return
+    before, now = (_flat(content) for content in (read_json_object(file), json.loads(json.dumps(asdict(settings)))))
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    shown = "; ".join(f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in sorted(changed))
+    if any(key.partition(".")[0] in ("base", "revision", "experts", "mixture") for key in changed):
+        raise ConfigurationError(
+            "A run goes on with the mixture that it was started with.",
+            received=shown,
+            remedy="Use another output folder, or begin anew with --fresh (resume=False).",
+        )
+    if changed:
+        warnings.warn(f"This run goes on from its last checkpoint with other settings: {shown}.", stacklevel=3)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
@@ -148,6 +252,29 @@ def _is_complete(path: Path) -> bool:
     return isinstance(state, dict)
 
 
+def is_finished(folder: Path, arguments: Any) -> bool:
+    """Whether a checkpoint is the last one of a run with these arguments."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    if arguments.max_steps > 0:
+        return state["global_step"] >= arguments.max_steps
+    return (state["epoch"] or 0) >= arguments.num_train_epochs - 1e-6
+
+
+def load_trained(model: PreTrainedModel, folder: Path, *, best: bool) -> Path:
+    """Load the weights of a finished run's last checkpoint, or of its best one, and say which."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    chosen = Path(state["best_model_checkpoint"]) if best and state["best_model_checkpoint"] else folder
+    model.load_state_dict(safetensors.torch.load_file(chosen / "model.safetensors"), strict=False)
+    return chosen
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Of an earlier run, which a new one must not go on from when it is resumed."""
+    for path in output.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            shutil.rmtree(path)
+
+
 def run_expert_training(settings: ExpertSettings, *, resume: bool = True) -> Path:
     """Train one LoRA expert on some text.
 
@@ -161,18 +288,21 @@ def run_expert_training(settings: ExpertSettings, *, resume: bool = True) -> Pat
     Raises:
         LoramixError: whatever stops it.
     """
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    checked: CheckedExpert = check_expert(settings)
-    arguments = checked.arguments
+    checked = check_expert(settings)
+    arguments, folder = checked.arguments, Path(settings.output)
+    last = last_complete_checkpoint(arguments.output_dir) if resume else None
     set_seed(arguments.seed)
     model = get_peft_model(load_base(settings.base, settings.revision, checked.dtype), checked.config)
     tokenizer = with_padding(checked.tokenizer)
-    rows = to_dataset(checked.rows, tokenizer, arguments.max_length)
-    trainer = SFTTrainer(cast(Any, model), arguments, train_dataset=rows, processing_class=tokenizer)
-    last = last_complete_checkpoint(arguments.output_dir) if resume else None
+    trainer = build_trainer(model, arguments, tokenizer, checked.rows, (), callback=FiniteGradients())
+    if not resume and trainer.is_world_process_zero():
+        remove_checkpoints(Path(arguments.output_dir))
+    if last is not None and is_finished(last, arguments):
+        load_trained(model, last, best=False)
+        if trainer.is_world_process_zero():
+            model.save_pretrained(folder)
+        return folder
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    folder = Path(settings.output)
     trainer.save_model(str(folder))
     return folder
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -59,7 +60,8 @@ class TrainSettings:
         dtype: the base model's: "auto", "float32", "bfloat16", "float16".
         mixture: fields of `XLoraConfig`.
         objectives: fields of `RouterObjectives`.
-        init: `method` ("zeros", "prompts", "labels") and, for prompts, `prompts`: a JSON file of name -> texts.
+        init: `method` ("zeros", "prompts", "labels") and, for prompts, `prompts`: a JSON file of name -> texts, a
+            folder of text files `<name>.txt`, or a mapping of name -> text file.
         cache: bytes for the hidden states of the scaling pass ("500MB"); None runs the pass anew in each epoch.
         cache_folder: keep them in a file there instead of in memory.
         trainer: fields of TRL's `SFTConfig`.
@@ -89,16 +91,26 @@ class TrainSettings:
                 received=f"{name}={getattr(self, name)!r}",
                 remedy=f"Write {name} as a mapping.",
             )
-        taken = {"output_dir": "output", "adapters": "experts", "hidden_size": "nothing: it is the base model's"}
-        for name in taken.keys() & {*self.trainer, *self.mixture}:
-            raise ConfigurationError(
-                f"{name} is said once.", received=f"{name} among trainer or mixture", remedy=f"Use {taken[name]}."
+        _refuse_taken(self.trainer, self.mixture)
+        for name in ("train", "eval"):
+            place = getattr(self.data, name)
+            require(
+                isinstance(place, str) or (name == "eval" and place is None),
+                f"data.{name} is a file, a folder, or the id of a data set.",
+                received=f"data.{name}={place!r}",
+                remedy="Write it as a path.",
             )
+        require(
+            self.cache_folder is None or self.cache is not None,
+            "cache_folder says where the hidden states are kept, cache how much of them.",
+            received=f"cache_folder={self.cache_folder!r} without cache",
+            remedy="Add cache: 2GB, or leave cache_folder out.",
+        )
         method = self.init.get("method")
         check_keys(self.init, ("method", "prompts"), "init")
         require(
             method in (None, "zeros", "prompts", "labels") and (method == "prompts") == ("prompts" in self.init),
-            'init.method is "zeros", "prompts" (with init.prompts, a JSON file of name -> texts) or "labels".',
+            'init.method is "zeros", "prompts" (with init.prompts, where the texts are) or "labels".',
             received=f"init={dict(self.init)!r}",
             remedy="Write for example init: {method: prompts, prompts: prompts.json}.",
         )
@@ -173,6 +185,22 @@ class ExpertSettings:
     lora: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _refuse_taken(self.trainer, self.lora)
+
+
+def _refuse_taken(*groups: Mapping[str, Any]) -> None:
+    own = "nothing: it is the base model's"
+    taken = {
+        "output_dir": "output",
+        "adapters": "experts",
+        "hidden_size": own,
+        "revision": "revision, beside base",
+        "base_model_name_or_path": "base",
+    }
+    for name in taken.keys() & {key for group in groups for key in group}:
+        raise ConfigurationError(f"{name} is said once.", received=f"{name} in a group", remedy=f"Use {taken[name]}.")
+
 
 def check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     """Raises ConfigurationError: a key that does not exist, with the one that was meant."""
@@ -218,6 +246,7 @@ def _load(path: Path) -> dict[str, Any]:
             received=f"{path}: {' '.join(str(error).split())}",
             remedy="Correct the file.",
         ) from error
+    content = with_numbers(content)
     if not isinstance(content, dict):
         raise ConfigurationError(
             "Settings are a mapping of keys to values.",
@@ -225,6 +254,16 @@ def _load(path: Path) -> dict[str, Any]:
             remedy="Write base:, experts:, data: and so on, each on a line.",
         )
     return cast("dict[str, Any]", content)
+
+
+def with_numbers(value: Any) -> Any:
+    """What YAML 1.1 reads as text though people mean a number: 1e-3, without a point or a sign."""
+    if isinstance(value, dict):
+        return {key: with_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(inner) for inner in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _put(content: dict[str, Any], keys: Sequence[str], value: Any) -> None:
@@ -239,21 +278,29 @@ def _put(content: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     content[keys[-1]] = value
 
 
-def read_prompts(path: str | Path) -> dict[str, list[str]]:
-    """A JSON file of expert name -> text or texts.
+def read_prompts(place: str | Path | Mapping[str, str]) -> dict[str, str | Path | list[str]]:
+    """Expert name -> texts, as `init_router` takes them.
+
+    Args:
+        place: a JSON file of name -> text or texts, a folder of text files `<name>.txt`, or name -> text file.
 
     Raises:
-        ConfigurationError: not such a file.
+        ConfigurationError: none of these.
     """
+    if isinstance(place, Mapping):
+        return {name: Path(file).expanduser() for name, file in place.items()}
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return {file.stem: file for file in sorted(path.glob("*.txt"))}
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         texts = {name: [value] if isinstance(value, str) else list(value) for name, value in content.items()}
         if not all(isinstance(text, str) for values in texts.values() for text in values):
             raise TypeError("texts that are no strings")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigurationError(
-            "Prompts are a JSON file of expert name -> texts.",
-            received=f"{path}: {error}",
-            remedy='Write {"math": ["2 + 2 ="], "code": ["def f("]}.',
+            "Prompts are a JSON file of expert name -> texts, or a folder with a text file for each expert.",
+            received=f"{place}: {error}",
+            remedy='Write {"math": ["2 + 2 ="], "code": ["def f("]}, or prompts/math.txt, prompts/code.txt.',
         ) from error
-    return texts
+    return dict(texts)
