@@ -26,8 +26,9 @@ from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperatio
 from loramix.fixed import merge, put
 from loramix.inject import replace
 from loramix.layers import XLoraLayer
+from loramix.lockstep import Lockstep, LockstepReport, asked, decoding, paused, session_of, tell, wanted_by
 from loramix.passes import MixtureState, Specialised
-from loramix.scalings import ConstantRouting, TensorRouting, override
+from loramix.scalings import ConstantRouting, TensorRouting, Watched, override
 
 CLASSIFIER = "internal_xlora_classifier"
 ADAPTER_NAME = "default"
@@ -206,6 +207,7 @@ class PeftMethods:
                 else f"adapter_names={adapter_names!r}",
                 remedy="keep the experts beside the base model, or merge inside `with model.fixed_scalings([…]):`",
             )
+        assert not isinstance(routing, Watched)
         merged = merge(_layers(model), routing)
         self.unload()
         put(model, merged)
@@ -253,6 +255,55 @@ class XLoraMethods(PeftMethods):
 
     Every change goes into the model's own configuration, counts from the next forward, and is saved.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = None if args else session_of(self._loramix)
+        if session is not None:
+            with paused():
+                out = session.step(super().__call__, kwargs)  # pyright: ignore
+            if out is not None:
+                return out
+        return super().__call__(*args, **kwargs)  # pyright: ignore
+
+    def generate(self, *args: Any, lockstep: bool | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, with both passes in one forward per token where that is exact and pays.
+
+        Args:
+            *args: as for the base model.
+            lockstep: True: wherever it is exact; False: never; None: what `generation_config.lockstep` says, else
+                while it is measured to be the cheaper way. The text is the same.
+            **kwargs: as for the base model.
+
+        Returns:
+            What the base model's `generate` returns; `lockstep_report` then says how it went.
+        """
+        self._loramix.report = None
+        with asked(lockstep):
+            out = super().generate(*args, **kwargs)  # pyright: ignore
+        if lockstep and self._loramix.report is None:
+            tell("only greedy decoding and sampling can")
+        return out
+
+    @property
+    def lockstep_report(self) -> LockstepReport | None:
+        """How the last `generate` decoded: forwards per token, and the share of right drafts; None before the first."""
+        return self._loramix.report
+
+    def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+        call, state = super()._sample, self._loramix  # pyright: ignore
+        wanted = wanted_by(generation_config)
+        reason = _no_lockstep(self, state, wanted, generation_config, kwargs.get("past_key_values"))
+        if reason is not None:
+            state.report = LockstepReport(reason=reason)
+        else:
+            ends = getattr(generation_config, "_eos_token_tensor", None)
+            session = Lockstep(self, state, wanted, ends)
+            state.report = session.report
+            with decoding(session):
+                return call(input_ids, *args, generation_config=generation_config, **kwargs)
+        if wanted:
+            tell(reason)
+        return call(input_ids, *args, generation_config=generation_config, **kwargs)
 
     @property
     def internal_xlora_scalings(self) -> Float[Tensor, "B S L E"] | None:
@@ -354,6 +405,26 @@ class XLoraMethods(PeftMethods):
         vars(trial).update(fields)
         trial.validate_for(len(self.expert_names), trial.hidden_size)
         vars(self._xlora_config).update(fields)
+
+
+def _no_lockstep(
+    model: Any, state: MixtureState, wanted: bool | None, generation_config: Any, cache: Any
+) -> str | None:
+    if wanted is False:
+        return "it was not wanted"
+    if state.single_pass() is not None:
+        return "there is only one pass"
+    if model.config.is_encoder_decoder:
+        return "an encoder-decoder reads its encoder's scalings"
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        return "attentions or hidden states are asked for"
+    if not generation_config.use_cache:
+        return "there is no cache"
+    if getattr(cache, "is_compileable", False):
+        return "the cache is a static one"
+    if generation_config.is_assistant or model.device.type == "mps":
+        return "an assistant, or a device that stops late, decodes"
+    return None
 
 
 def _layers(model: PreTrainedModel) -> dict[str, XLoraLayer]:

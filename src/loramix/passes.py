@@ -33,7 +33,7 @@ from loramix.gating import activate, select
 from loramix.hooks import EXPERT_IDS, Made, RoutingHook, given_expert_ids, join_gradient, takes_expert_ids
 from loramix.layers import XLoraLayer
 from loramix.log import ScalingsLog
-from loramix.scalings import ConstantRouting, Routing, TensorRouting, checkpoint_with, overriding, routed
+from loramix.scalings import ConstantRouting, Routing, TensorRouting, Watched, checkpoint_with, overriding, routed
 
 CACHES = ("past_key_values", "cache_params")  # what models call the cache among the arguments and in the output
 QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
@@ -65,6 +65,8 @@ class MixtureState:
         self.enabled = True
         self.thawed: list[str] = []  # the base model's parameters that required gradients before
         self.log = ScalingsLog()
+        self.paces: dict[int, Any] = {}  # what lockstep has learnt of its speed, by batch size
+        self.report: Any = None  # of the last generation
         self.hooks: tuple[RoutingHook, ...] = ()
         self._latest: Tensor | None = None
 
@@ -73,7 +75,7 @@ class MixtureState:
         """The experts, in the order of their scalings."""
         return [expert.name for expert in self.experts]
 
-    def single_pass(self) -> Routing | None:
+    def single_pass(self) -> Routing | Watched | None:
         """The routing for one pass, where no scalings are to be made: disabled, fixed, or a plain LoRA model."""
         if not self.enabled:
             return ConstantRouting(0.0)
@@ -99,7 +101,7 @@ class MixtureState:
 
     def mixture_pass(
         self, hidden: Float[Tensor, "B S H"], inputs: Mapping[str, Any], training: bool
-    ) -> tuple[Routing, list[Tensor]]:
+    ) -> tuple[TensorRouting, list[Tensor]]:
         """The routing of the mixture pass, from the scaling pass's last hidden states, and the hooks' losses."""
         config, classifier = self.config, self.classifier
         assert isinstance(config, XLoraConfig)
@@ -220,7 +222,11 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
         single = state.single_pass()
         if single is not None:
             refuse_two_pass_cache(kwargs.get(its_cache))
-            return routed(single, forward, self, **kwargs)
+            if not isinstance(single, Watched):
+                return routed(single, forward, self, **kwargs)
+            out = routed(single.routing, forward, self, **kwargs)
+            single.hidden = out.last_hidden_state
+            return out
 
         cache = None if kwargs.get(its_cache) is None else TwoPassCache.adopt(kwargs[its_cache], state.owner)
         first = kwargs | quiet

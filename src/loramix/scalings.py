@@ -97,13 +97,26 @@ class TensorRouting:
         return self._by_layer[stack.number]
 
 
+class Watched:
+    """A routing for one pass whose last hidden states somebody wants to see.
+
+    Attributes:
+        routing: what the layers read.
+        hidden: the backbone's last hidden states (B, S, H), once the pass has run.
+    """
+
+    def __init__(self, routing: ConstantRouting | TensorRouting) -> None:
+        self.routing = routing
+        self.hidden: Tensor | None = None
+
+
 Routing = ConstantRouting | TensorRouting
 
 
 class _Slot(threading.local):
     def __init__(self) -> None:  # set here, not on the class: compiled code guards on the instance's own dictionary
         self.routing: Routing | None = None
-        self.overrides: tuple[tuple[object, Callable[[], Routing]], ...] = ()
+        self.overrides: tuple[tuple[object, Callable[[], Routing | Watched]], ...] = ()
 
 
 _slot = _Slot()
@@ -135,7 +148,7 @@ def routed(routing: Routing, call: Callable[..., Any], *args: Any, **kwargs: Any
 
 
 @contextmanager
-def override(owner: object, routing: Callable[[], Routing]) -> Generator[None]:
+def override(owner: object, routing: Callable[[], Routing | Watched]) -> Generator[None]:
     """Inside, in this thread, the model that owns `owner` makes one pass with `routing()` instead of two passes.
 
     Nests: the innermost is in force. Like `torch.no_grad`, it does not reach into other threads.
@@ -148,7 +161,7 @@ def override(owner: object, routing: Callable[[], Routing]) -> Generator[None]:
         _slot.overrides = outer
 
 
-def overriding(owner: object) -> Callable[[], Routing] | None:
+def overriding(owner: object) -> Callable[[], Routing | Watched] | None:
     """The innermost override of `owner` in this thread."""
     for other, routing in reversed(_slot.overrides):
         if other is owner:

@@ -1,0 +1,313 @@
+"""One forward per token: the scaling pass runs one token ahead, in the same forward as the mixture pass.
+
+The scaling pass is a run of the base model, and scalings belong to rows and tokens. So a batch of 2 B rows holds both
+passes: in rows 0 … B-1 the scaling pass reads its own greedy draft of the next token, in rows B … 2 B - 1 the mixture
+pass reads the current one, with the scalings that the scaling pass made for it one step before. A draft that is the
+token which was chosen then leaves nothing to do; another one costs a forward of the scaling pass alone. A token costs
+1 + (share of wrong drafts) forwards, against 2, and no token differs from two passes one after the other: a draft
+decides about work, never about text.
+
+Both passes write into one store of keys and values by row and slot. A wrong draft's slot is written again, so nothing
+is cropped, and windows of attention, counted in slots, stay what they are.
+
+Whether that pays depends on the machine (how much more two rows cost than one), the vocabulary (a draft needs the
+head), and the text (how often drafts are right). It is measured while it runs, and the cheaper way is taken.
+
+B, T: batch, tokens so far. E: experts. L: adapted layers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from loramix.cache import TwoPassCache
+from loramix.pace import Pace
+from loramix.passes import MixtureState
+from loramix.row_cache import RowCache
+from loramix.scalings import Routing, TensorRouting, Watched, override
+
+KNOWN = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+)
+WINDOWS = frozenset({"full_attention", "sliding_attention"})
+
+
+@dataclass
+class LockstepReport:
+    """What one generation did after its prompt.
+
+    Attributes:
+        tokens: read after the prompt, by each row.
+        forwards: of the backbone, for either pass or for both at once.
+        drafts: that were compared with the token which was chosen.
+        right: of them, those that were it, in every row.
+        reason: why the two passes went one after the other all along, where they did.
+    """
+
+    tokens: int = 0
+    forwards: int = 0
+    drafts: int = 0
+    right: int = 0
+    reason: str | None = None
+
+    @property
+    def forwards_per_token(self) -> float:
+        """2 without lockstep; 1 + the share of wrong drafts with it."""
+        return self.forwards / self.tokens if self.tokens else float("nan")
+
+    @property
+    def accepted(self) -> float:
+        """The share of right drafts."""
+        return self.right / self.drafts if self.drafts else float("nan")
+
+
+class _Ahead(NamedTuple):
+    """What the scaling pass knows one token ahead: the hidden states of its draft, and the draft after it."""
+
+    token: Tensor  # (B,): what it has read
+    hidden: Tensor  # (B, 1, H)
+    next: Tensor  # (B,): its guess of what follows
+
+
+class Lockstep:
+    """One generation's decoding, token by token.
+
+    Args:
+        model: the mixture.
+        state: its state.
+        wanted: True: as far as it is exact; None: also only while it pays.
+        ends: token ids after which a row is finished.
+    """
+
+    def __init__(self, model: Any, state: MixtureState, wanted: bool | None, ends: Tensor | None) -> None:
+        self.model, self.state, self.wanted, self.ends = model, state, wanted, ends
+        self.report = LockstepReport(reason="no token was read after the prompt")
+        self._cache: TwoPassCache | None = None
+        self._store: RowCache | None = None
+        self._length = 0
+        self._ahead: _Ahead | None = None
+        self._finished = torch.zeros(())
+        self._pace = Pace()
+        self._began = 0.0  # when the last token began
+        self._kind: deque[float] | None = None  # where its seconds belong
+
+    def step(self, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """One token of each row, as the model's forward would read it; None where the model itself has to.
+
+        Args:
+            call: the model's own forward.
+            inputs: its arguments.
+        """
+        if self._store is None and not self._begin(inputs):
+            return None
+        store = cast(RowCache, self._store)
+        tokens, positions = inputs["input_ids"], self._positions(inputs)
+        if positions is None or inputs["past_key_values"] is not self._cache:
+            self.end()
+            return None
+        self._note(tokens)
+        together = self.wanted or self._pace.choose()
+        out, self._kind = (self._together if together else self._apart)(call, inputs, tokens, positions, store)
+        self._length += 1
+        self.report.tokens += 1
+        out.past_key_values = self._cache
+        return out
+
+    def end(self) -> None:
+        """Hand the keys and values back to the cache that they were taken from."""
+        if self._store is not None and self._cache is not None:
+            self._store.hand_back(self._cache, self._length)
+            self._cache.torn = False
+        self._store = self._cache = None
+
+    def _begin(self, inputs: Mapping[str, Any]) -> bool:
+        reason = self._refusal(inputs)
+        self.report.reason = reason
+        if reason is not None:
+            return False
+        self._cache = cache = TwoPassCache.adopt(inputs["past_key_values"], self.state.owner)
+        mask, batch = inputs.get("attention_mask"), len(inputs["input_ids"])
+        padded = mask is not None and not bool(mask.all())
+        self._store = RowCache(cache, batch, mask if padded else None)
+        self._length = cache.get_seq_length()
+        self._finished = torch.zeros(batch, dtype=torch.bool, device=inputs["input_ids"].device)
+        self._pace = self.state.paces.setdefault(batch, Pace())
+        cache.torn = True
+        return True
+
+    def _refusal(self, inputs: Mapping[str, Any]) -> str | None:
+        """Why lockstep would not be exact here."""
+        config, cache = self.model.config.get_text_config(), inputs.get("past_key_values")
+        unknown = sorted(name for name, value in inputs.items() if value is not None and name not in KNOWN)
+        ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+        if unknown:
+            return f"the model is given {', '.join(unknown)}"
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
+            return "more than one token is read at once"
+        if not isinstance(positions, Tensor) or positions.dim() != 2:
+            return "positions are not one number for each token"
+        if not isinstance(cache, TwoPassCache) or cache.owner != self.state.owner or cache.torn:
+            return "there is no cache of both passes"
+        kinds = {type(layer) for half in (cache, cache.base) for layer in half.layers}
+        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            return f"the cache is made of {', '.join(sorted(kind.__name__ for kind in kinds))}"
+        if not set(getattr(config, "layer_types", None) or ()) <= WINDOWS:
+            return "the model has attention of other kinds than full and sliding"
+        if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+            return "the attention takes no masks"
+        return None
+
+    def _positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        if ids.shape[1] != 1 or not isinstance(positions, Tensor):
+            return None
+        return positions.expand(len(ids), -1)
+
+    def _note(self, tokens: Tensor) -> None:
+        """How long the last token took, from its beginning to this one's, and which rows are finished."""
+        now = time.perf_counter()
+        if self._kind is not None:
+            self._kind.append(now - self._began)
+        self._began = now
+        if self.ends is not None:
+            self._finished = self._finished | torch.isin(tokens[:, 0], self.ends)
+
+    def _apart(
+        self, call: Callable[..., Any], inputs: Mapping[str, Any], tokens: Tensor, positions: Tensor, store: RowCache
+    ) -> tuple[Any, deque[float] | None]:
+        """The scaling pass, without the head, then the mixture pass."""
+        batch, slot, self._ahead = store.batch, self._length, None
+        hidden = self._run(self.model.base_model, tokens, positions, (slice(0, batch), slot))[0]
+        routing = self._routing(hidden, inputs)
+        out = self._run(call, tokens, positions, (slice(batch, 2 * batch), slot), routing=routing)[1]
+        self.report.forwards += 2
+        return out, self._pace.apart
+
+    def _together(
+        self, call: Callable[..., Any], inputs: Mapping[str, Any], tokens: Tensor, positions: Tensor, store: RowCache
+    ) -> tuple[Any, deque[float] | None]:
+        """The scaling pass of the draft of the next token beside the mixture pass of this one."""
+        batch, slot, known = store.batch, self._length, self._ahead
+        right = known is not None and bool(((known.token == tokens[:, 0]) | self._finished).all())
+        if known is not None:
+            self.report.drafts += 1
+            self.report.right += right
+            self._pace.drafts.append(right)
+        if known is None or not right:
+            hidden, out = self._run(call, tokens, positions, (slice(0, batch), slot))
+            known = _Ahead(tokens[:, 0], hidden, out.logits[:, -1].argmax(-1))
+            self.report.forwards += 1
+        kind = self._pace.right if right else self._pace.wrong
+        made = self._routing(known.hidden, inputs)
+        both = torch.cat([known.next[:, None], tokens])
+        places = torch.cat([positions + 1, positions])
+        writes = ((slice(0, batch), slot + 1), (slice(batch, 2 * batch), slot))
+        hidden, out = self._run(call, both, places, *writes, routing=self._beside(made))
+        self.report.forwards += 1
+        self._ahead = _Ahead(known.next, hidden[:batch], out.logits[:batch, -1].argmax(-1))
+        out.logits = out.logits[batch:]
+        return out, kind
+
+    def _routing(self, hidden: Tensor, inputs: Mapping[str, Any]) -> TensorRouting:
+        return self.state.mixture_pass(hidden, inputs, False)[0]
+
+    def _beside(self, made: TensorRouting) -> TensorRouting:
+        """The scaling pass's rows, with every expert at its value, before the mixture pass's."""
+        value = cast(Any, self.state.config).scaling_pass_value
+        scalings = torch.cat([torch.full_like(made.scalings, value), made.scalings])
+        return TensorRouting(scalings, cast(Any, self.state.config).global_scaling_weight, self.state.layouts)
+
+    def _run(
+        self,
+        call: Callable[..., Any],
+        tokens: Tensor,
+        positions: Tensor,
+        *writes: tuple[slice, int],
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, Any]:
+        """One forward over some of the rows: the last hidden states, and what the model returned."""
+        store = cast(RowCache, self._store)
+        store.write(*writes)
+        watched = Watched(routing or self.state.scaling_pass())
+        with override(self.state, lambda: watched):
+            out = call(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=store.masks(self.model.dtype, tokens.device),
+                past_key_values=store,
+                use_cache=True,
+                return_dict=True,
+            )
+        return cast(Tensor, watched.hidden), out
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.session: Lockstep | None = None
+        self.wanted: bool | None = None
+
+
+_current = _Current()
+
+
+def session_of(state: MixtureState) -> Lockstep | None:
+    """The generation of this thread that decodes a model in lockstep."""
+    session = _current.session
+    return session if session is not None and session.state is state else None
+
+
+@contextmanager
+def decoding(session: Lockstep) -> Generator[None]:
+    """Inside, in this thread, the session reads single tokens in the model's place."""
+    outer, _current.session = _current.session, session
+    try:
+        yield
+    finally:
+        _current.session = outer
+        session.end()
+
+
+@contextmanager
+def paused() -> Generator[None]:
+    """Inside, the model's forward is its own."""
+    outer, _current.session = _current.session, None
+    try:
+        yield
+    finally:
+        _current.session = outer
+
+
+@contextmanager
+def asked(wanted: bool | None) -> Generator[None]:
+    """Inside, in this thread, `generate` was asked for lockstep (True), against it (False), or neither (None)."""
+    outer, _current.wanted = _current.wanted, wanted
+    try:
+        yield
+    finally:
+        _current.wanted = outer
+
+
+def wanted_by(generation_config: Any) -> bool | None:
+    """What the call asked for, else what the generation's configuration says."""
+    return getattr(generation_config, "lockstep", None) if _current.wanted is None else _current.wanted
+
+
+_told: set[str] = set()
+
+
+def tell(reason: str) -> None:
+    """Say once why lockstep was asked for and did not run."""
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"lockstep=True, but the two passes run one after the other: {reason}.", stacklevel=3)

@@ -1,0 +1,148 @@
+"""Keys and values of both passes in one store, by row and slot, for forwards that run both at once.
+
+A row of the scaling pass and its row of the mixture pass stand at different tokens, and a slot that a wrong draft wrote
+is written again: so each forward says where its rows write, and masks say what they see. Slots are counted as the two
+passes' own caches count them, so that windows of attention are the same.
+
+B: batch; rows 0 … B-1 are the scaling pass's, rows B … 2 B - 1 the mixture pass's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from loramix.cache import TwoPassCache
+
+CHUNK = 256  # slots by which a store grows
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one block for all 2 B rows, the scaling pass's first; grown in chunks, written in place."""
+
+    is_compileable = False
+
+    def __init__(self, base: DynamicLayer, mixed: DynamicLayer, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.window: int | None = getattr(mixed, "sliding_window", None)
+        self.is_sliding = self.window is not None
+        pairs = [(cast(Tensor, one), cast(Tensor, other)) for one, other in _tensors(base, mixed)]
+        kept = pairs[0][0].shape[-2]
+        self.offset = mixed.get_seq_length() - kept
+        self.own_keys, self.own_values = (self._grown(torch.cat(pair), kept) for pair in pairs)
+        self.is_initialized = True
+
+    @staticmethod
+    def _grown(tensor: Tensor, slots: int) -> Tensor:
+        """Room for a chunk more; the rest is zeros, which a mask may hide but not a NaN."""
+        grown = tensor.new_zeros(*tensor.shape[:2], slots + CHUNK, tensor.shape[3])
+        grown[:, :, :slots] = tensor[:, :, :slots]
+        return grown
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the prompt has been read."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        plan = self.plan
+        if plan.stop - self.offset > self.own_keys.shape[-2]:
+            slots = self.own_keys.shape[-2]
+            self.own_keys, self.own_values = self._grown(self.own_keys, slots), self._grown(self.own_values, slots)
+        given = 0
+        for rows, slot in plan.writes:
+            count = rows.stop - rows.start
+            self.own_keys[rows, :, slot - self.offset] = key_states[given : given + count, :, 0]
+            self.own_values[rows, :, slot - self.offset] = value_states[given : given + count, :, 0]
+            given += count
+        seen = slice(plan.start(self) - self.offset, plan.stop - self.offset)
+        return self.own_keys[plan.rows, :, seen], self.own_values[plan.rows, :, seen]
+
+    def get_seq_length(self) -> int:
+        return self.plan.stop - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        start = self.plan.start(self)
+        return self.plan.stop - start, start
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def hand_back(self, rows: slice, length: int, layer: DynamicLayer) -> None:
+        """Give a pass's own cache what it would hold had it been filled all along."""
+        kept = slice(0, length - self.offset)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            kept = slice(max(0, kept.stop - layer.sliding_window + 1), kept.stop)
+            layer.cumulative_length = length
+        layer.keys = self.own_keys[rows, :, kept].clone()
+        layer.values = self.own_values[rows, :, kept].clone()
+
+
+def _tensors(base: DynamicLayer, mixed: DynamicLayer) -> list[tuple[Tensor | None, Tensor | None]]:
+    return [(base.keys, mixed.keys), (base.values, mixed.values)]
+
+
+class Plan:
+    """Which rows the next forward has, where they write, and up to which slot they look."""
+
+    rows: slice
+    writes: tuple[tuple[slice, int], ...]
+    stop: int
+
+    def start(self, layer: RowLayer) -> int:
+        """The first slot that any row of the forward may see."""
+        return layer.offset if layer.window is None else max(layer.offset, self.stop - layer.window - 1)
+
+
+class RowCache(Cache):
+    """Both passes' keys and values."""
+
+    def __init__(self, cache: TwoPassCache, batch: int, mask: Tensor | None) -> None:
+        self.plan = Plan()
+        self.batch = batch
+        self.mask = mask  # (B, T), 0 at padding; None where there is none
+        pairs = zip(
+            cast("list[DynamicLayer]", cache.base.layers), cast("list[DynamicLayer]", cache.layers), strict=True
+        )
+        super().__init__(layers=[RowLayer(one, other, self.plan) for one, other in pairs])
+
+    def write(self, *writes: tuple[slice, int]) -> None:
+        """Where the next forward writes: for each run of rows the slot of its token."""
+        self.plan.writes, self.plan.rows = writes, slice(writes[0][0].start, writes[-1][0].stop)
+        self.plan.stop = max(slot for _, slot in writes) + 1
+
+    def masks(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """Additive masks of the next forward, as transformers' models take them; None where each row sees each slot.
+
+        Returns:
+            (rows, 1, 1, slots), or a mapping of attention kind to that where the model has several.
+        """
+        layers, writes = cast("list[RowLayer]", self.layers), self.plan.writes
+        kinds = {"sliding_attention" if layer.window is not None else "full_attention" for layer in layers}
+        if kinds == {"full_attention"} and self.mask is None and len(writes) == 1:
+            return None
+        slots = torch.cat([torch.full((rows.stop - rows.start,), slot, device=device) for rows, slot in writes])
+        found: dict[str, Tensor] = {}
+        for kind in kinds:
+            layer = next(one for one in layers if (one.window is not None) == (kind == "sliding_attention"))
+            start, stop = self.plan.start(layer), self.plan.stop
+            places = torch.arange(start, stop, device=device)
+            hidden = places > slots[:, None]
+            if layer.window is not None:
+                hidden = hidden | (places <= slots[:, None] - layer.window)
+            if self.mask is not None:
+                padding = (
+                    torch.nn.functional.pad(self.mask, (0, stop - self.mask.shape[1]), value=1)[:, start:stop] == 0
+                )
+                hidden = hidden | padding.repeat(len(slots) // self.batch, 1)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+            found[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+        return found if len(found) > 1 else next(iter(found.values()))
+
+    def hand_back(self, cache: TwoPassCache, length: int) -> None:
+        """Make both halves of `cache` hold the first `length` tokens."""
+        for half, rows in ((cache.base, slice(0, self.batch)), (cache, slice(self.batch, 2 * self.batch))):
+            for layer, own in zip(cast("list[RowLayer]", self.layers), half.layers, strict=True):
+                layer.hand_back(rows, length, cast(DynamicLayer, own))

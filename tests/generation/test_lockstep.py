@@ -1,0 +1,297 @@
+"""Both passes in one forward per token: not one token differs, whatever the drafts are."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import GenerationConfig
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from generation.test_exactness import PADDING, generated, ids_with_padding
+from laws.mixtures import mixture
+from loramix.hooks import RoutingHook
+from loramix.lockstep import LockstepReport
+from loramix.pace import Pace
+from loramix.passes import attach
+from tiny import save_experts, tokens
+
+LONG = 24
+MODES: dict[str, Callable[[], dict[str, Any]]] = {
+    "greedy": lambda: {"input_ids": tokens(1)},
+    "batch": lambda: {"input_ids": tokens(3)},
+    "left padding": lambda: {"input_ids": ids_with_padding(), "attention_mask": PADDING},
+    "sampling": lambda: {"input_ids": tokens(2), "do_sample": True, "temperature": 1.5, "top_k": 20},
+    "several sequences": lambda: {"input_ids": tokens(1), "do_sample": True, "num_return_sequences": 3},
+    "penalties": lambda: {"input_ids": tokens(2), "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    "one token": lambda: {"input_ids": tokens(1, 1)},
+    "in chunks": lambda: {"input_ids": tokens(2), "prefill_chunk_size": 4},
+    "an end": lambda: {"input_ids": tokens(4), "eos_token_id": 30, "pad_token_id": 0},
+}
+
+
+@pytest.fixture(scope="module", params=["good drafts", "bad drafts"])
+def drafts(request: pytest.FixtureRequest, model: Any) -> Any:
+    """The mixture near its base model, whose drafts are mostly right, and as it is."""
+    model.set_global_scaling_weight(0.02 if request.param == "good drafts" else 1.0)
+    yield model
+    model.set_global_scaling_weight(1.0)
+
+
+def report_of(model: Any) -> LockstepReport:
+    assert model.lockstep_report is not None
+    return model.lockstep_report
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_tokens_are_those_of_two_passes(mode: str, drafts: Any) -> None:
+    inputs = MODES[mode]() | {"max_new_tokens": LONG}
+    expected = generated(drafts, lockstep=False, **inputs)
+    assert report_of(drafts).tokens == 0
+    found = generated(drafts, lockstep=True, **inputs)
+    assert torch.equal(found, expected)
+    report = report_of(drafts)
+    new = expected.shape[1] - MODES[mode]()["input_ids"].shape[1]
+    assert report.reason is None
+    assert report.tokens == new - (mode != "in chunks")  # the prompt gave the first, or its last chunk was read so
+    assert report.forwards == 1 + report.tokens + report.drafts - report.right
+    assert report.drafts == report.tokens - 1
+
+
+def test_drafts_are_right_where_the_experts_add_little(model: Any) -> None:
+    model.set_global_scaling_weight(0.0)
+    generated(model, input_ids=tokens(2), max_new_tokens=LONG, lockstep=True)
+    model.set_global_scaling_weight(1.0)
+    assert report_of(model).accepted == 1.0
+    assert report_of(model).forwards_per_token == pytest.approx(1 + 1 / (LONG - 1))
+
+
+def test_what_is_recorded_is_that_of_two_passes(drafts: Any) -> None:
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    inputs = {"input_ids": tokens(2), "max_new_tokens": LONG, **asked}
+    expected, found = generated(drafts, lockstep=False, **inputs), generated(drafts, lockstep=True, **inputs)
+    for name in ("scores", "logits"):
+        assert len(found[name]) == LONG
+        for one, other in zip(found[name], expected[name], strict=True):
+            assert_close(one, other, atol=2e-5, rtol=1e-4)
+    for one, other in ((found, expected), (found.past_key_values, expected.past_key_values)):
+        assert type(one) is type(other)
+    halves = ((c, c.base) for c in (found.past_key_values, expected.past_key_values))
+    for one, other in zip(*halves, strict=True):
+        assert one.get_seq_length() == other.get_seq_length() == 9 + LONG - 1
+        for layer, own in zip(one.layers, other.layers, strict=True):
+            assert_close(layer.keys, own.keys, atol=2e-5, rtol=1e-4)
+            assert_close(layer.values, own.values, atol=2e-5, rtol=1e-4)
+
+
+def test_the_cache_is_continued_either_way(drafts: Any) -> None:
+    whole = generated(drafts, input_ids=tokens(2), max_new_tokens=24, lockstep=False)
+    for first, second in ((True, False), (False, True), (True, True)):
+        part = generated(drafts, input_ids=tokens(2), max_new_tokens=12, lockstep=first, return_dict_in_generate=True)
+        rest = generated(
+            drafts,
+            input_ids=part.sequences,
+            attention_mask=torch.ones_like(part.sequences),  # the padding's token is among what was generated
+            past_key_values=part.past_key_values,
+            max_new_tokens=12,
+            lockstep=second,
+        )
+        assert torch.equal(rest, whole)
+
+
+def test_what_is_wanted_may_stand_in_the_configuration(of_llama: Any) -> None:
+    plain = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    wanted = copy.deepcopy(plain)
+    wanted.lockstep = True
+    expected = of_llama.generate(tokens(), generation_config=plain, lockstep=False)
+    assert torch.equal(of_llama.generate(tokens(), generation_config=wanted), expected)
+    assert report_of(of_llama).forwards < 2 * report_of(of_llama).tokens + 8
+    assert report_of(of_llama).drafts
+    of_llama.generate(tokens(), generation_config=wanted, lockstep=False)
+    assert report_of(of_llama).reason == "it was not wanted"
+
+
+class Collected(BaseStreamer):
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def put(self, value: Tensor) -> None:
+        self.parts.append(value.flatten())
+
+    def end(self) -> None:
+        self.parts.append(torch.tensor([-1]))
+
+
+def test_streamers_and_stopping_criteria_work(of_llama: Any) -> None:
+    streamer = Collected()
+    stop = StoppingCriteriaList([MaxLengthCriteria(20)])
+    found = generated(
+        of_llama, input_ids=tokens(1), max_new_tokens=LONG, lockstep=True, streamer=streamer, stopping_criteria=stop
+    )
+    assert torch.cat(streamer.parts).tolist() == [*found[0].tolist(), -1]
+    assert found.shape[1] == 20
+
+
+def test_the_log_and_hooks_see_what_they_see_of_two_passes(of_llama: Any) -> None:
+    class Seen(RoutingHook):
+        def __init__(self) -> None:
+            self.scalings: list[Tensor] = []
+
+        def made(self, made: Any) -> None:
+            self.scalings.append(made.final)
+
+    records: list[list[Tensor]] = []
+    for lockstep in (False, True):
+        hook = Seen()
+        detach = attach(of_llama, hook)
+        of_llama.clear_scalings_log()
+        of_llama.enable_scalings_logging()
+        generated(of_llama, input_ids=tokens(2), max_new_tokens=12, lockstep=lockstep)
+        of_llama.disable_scalings_logging()
+        detach()
+        records.append([*hook.scalings, *of_llama.get_scalings_log(), of_llama.get_latest_scalings()])
+    of_llama.clear_scalings_log()
+    assert len(records[0]) == len(records[1]) == 2 * 12 + 1
+    for one, other in zip(*records, strict=True):
+        assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+FALLBACKS: dict[str, dict[str, Any]] = {
+    "only greedy decoding and sampling": {"num_beams": 2},
+    "there is no cache": {"use_cache": False},
+    "the cache is a static one": {"cache_implementation": "static"},
+    "hidden states are asked for": {"output_hidden_states": True, "return_dict_in_generate": True},
+}
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_what_cannot_run_in_lockstep_runs_without_and_says_so_once(
+    reason: str, of_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramix.lockstep._told", set())
+    with pytest.warns(UserWarning, match=reason):
+        generated(of_llama, input_ids=tokens(), max_new_tokens=4, lockstep=True, **FALLBACKS[reason])
+    found = generated(of_llama, input_ids=tokens(), max_new_tokens=4, lockstep=True, **FALLBACKS[reason])
+    expected = generated(of_llama, input_ids=tokens(), max_new_tokens=4, lockstep=False, **FALLBACKS[reason])
+    assert torch.equal(getattr(found, "sequences", found), getattr(expected, "sequences", expected))
+
+
+def test_one_pass_needs_no_lockstep(of_llama: Any) -> None:
+    with of_llama.disable_adapter():
+        generated(of_llama, input_ids=tokens(), max_new_tokens=4)
+    assert report_of(of_llama).reason == "there is only one pass"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_stores_grow_and_windows_slide(architecture: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens than a chunk has slots; with Gemma, a window of four."""
+    monkeypatch.setattr("loramix.row_cache.CHUNK", 8)
+    experts = save_experts(tmp_path, architecture)
+    model = mixture(experts, architecture, layerwise_scalings=True, xlora_depth=2)
+    inputs = {"input_ids": tokens(2), "max_new_tokens": 40}
+    assert torch.equal(generated(model, lockstep=True, **inputs), generated(model, lockstep=False, **inputs))
+
+
+def test_threads_decode_on_their_own(of_llama: Any) -> None:
+    expected = [generated(of_llama, input_ids=tokens(1, seed=i), max_new_tokens=16, lockstep=False) for i in range(4)]
+    found: dict[int, Tensor] = {}
+
+    def run(number: int) -> None:
+        ids = tokens(1, seed=number)
+        found[number] = of_llama.generate(ids, max_new_tokens=16, do_sample=False, lockstep=True)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i], expected[i]) for i in range(4))
+
+
+def test_an_interruption_leaves_the_cache_whole(of_llama: Any) -> None:
+    class Enough(Exception):
+        pass
+
+    class Stop(BaseStreamer):
+        count = 0
+
+        def put(self, value: Tensor) -> None:
+            self.count += 1
+            if self.count == 7:
+                raise Enough
+
+        def end(self) -> None: ...
+
+    first = of_llama(tokens(1)[:, :-1], use_cache=True)
+    cache = first.past_key_values
+    with pytest.raises(Enough):
+        generated(
+            of_llama, input_ids=tokens(1), past_key_values=cache, max_new_tokens=20, lockstep=True, streamer=Stop()
+        )
+    assert cache.get_seq_length() == cache.base.get_seq_length() > 8
+    cache.reset()
+    expected = generated(of_llama, input_ids=tokens(1), max_new_tokens=4, lockstep=False)
+    assert torch.equal(generated(of_llama, input_ids=tokens(1), max_new_tokens=4, past_key_values=cache), expected)
+
+
+def test_the_distribution_is_that_of_two_passes(of_llama: Any) -> None:
+    """400 samples of three tokens: the frequencies of the first two letters agree within what chance allows."""
+    ids = tokens(1).repeat(400, 1)
+    counts: list[Tensor] = []
+    for lockstep, seed in ((False, 1), (True, 2)):
+        torch.manual_seed(seed)
+        out = of_llama.generate(ids, max_new_tokens=3, do_sample=True, top_k=4, temperature=2.0, lockstep=lockstep)
+        counts.append(torch.bincount(out[:, -1], minlength=96).double())
+    one, other = counts
+    seen = (one + other) > 0
+    statistic = float(((one - other)[seen].square() / (one + other)[seen]).sum())
+    freedom = int(seen.sum()) - 1
+    assert freedom > 3
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations of χ²
+
+
+def pace(apart: float, right: float, wrong: float, share: float) -> Pace:
+    found = Pace()
+    found.apart.extend([apart] * 9)
+    found.right.extend([right] * 9)
+    found.wrong.extend([wrong] * 9)
+    found.drafts.extend([True] * round(20 * share) + [False] * round(20 * (1 - share)))
+    return found
+
+
+def test_it_pays_where_a_token_is_expected_to_be_cheaper() -> None:
+    assert Pace().pays() is None
+    assert pace(apart=2.0, right=1.2, wrong=2.4, share=0.9).pays() is True
+    assert pace(apart=2.0, right=1.2, wrong=2.4, share=0.1).pays() is False
+    assert pace(apart=2.0, right=2.1, wrong=3.0, share=1.0).pays() is False
+
+
+def test_by_itself_it_stays_in_lockstep_while_that_is_cheaper(of_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "pays", lambda self: True)
+    monkeypatch.setattr(of_llama._loramix, "paces", {})
+    drafts = []
+    for _ in range(2):
+        generated(of_llama, input_ids=tokens(1), max_new_tokens=20)
+        drafts.append(report_of(of_llama).drafts)
+    assert drafts == [19 - 4 - 1, 19 - 1]  # the first four tokens measure the other way; the first draft is not asked
+
+
+def test_by_itself_it_is_tried_less_and_less_where_it_does_not_pay(
+    of_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 32, 64, 128, … tokens, for six tokens each."""
+    monkeypatch.setattr(Pace, "pays", lambda self: False if len(self.drafts) >= 4 else None)
+    monkeypatch.setattr(of_llama._loramix, "paces", {})
+    ways = []
+    for _ in range(4):
+        generated(of_llama, input_ids=tokens(1), max_new_tokens=61)
+        ways.append(report_of(of_llama).drafts)
+    assert of_llama._loramix.paces[1].wait == 128
+    assert ways == [4 + 5, 5, 0, 0]  # until enough is known, and a trial after 32 tokens; one after 64; then 128
