@@ -41,6 +41,7 @@ WHAT = {
     "names": "names that can be folders",
     "passes": "scaling pass, then mixture pass",
     "rules": "checks of a configuration",
+    "single": "a fixed mixture as one adapter",
     "scalings": "the slot that layers read",
     "base_files": "base model and tokenizer → memory",
     "base_layers": "what a layer is to an expert",

@@ -86,7 +86,8 @@ class Lockstep:
     Args:
         model: the mixture.
         state: its state.
-        wanted: True: as far as it is exact; None: also only while it pays.
+        wanted: True: as far as it is exact; None: also only while it pays; False: not at all, but the routing may be
+            fixed after some tokens.
         ends: token ids after which a row is finished.
     """
 
@@ -97,6 +98,8 @@ class Lockstep:
         self._store: RowCache | None = None
         self._length = 0
         self._ahead: _Ahead | None = None
+        self._sum: Tensor | None = None  # of the scalings, while they are to be fixed
+        self._kept: TensorRouting | None = None  # their mean, once they are
         self._finished = torch.zeros(())
         self._pace = Pace()
         self._began = 0.0  # when the last token began
@@ -117,18 +120,22 @@ class Lockstep:
             self.end()
             return None
         self._note(tokens)
-        together = self.wanted or self._pace.choose()
-        out, self._kind = (self._together if together else self._apart)(call, inputs, tokens, positions, store)
+        out, self._kind = self._way()(call, inputs, tokens, positions, store)
         self._length += 1
         self.report.tokens += 1
         out.past_key_values = self._cache
         return out
 
     def end(self) -> None:
-        """Hand the keys and values back to the cache that they were taken from."""
+        """Hand the keys and values back to the cache that they were taken from.
+
+        Once the routing is fixed there is no scaling pass to go on with: the cache becomes a plain one.
+        """
         if self._store is not None and self._cache is not None:
             self._store.hand_back(self._cache, self._length)
             self._cache.torn = False
+            if self._kept is not None:
+                self._cache.separate()
         self._store = self._cache = None
 
     def _begin(self, inputs: Mapping[str, Any]) -> bool:
@@ -219,8 +226,31 @@ class Lockstep:
         out.logits = out.logits[batch:]
         return out, kind
 
+    def _fixed(
+        self, call: Callable[..., Any], inputs: Mapping[str, Any], tokens: Tensor, positions: Tensor, store: RowCache
+    ) -> tuple[Any, deque[float] | None]:
+        """The mixture pass alone, with the scalings that each row has kept."""
+        rows = (slice(store.batch, 2 * store.batch), self._length)
+        out = self._run(call, tokens, positions, rows, routing=cast(TensorRouting, self._kept))[1]
+        self.report.forwards += 1
+        return out, None
+
+    def _way(self) -> Callable[..., tuple[Any, deque[float] | None]]:
+        if self._kept is not None:
+            return self._fixed
+        together = self._pace.choose() if self.wanted is None else self.wanted
+        return self._together if together else self._apart
+
     def _routing(self, hidden: Tensor, inputs: Mapping[str, Any]) -> TensorRouting:
-        return self.state.mixture_pass(hidden, inputs, False)[0]
+        routing = self.state.mixture_pass(hidden, inputs, False)[0]
+        after = self.state.fixed_after
+        if after is not None:
+            self._sum = routing.scalings if self._sum is None else self._sum + routing.scalings
+            if self.report.tokens + 1 == after:
+                self._kept = TensorRouting(
+                    self._sum / after, cast(Any, self.state.config).global_scaling_weight, self.state.layouts
+                )
+        return routing
 
     def _beside(self, made: TensorRouting) -> TensorRouting:
         """The scaling pass's rows, with every expert at its value, before the mixture pass's."""
@@ -306,8 +336,8 @@ def wanted_by(generation_config: Any) -> bool | None:
 _told: set[str] = set()
 
 
-def tell(reason: str) -> None:
-    """Say once why lockstep was asked for and did not run."""
+def tell(reason: str, asked_for: str = "lockstep=True") -> None:
+    """Say once why what was asked for did not happen."""
     if reason not in _told:
         _told.add(reason)
-        warnings.warn(f"lockstep=True, but the two passes run one after the other: {reason}.", stacklevel=3)
+        warnings.warn(f"{asked_for}, but the two passes run one after the other: {reason}.", stacklevel=3)

@@ -24,11 +24,13 @@ from loramix.classifier import XLoraClassifier
 from loramix.config import LoraConfig, PeftConfig, PeftType, XLoraConfig
 from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
 from loramix.fixed import merge, put
+from loramix.hooks import Made, RoutingHook
 from loramix.inject import replace
 from loramix.layers import XLoraLayer
 from loramix.lockstep import Lockstep, LockstepReport, asked, decoding, paused, session_of, tell, wanted_by
-from loramix.passes import MixtureState, Specialised
+from loramix.passes import MixtureState, Specialised, attach
 from loramix.scalings import ConstantRouting, TensorRouting, Watched, override
+from loramix.single import single_adapter
 
 CLASSIFIER = "internal_xlora_classifier"
 ADAPTER_NAME = "default"
@@ -183,7 +185,7 @@ class PeftMethods:
     ) -> PreTrainedModel:
         """Merge the experts into the weights of the base model, where their scalings are the same for every token.
 
-        That is so for a plain LoRA model, and for a mixture inside `fixed_scalings(…)`.
+        That is so for a plain LoRA model, and for a mixture after `fix_routing(…)` or inside `fixed_scalings(…)`.
 
         Args:
             progressbar: kept for PEFT's sake, like the next two.
@@ -205,7 +207,7 @@ class PeftMethods:
                 received=f"merge_and_unload() on a mixture of {', '.join(self.expert_names)}, which routes each token"
                 if routing is None
                 else f"adapter_names={adapter_names!r}",
-                remedy="keep the experts beside the base model, or merge inside `with model.fixed_scalings([…]):`",
+                remedy="keep the experts beside the base model, or call model.fix_routing([…]) before",
             )
         assert not isinstance(routing, Watched)
         merged = merge(_layers(model), routing)
@@ -280,8 +282,10 @@ class XLoraMethods(PeftMethods):
         self._loramix.report = None
         with asked(lockstep):
             out = super().generate(*args, **kwargs)  # pyright: ignore
-        if lockstep and self._loramix.report is None:
-            tell("only greedy decoding and sampling can")
+        report, after = self._loramix.report, self._loramix.fixed_after
+        reason = "only greedy decoding and sampling can" if report is None else report.reason
+        if reason is not None and (lockstep or after):
+            tell(reason, "lockstep=True" if lockstep else f"fix_routing(after={after})")
         return out
 
     @property
@@ -301,8 +305,6 @@ class XLoraMethods(PeftMethods):
             state.report = session.report
             with decoding(session):
                 return call(input_ids, *args, generation_config=generation_config, **kwargs)
-        if wanted:
-            tell(reason)
         return call(input_ids, *args, generation_config=generation_config, **kwargs)
 
     @property
@@ -323,6 +325,10 @@ class XLoraMethods(PeftMethods):
         Raises:
             RoutingError: another shape.
         """
+        rows = self._checked_scalings(values)
+        return override(self._loramix, lambda: self._loramix.fixed_routing(rows))
+
+    def _checked_scalings(self, values: Tensor | Sequence[float]) -> Tensor:
         shapes = [(len(self.expert_names),), (len(self.adapted_modules), len(self.expert_names))]
         try:
             scalings = torch.as_tensor(values, dtype=torch.float32, device=cast(Any, self).device)
@@ -334,8 +340,78 @@ class XLoraMethods(PeftMethods):
                 received=f"{values!r}",
                 remedy=f"pass shape {shapes[0]} for {', '.join(self.expert_names)}, or {shapes[1]}",
             )
-        rows = scalings if scalings.dim() == 2 else scalings.unsqueeze(0)
-        return override(self._loramix, lambda: TensorRouting(rows, self._xlora_config.global_scaling_weight))
+        return scalings if scalings.dim() == 2 else scalings.unsqueeze(0)
+
+    def fix_routing(
+        self,
+        scalings: Tensor | Sequence[float] | None = None,
+        *,
+        prompt: Mapping[str, Tensor] | None = None,
+        after: int | None = None,
+    ) -> None:
+        """From now on, in every thread, one pass per token, with the same scalings; until `unfix_routing()`.
+
+        What is fixed is not saved; `merge_and_unload()` and `save_fixed()` make plain weights, or one adapter, of it.
+
+        Args:
+            scalings: (E,) for all layers alike, or (L, E).
+            prompt: a model input (`input_ids`, `attention_mask`, …): the mean of its tokens' final scalings.
+            after: in each generation, route that many tokens after the prompt, and keep the mean of their final
+                scalings, for each row its own. Forwards outside `generate` go on routing.
+
+        Raises:
+            ConfigurationError: none of them, or several, or `after` below 1.
+            RoutingError: scalings of another shape.
+        """
+        if sum(given is not None for given in (scalings, prompt, after)) != 1 or (after is not None and after < 1):
+            raise ConfigurationError(
+                "Routing is fixed by scalings, from a prompt, or after a number of tokens: by one of them.",
+                received=f"scalings={scalings!r}, prompt={prompt!r}, after={after!r}",
+                remedy="pass for example fix_routing([0.5, 0.5]), or fix_routing(after=32)",
+            )
+        self.unfix_routing()
+        if after is not None:
+            self._loramix.fixed_after = after
+        elif prompt is not None:
+            self._loramix.fixed = mean_scalings(cast(Any, self), prompt)
+        else:
+            self._loramix.fixed = self._checked_scalings(cast(Any, scalings))
+
+    def unfix_routing(self) -> None:
+        """Route each token again."""
+        self._loramix.fixed = self._loramix.fixed_after = None
+
+    @property
+    def fixed_routing(self) -> Float[Tensor, "L E"] | None:
+        """The scalings that `fix_routing` fixed, or None."""
+        fixed = self._loramix.fixed
+        return None if fixed is None else fixed.expand(len(self.adapted_modules), -1)
+
+    def save_fixed(self, save_directory: str | PathLike[str], *, rank: int | None = None) -> float:
+        """Save a mixture whose routing is fixed as one LoRA adapter, in PEFT's format.
+
+        Args:
+            save_directory: the folder.
+            rank: of each layer at most, by truncated singular values; None puts the experts side by side, exactly.
+
+        Returns:
+            What is left out: the Frobenius norm of the difference of the weights, relative to what the experts add.
+
+        Raises:
+            UnsupportedOperationError: the routing is not fixed, or an expert has DoRA or a bias.
+            SaveError: the folder could not be written.
+        """
+        routing = self._loramix.single_pass()
+        if not isinstance(routing, TensorRouting):
+            raise UnsupportedOperationError(
+                "One adapter holds a mixture whose scalings are the same for every token.",
+                received=f"save_fixed() on a mixture of {', '.join(self.expert_names)}, which routes each token",
+                remedy="call fix_routing(…) before, or use save_pretrained(folder)",
+            )
+        like = self._loramix.experts[0].config
+        adapter, error = single_adapter(_layers(cast(PreTrainedModel, self)), routing, like, rank=rank)
+        checkpoint.save_adapter(save_directory, adapter)
+        return error
 
     def set_topk_lora(self, value: int | None) -> None:
         """Keep the `value` largest scalings of each token; all with None.
@@ -410,7 +486,7 @@ class XLoraMethods(PeftMethods):
 def _no_lockstep(
     model: Any, state: MixtureState, wanted: bool | None, generation_config: Any, cache: Any
 ) -> str | None:
-    if wanted is False:
+    if wanted is False and state.fixed_after is None:
         return "it was not wanted"
     if state.single_pass() is not None:
         return "there is only one pass"
@@ -425,6 +501,32 @@ def _no_lockstep(
     if generation_config.is_assistant or model.device.type == "mps":
         return "an assistant, or a device that stops late, decodes"
     return None
+
+
+class _Final(RoutingHook):
+    """Keeps the final scalings of one forward."""
+
+    def __init__(self) -> None:
+        self.final = torch.empty(0)
+
+    def made(self, made: Made) -> None:
+        self.final = made.final.detach()
+
+
+@torch.no_grad()
+def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "L E"]:
+    """The mean of a text's final scalings over its real tokens."""
+    hook, was_training = _Final(), model.training
+    detach = attach(model, hook)
+    model.eval()
+    try:
+        inputs = {name: value.to(model.device) for name, value in prompt.items()}
+        model(**inputs, use_cache=False)
+    finally:
+        detach()
+        model.train(was_training)
+    mask = inputs.get("attention_mask")
+    return hook.final.flatten(0, 1).mean(0) if mask is None else hook.final[mask.to(torch.bool)].mean(0)
 
 
 def _layers(model: PreTrainedModel) -> dict[str, XLoraLayer]:

@@ -67,6 +67,8 @@ class MixtureState:
         self.log = ScalingsLog()
         self.paces: dict[int, Any] = {}  # what lockstep has learnt of its speed, by batch size
         self.report: Any = None  # of the last generation
+        self.fixed: Tensor | None = None  # the same final scalings for every token: (L or 1, E)
+        self.fixed_after: int | None = None  # tokens of a generation after which each row keeps what it has
         self.hooks: tuple[RoutingHook, ...] = ()
         self._latest: Tensor | None = None
 
@@ -82,7 +84,14 @@ class MixtureState:
         override = overriding(self)
         if override is not None:
             return override()
+        if self.fixed is not None:
+            return self.fixed_routing(self.fixed)
         return ConstantRouting(1.0) if self.classifier is None else None
+
+    def fixed_routing(self, scalings: Tensor) -> TensorRouting:
+        """The routing of one pass with the same final scalings for every token."""
+        assert isinstance(self.config, XLoraConfig)
+        return TensorRouting(scalings, self.config.global_scaling_weight)
 
     def scaling_pass(self) -> Routing:
         """The routing of the scaling pass: every expert at `scaling_pass_value`, ungated."""

@@ -36,6 +36,9 @@ class Stack(Protocol):
     def lora_A(self) -> Tensor: ...
 
 
+FEW_TOKENS = 64
+
+
 class ConstantRouting:
     """Every expert gets one value, in every layer and for every token. Zero means the base model."""
 
@@ -63,7 +66,8 @@ class TensorRouting:
         weight: the global scaling weight g.
         layouts: one layer of each layout, by the number of the layout. Where all layers share their scalings, the
             columns of each layout are computed here, once; not inside the blocks, which gradient checkpointing
-            recomputes.
+            recomputes. Where each layer has its own, those of all layers of a layout are computed together if the
+            tokens are few, as in decoding.
     """
 
     silent = False
@@ -74,10 +78,24 @@ class TensorRouting:
         self._shared = scalings.shape[-2] == 1
         self._by_layer = self._weighted.unbind(-2)  # one stack in backward, not a zero-filled tensor for each layer
         self._columns = [self._expand(stack).to(stack.lora_A.dtype) for stack in layouts] if self._shared else []
+        few = scalings.shape[:-2].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
+        self._together = few and not self._shared and bool(layouts) and not torch.compiler.is_compiling()
+        self._of_layouts: dict[int, Sequence[Tensor]] = {}
 
     def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
         """(B, S, R) or (R,): g · c_e · s[e] for each rank column, where and of what dtype the activation is."""
-        return (self._columns[stack.layout] if self._columns else self._expand(stack)).to(low_rank)
+        if self._columns:
+            return self._columns[stack.layout].to(low_rank)
+        return (self._of_all(stack)[stack.number] if self._together else self._expand(stack)).to(low_rank)
+
+    def _of_all(self, stack: Stack) -> Sequence[Tensor]:
+        """The columns of all layers, as if all had this one's layout."""
+        found = self._of_layouts.get(stack.layout)
+        if found is None:
+            weighted = self._weighted.to(stack.rank_scale.device)
+            expanded = weighted.index_select(-1, stack.expert_of_rank) * stack.rank_scale
+            found = self._of_layouts[stack.layout] = expanded.to(stack.lora_A.dtype).unbind(-2)
+        return found
 
     def experts(self, stack: Stack, chosen: Tensor) -> Tensor:
         """(B, S, n) or (n,): g · s[e] of the experts `chosen` (n,)."""
