@@ -15,8 +15,14 @@ TITLES = {
     "forward": "Forward",
     "decode": "One token with a cache",
     "generate": "Generate",
+    "lockstep": "Lockstep",
+    "demo": "Lockstep on the demo mixture",
     "growth": "Growth with length",
+    "length": "One token after a text of some length",
+    "experts": "Growth with the number of experts",
+    "fixed": "Fixed routing",
     "training": "Training step",
+    "start": "Import and load",
 }
 COLUMNS = ("work", "base", "loramix / base", "limit", "loramix / limit", "target", "PEFT / base", "PEFT / loramix")
 PAGE = """# Benchmarks
@@ -57,6 +63,25 @@ states (B, S, H).
 """
 
 
+NOTES = {
+    "lockstep": """Greedy, against the same mixture's two passes one after the other. The experts are random, and the
+global scaling weight says how near the mixture is to its base model, whose drafts are asked for.
+
+""",
+    "demo": """Greedy, 128 tokens after a prompt of each domain; base is the demo's base model (H 192).
+
+""",
+    "experts": """Base: Llama, H 1024, 4 blocks, intermediate 2752, 16 heads, vocabulary 32000; the other settings are
+those above.
+
+""",
+    "start": """Importing is told against `import transformers` with the same model class, loading against copying the
+base model's tensors.
+
+""",
+}
+
+
 def main(source: Path) -> None:
     """Write `<name>.md` and `<name>.svg` beside `<name>.json`."""
     result = json.loads(source.read_text(encoding="utf-8"))
@@ -74,7 +99,9 @@ def page(result: dict[str, Any], works: dict[str, list[Measurement]], plot: str 
     parts = [PAGE.format(command=command, every=PEFT_EVERY, header=header(result), difference=result["difference"])]
     for name in [title for title in TITLES if title in works]:
         measured = works[name]
-        parts.append(f"\n## {TITLES[name]}\n\n{table(measured)}\n")
+        parts.append(f"\n## {TITLES[name]}\n\n{NOTES.get(name, '')}{table(measured)}\n")
+        if any("against" in m.facts for m in measured):
+            parts.append(f"\n{drafts(measured)}\n")
         if name == "growth" and plot is not None:
             parts.append(f"\n![CPU time of generate over the base model's, by number of tokens]({plot})\n")
     return "".join(parts)
@@ -102,6 +129,17 @@ router of depth {size["depth"]}, scalings {kind}
 def table(measured: Sequence[Measurement]) -> str:
     """One row for each measurement."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(_row(m) for m in measured)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def drafts(measured: Sequence[Measurement]) -> str:
+    """What lockstep did, one row for each measurement."""
+    rows = [("work", "right drafts", "forwards / token", "lockstep / two passes", "by itself / two passes")]
+    rows.append(tuple("---" for _ in rows[0]))
+    for m in measured:
+        forced = _ratio(m.ratio("lockstep", to="two passes")) if "lockstep" in m.samples else ""
+        chosen = _ratio(m.ratio("loramix", to="two passes"))
+        rows.append((m.work, f"{m.facts['accepted']:.1%}", f"{m.facts['forwards per token']:.2f}", forced, chosen))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args
 import torch
 import typer
 
-from benchmarks import decode, forward, generate, growth, training
+from benchmarks import decode, demo, experts, fixed, forward, generate, growth, length, lockstep, start, training
 from benchmarks.harness import Measurement
 from benchmarks.machine import describe
 from benchmarks.models import Models, build
@@ -27,10 +27,28 @@ WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "forward": forward.measure,
     "decode": decode.measure,
     "generate": generate.measure,
+    "lockstep": lockstep.measure,
+    "demo": demo.measure,
     "growth": growth.measure,
+    "length": length.measure,
+    "experts": experts.measure,
+    "fixed": fixed.measure,
     "training": training.measure,
+    "start": start.measure,
 }
-ROUNDS = {"forward": 61, "decode": 101, "generate": 17, "growth": 9, "training": 9}
+ROUNDS = {
+    "forward": 61,
+    "decode": 101,
+    "generate": 17,
+    "lockstep": 13,
+    "demo": 9,
+    "growth": 9,
+    "length": 41,
+    "experts": 25,
+    "fixed": 61,
+    "training": 9,
+    "start": 7,
+}
 
 
 def main(

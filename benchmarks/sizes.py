@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Name = Literal["small", "tiny"]
+Name = Literal["small", "wide", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,18 @@ SIZES: dict[Name, Size] = {
         rank=8,
         prompt=64,
         lengths=(16, 32, 64, 128),
+    ),
+    "wide": Size(
+        hidden=1024,
+        blocks=4,
+        intermediate=2752,
+        heads=16,
+        kv_heads=16,
+        vocabulary=32_000,
+        experts=4,
+        rank=16,
+        prompt=256,
+        lengths=(16, 32),
     ),
     "tiny": Size(
         hidden=32,

@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from loramix.cache import TwoPassCache
+from loramix.draft_head import DraftHead
 from loramix.pace import Pace
 from loramix.passes import MixtureState
 from loramix.row_cache import RowCache
@@ -102,6 +103,7 @@ class Lockstep:
         self._kept: TensorRouting | None = None  # their mean, once they are
         self._finished = torch.zeros(())
         self._pace = Pace()
+        self._guess: DraftHead | None = None
         self._began = 0.0  # when the last token began
         self._kind: deque[float] | None = None  # where its seconds belong
 
@@ -150,8 +152,19 @@ class Lockstep:
         self._length = cache.get_seq_length()
         self._finished = torch.zeros(batch, dtype=torch.bool, device=inputs["input_ids"].device)
         self._pace = self.state.paces.setdefault(batch, Pace())
+        self._guess = self._draft_head()
         cache.torn = True
         return True
+
+    def _draft_head(self) -> DraftHead | None:
+        """A cheaper head to guess with, made once for each state of the head's weights."""
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        version = None if weight is None else (id(weight), weight._version)
+        kept = self.state.draft_head
+        if kept is None or kept[0] != version:
+            kept = self.state.draft_head = (version, DraftHead.of(head))
+        return kept[1]
 
     def _refusal(self, inputs: Mapping[str, Any]) -> str | None:
         """Why lockstep would not be exact here."""
@@ -211,19 +224,24 @@ class Lockstep:
             self.report.drafts += 1
             self.report.right += right
             self._pace.drafts.append(right)
+        guess = self._guess
         if known is None or not right:
-            hidden, out = self._run(call, tokens, positions, (slice(0, batch), slot))
-            known = _Ahead(tokens[:, 0], hidden, out.logits[:, -1].argmax(-1))
+            reads = call if guess is None else self.model.base_model
+            hidden, out = self._run(reads, tokens, positions, (slice(0, batch), slot))
+            next_ones = out.logits[:, -1].argmax(-1) if guess is None else guess(hidden[:, -1])
+            known = _Ahead(tokens[:, 0], hidden, next_ones)
             self.report.forwards += 1
         kind = self._pace.right if right else self._pace.wrong
         made = self._routing(known.hidden, inputs)
         both = torch.cat([known.next[:, None], tokens])
         places = torch.cat([positions + 1, positions])
         writes = ((slice(0, batch), slot + 1), (slice(batch, 2 * batch), slot))
-        hidden, out = self._run(call, both, places, *writes, routing=self._beside(made))
+        to_head = None if guess is None else slice(batch, 2 * batch)
+        hidden, out = self._run(call, both, places, *writes, routing=self._beside(made), to_head=to_head)
         self.report.forwards += 1
-        self._ahead = _Ahead(known.next, hidden[:batch], out.logits[:batch, -1].argmax(-1))
-        out.logits = out.logits[batch:]
+        next_ones = out.logits[:batch, -1].argmax(-1) if guess is None else guess(hidden[:batch, -1])
+        self._ahead = _Ahead(known.next, hidden[:batch], next_ones)
+        out.logits = out.logits[-batch:]
         return out, kind
 
     def _fixed(
@@ -265,11 +283,12 @@ class Lockstep:
         positions: Tensor,
         *writes: tuple[slice, int],
         routing: Routing | None = None,
+        to_head: slice | None = None,
     ) -> tuple[Tensor, Any]:
-        """One forward over some of the rows: the last hidden states, and what the model returned."""
+        """One forward over some of the rows: the last hidden states, and what the model returned for `to_head`."""
         store = cast(RowCache, self._store)
         store.write(*writes)
-        watched = Watched(routing or self.state.scaling_pass())
+        watched = Watched(routing or self.state.scaling_pass(), to_head)
         with override(self.state, lambda: watched):
             out = call(
                 input_ids=tokens,

@@ -25,8 +25,9 @@ from loramix.hub import HubOptions, from_anywhere
 from loramix.inject import adapt, find_carrier, plan, replace
 from loramix.layers import XLoraLayer
 from loramix.lora import new_adapter
-from loramix.methods import ADAPTER_NAME, CLASSIFIER, PeftMethods, XLoraMethods
+from loramix.methods import ADAPTER_NAME, CLASSIFIER, PeftMethods
 from loramix.passes import MixtureState, rebind_forward, route_checkpoints, specialise
+from loramix.routed_methods import XLoraMethods
 
 if TYPE_CHECKING:
 

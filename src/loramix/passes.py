@@ -67,6 +67,7 @@ class MixtureState:
         self.log = ScalingsLog()
         self.paces: dict[int, Any] = {}  # what lockstep has learnt of its speed, by batch size
         self.report: Any = None  # of the last generation
+        self.draft_head: Any = None  # what lockstep guesses with, made at its first use
         self.fixed: Tensor | None = None  # the same final scalings for every token: (L or 1, E)
         self.fixed_after: int | None = None  # tokens of a generation after which each row keeps what it has
         self.hooks: tuple[RoutingHook, ...] = ()
@@ -129,8 +130,8 @@ class MixtureState:
         return TensorRouting(final, config.global_scaling_weight, self.layouts), losses
 
     def __getstate__(self) -> dict[str, Any]:
-        """Hooks belong to whoever attached them and do not travel."""
-        return self.__dict__ | {"hooks": ()}
+        """Hooks belong to whoever attached them; they do not travel, and neither does what was measured on the way."""
+        return self.__dict__ | {"hooks": (), "paces": {}, "report": None, "draft_head": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was pickled, is another model: it does not continue this one's caches."""
@@ -235,6 +236,8 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
                 return routed(single, forward, self, **kwargs)
             out = routed(single.routing, forward, self, **kwargs)
             single.hidden = out.last_hidden_state
+            if single.rows is not None:
+                out.last_hidden_state = out.last_hidden_state[single.rows]
             return out
 
         cache = None if kwargs.get(its_cache) is None else TwoPassCache.adopt(kwargs[its_cache], state.owner)

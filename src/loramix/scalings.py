@@ -118,13 +118,17 @@ class TensorRouting:
 class Watched:
     """A routing for one pass whose last hidden states somebody wants to see.
 
-    Attributes:
+    Args:
         routing: what the layers read.
-        hidden: the backbone's last hidden states (B, S, H), once the pass has run.
+        rows: of the batch, those that go on to the head; all of them if None.
+
+    Attributes:
+        hidden: the backbone's last hidden states (B, S, H) of all rows, once the pass has run.
     """
 
-    def __init__(self, routing: ConstantRouting | TensorRouting) -> None:
+    def __init__(self, routing: ConstantRouting | TensorRouting, rows: slice | None = None) -> None:
         self.routing = routing
+        self.rows = rows
         self.hidden: Tensor | None = None
 
 

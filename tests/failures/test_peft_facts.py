@@ -85,7 +85,7 @@ def test_trained_experts_are_kept(experts: Any, tmp_path: Path) -> None:
 
 
 CALLS = {
-    "merge_and_unload": "fixed_scalings",
+    "merge_and_unload": "fix_routing",
     "merge_adapter": "merge_and_unload()",
     "unmerge_adapter": "merge_and_unload()",
     "load_adapter": "adapters=",

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from generation.test_exactness import PADDING, generated, ids_with_padding
 from laws.mixtures import mixture
+from loramix.draft_head import DraftHead
 from loramix.hooks import RoutingHook
 from loramix.lockstep import LockstepReport
 from loramix.pace import Pace
@@ -63,6 +64,33 @@ def test_the_tokens_are_those_of_two_passes(mode: str, drafts: Any) -> None:
     assert report.tokens == new - (mode != "in chunks")  # the prompt gave the first, or its last chunk was read so
     assert report.forwards == 1 + report.tokens + report.drafts - report.right
     assert report.drafts == report.tokens - 1
+
+
+def test_a_rounded_head_guesses_as_well_and_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramix.draft_head.LEAST", 1)
+    monkeypatch.setattr(model._loramix, "draft_head", None)
+    for weight in (0.0, 1.0):
+        model.set_global_scaling_weight(weight)
+        inputs = {"input_ids": tokens(2), "max_new_tokens": LONG}
+        expected = generated(model, lockstep=False, **inputs)
+        assert torch.equal(generated(model, lockstep=True, **inputs), expected)
+        if not weight:
+            assert report_of(model).accepted > 0.7
+    assert model._loramix.draft_head[1] is not None
+    model.set_global_scaling_weight(1.0)
+
+
+def test_a_rounded_head_follows_its_weights_and_is_made_where_it_pays() -> None:
+    head = torch.nn.Linear(64, 500, bias=False)
+    assert DraftHead.of(head) is None
+    weight = torch.randn(2**13, 2**9)
+    large = torch.nn.Linear(2**9, 2**13, bias=False)
+    large.weight.data.copy_(weight)
+    guess = DraftHead.of(large)
+    assert guess is not None
+    assert torch.equal(guess(weight[:20]), torch.arange(20))  # a row's own weights have the largest product with it
+    assert DraftHead.of(large.bfloat16()) is None
+    assert DraftHead.of(torch.nn.Linear(2**9, 2**13)) is None
 
 
 def test_drafts_are_right_where_the_experts_add_little(model: Any) -> None:

@@ -1,0 +1,42 @@
+"""Lockstep on the demo mixture, whose experts are really trained: one prompt for each domain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.harness import Contender, Measurement, interleave
+from benchmarks.models import Models
+from loramix.demo import bundle
+from loramix.demo.run import PROMPTS
+
+LENGTH = 128
+
+
+def measure(models: Models, rounds: int) -> list[Measurement]:
+    """Greedy tokens after each prompt; base is the demo's base model."""
+    model, tokenizer = bundle.load()
+    base, new = bundle.base().eval(), LENGTH if models.size.hidden >= 512 else 8
+    found: list[Measurement] = []
+    for domain, prompt in PROMPTS.items():
+        inputs = dict(tokenizer(prompt, return_tensors="pt"))
+
+        def call(net: Any, inputs: dict[str, Any] = inputs, **how: Any) -> None:
+            net.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **how)
+
+        contenders = [
+            Contender("base", lambda call=call: call(base)),
+            Contender("two passes", lambda call=call: call(model, lockstep=False)),
+            Contender("loramix", lambda call=call: call(model)),
+        ]
+        times = interleave(contenders, rounds, warm_ups=2)
+        call(model, lockstep=True)
+        report: Any = model.lockstep_report
+        facts = {
+            "new": new,
+            "tokens in common": new,
+            "accepted": round(report.accepted, 3),
+            "forwards per token": round(report.forwards_per_token, 3),
+            "against": "two passes",
+        }
+        found.append(Measurement(f"{domain}: generate {new} tokens", times, facts=facts))
+    return found

@@ -1,0 +1,50 @@
+"""Importing in a fresh process, and loading a mixture onto a base model that is there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from benchmarks.harness import Contender, Measurement, Samples, interleave
+from benchmarks.models import Models
+from loramix import PeftModel
+
+IMPORTS = {
+    "base": "import transformers; from transformers import LlamaForCausalLM",
+    "loramix": "import transformers; from transformers import LlamaForCausalLM; from loramix import get_peft_model",
+    "PEFT": "import transformers; from transformers import LlamaForCausalLM; from peft import get_peft_model",
+}
+
+
+def measure(models: Models, rounds: int) -> list[Measurement]:
+    """Import time; load time of the whole checkpoint, against a copy of the base model's tensors."""
+    samples: Samples = {name: [] for name in IMPORTS}
+    names = list(IMPORTS)
+    for turn in range(rounds):
+        for name in (*names[turn % 3 :], *names[: turn % 3]):
+            samples[name].append(_child_seconds(IMPORTS[name]))
+    found = [Measurement("import in a fresh process", samples, 1.0, 1.05)]
+    with tempfile.TemporaryDirectory() as folder:
+        models.loramix.save_pretrained(folder)
+        loaded: list[Any] = []
+
+        def load() -> None:
+            loaded.append(PeftModel.from_pretrained(models.base, folder))
+            loaded.pop().unload()
+
+        contenders = [Contender("base", lambda: copy.deepcopy(models.base)), Contender("loramix", load)]
+        times = interleave(contenders, rounds)
+    facts = json.loads(json.dumps({"base": "a copy of the base model's tensors"}))
+    return [*found, Measurement("load a mixture onto its base model (base: copy its tensors)", times, facts=facts)]
+
+
+def _child_seconds(code: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 6)
