@@ -71,6 +71,8 @@ def _no_lockstep(
         return "it was not wanted"
     if state.single_pass() is not None:
         return "there is only one pass"
+    if model.training:
+        return "the model is in training mode, where dropout draws for each pass"
     if model.config.is_encoder_decoder:
         return "an encoder-decoder reads its encoder's scalings"
     if generation_config.output_attentions or generation_config.output_hidden_states:

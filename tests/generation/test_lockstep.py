@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -225,6 +225,32 @@ def test_stores_grow_and_windows_slide(architecture: str, tmp_path: Any, monkeyp
     model = mixture(experts, architecture, layerwise_scalings=True, xlora_depth=2)
     inputs = {"input_ids": tokens(2), "max_new_tokens": 40}
     assert torch.equal(generated(model, lockstep=True, **inputs), generated(model, lockstep=False, **inputs))
+
+
+def mistral(**changes: Any) -> Any:
+    """A sliding window of four in every block, and no list that says so."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "sliding_window": 4}
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=96, num_key_value_heads=2, max_position_embeddings=128, **sizes, **special)
+    config._attn_implementation = changes.get("attention", "sdpa")
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode", ["greedy", "left padding"])
+def test_a_window_in_every_block(mode: str, attention: str, experts: Any) -> None:
+    model = mixture(experts("llama"), base=mistral(attention=attention), layerwise_scalings=True)
+    inputs = MODES[mode]() | {"max_new_tokens": LONG}
+    expected = generated(model, lockstep=False, **inputs)
+    assert torch.equal(generated(model, lockstep=True, **inputs), expected)
+    assert report_of(model).reason is None
+
+
+def test_a_model_in_training_mode_draws_for_each_pass(experts: Any) -> None:
+    model = mixture(experts("llama")).train()
+    generated(model, input_ids=tokens(1), max_new_tokens=2)
+    assert "training mode" in str(report_of(model).reason)
 
 
 def test_threads_decode_on_their_own(of_llama: Any) -> None:
