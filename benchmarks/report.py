@@ -134,12 +134,15 @@ def table(measured: Sequence[Measurement]) -> str:
 
 def drafts(measured: Sequence[Measurement]) -> str:
     """What lockstep did, one row for each measurement."""
-    rows = [("work", "right drafts", "forwards / token", "lockstep / two passes", "by itself / two passes")]
+    half = any("bfloat16" in m.facts for m in measured)
+    heads = ("work", "right drafts", "forwards / token", "lockstep / two passes", "by itself / two passes")
+    rows = [(*heads, "same tokens in bfloat16") if half else heads]
     rows.append(tuple("---" for _ in rows[0]))
     for m in measured:
         forced = _ratio(m.ratio("lockstep", to="two passes")) if "lockstep" in m.samples else ""
         chosen = _ratio(m.ratio("loramix", to="two passes"))
-        rows.append((m.work, f"{m.facts['accepted']:.1%}", f"{m.facts['forwards per token']:.2f}", forced, chosen))
+        row = (m.work, f"{m.facts['accepted']:.1%}", f"{m.facts['forwards per token']:.2f}", forced, chosen)
+        rows.append((*row, f"{m.facts['bfloat16']} of {m.facts['new']}") if half else row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

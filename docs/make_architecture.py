@@ -40,6 +40,8 @@ WHAT = {
     "routed_methods": "scalings, setters, the log",
     "generation": "generate, in lockstep",
     "draft_head": "the head in int8, for guesses",
+    "speed": "interleaved timing, ratios in pairs",
+    "eligible": "where lockstep is exact",
     "fixing": "routing that is fixed",
     "model": "get_peft_model, PeftModel.from_pretrained",
     "names": "names that can be folders",

@@ -161,6 +161,27 @@ def test_a_lower_rank_is_the_nearest_and_its_error_is_told(model: Any, tmp_path:
         model.save_fixed(tmp_path / "none", rank=0)
 
 
+def test_a_rank_between_a_layers_sides(tmp_path: Path) -> None:
+    """Wider than the narrow side of a layer, and below the experts' ranks together."""
+    model = mixture(save_experts(tmp_path, "llama", r=16))
+    model.fix_routing([0.2, 0.3, 0.5])
+    assert 0 < model.save_fixed(tmp_path / "one", rank=40) < 0.1
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "one")), logits(model), atol=0.1, rtol=0.1)
+
+
+def test_a_fix_that_fails_leaves_the_one_before(model: Any) -> None:
+    model.fix_routing([0.2, 0.3, 0.5])
+    expected, modes = model.fixed_routing, [module.training for module in model.modules()]
+    empty = {"input_ids": tokens(), "attention_mask": torch.zeros(2, 9, dtype=torch.long)}
+    for wrong in ({"scalings": [1.0]}, {"prompt": empty}):
+        with pytest.raises(RoutingError):
+            model.fix_routing(**wrong)
+        assert torch.equal(model.fixed_routing, expected)
+    with model.fixed_scalings([1.0, 0.0, 0.0]), pytest.raises(RoutingError, match="is routed"):
+        model.fix_routing(prompt={"input_ids": tokens()})
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_a_mixture_that_routes_is_no_single_adapter(model: Any, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedOperationError, match="fix_routing"):
         model.save_fixed(tmp_path / "x")

@@ -68,7 +68,8 @@ class FixedMethods(PeftMethods):
             scalings: (E,) for all layers alike, or (L, E).
             prompt: a model input (`input_ids`, `attention_mask`, …): the mean of its tokens' final scalings.
             after: in each generation, route that many tokens after the prompt, and keep the mean of their final
-                scalings, for each row its own. Forwards outside `generate` go on routing.
+                scalings, for each row its own. Forwards outside `generate` go on routing. A cache that such a
+                generation returns holds the mixture pass alone, and is continued with fixed scalings only.
 
         Raises:
             ConfigurationError: none of them, or several, or `after` below 1.
@@ -80,13 +81,17 @@ class FixedMethods(PeftMethods):
                 received=f"scalings={scalings!r}, prompt={prompt!r}, after={after!r}",
                 remedy="pass for example fix_routing([0.5, 0.5]), or fix_routing(after=32)",
             )
-        self.unfix_routing()
-        if after is not None:
-            self._loramix.fixed_after = after
-        elif prompt is not None:
-            self._loramix.fixed = mean_scalings(cast(Any, self), prompt)
-        else:
-            self._loramix.fixed = self._checked_scalings(cast(Any, scalings))
+        fixed = None
+        if prompt is not None:
+            before = self._loramix.fixed
+            self._loramix.fixed = None  # the prompt is routed
+            try:
+                fixed = mean_scalings(cast(Any, self), prompt)
+            finally:
+                self._loramix.fixed = before
+        elif scalings is not None:
+            fixed = self._checked_scalings(scalings)
+        self._loramix.fixed, self._loramix.fixed_after = fixed, after
 
     def unfix_routing(self) -> None:
         """Route each token again."""
@@ -138,7 +143,7 @@ class _Final(RoutingHook):
 @torch.no_grad()
 def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "L E"]:
     """The mean of a text's final scalings over its real tokens."""
-    hook, was_training = _Final(), model.training
+    hook, modes = _Final(), {module: module.training for module in model.modules()}
     detach = attach(model, hook)
     model.eval()
     try:
@@ -146,6 +151,15 @@ def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "L 
         model(**inputs, use_cache=False)
     finally:
         detach()
-        model.train(was_training)
-    mask = inputs.get("attention_mask")
-    return hook.final.flatten(0, 1).mean(0) if mask is None else hook.final[mask.to(torch.bool)].mean(0)
+        for module, training in modes.items():
+            module.training = training
+    mask, final = inputs.get("attention_mask"), hook.final
+    if mask is None:
+        mask = torch.ones(final.shape[:2])
+    if mask.shape != final.shape[:2] or not bool(mask.any()):
+        raise RoutingError(
+            "Scalings are fixed from a prompt that is routed, token by token, and is not all padding.",
+            received=f"scalings of shape {tuple(final.shape)} and a mask of shape {tuple(mask.shape)}",
+            remedy="pass input_ids and attention_mask of the same shape, outside fixed_scalings(…)",
+        )
+    return final[mask.to(torch.bool)].mean(0)

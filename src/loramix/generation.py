@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from loramix.lockstep import Lockstep, LockstepReport, asked, decoding, paused, session_of, tell, wanted_by
+from loramix.eligible import why_not_this_generation
+from loramix.lockstep import (
+    Lockstep,
+    LockstepReport,
+    asked,
+    decoding,
+    paused,
+    request,
+    session_of,
+    tell,
+    wanted_by,
+)
 from loramix.methods import PeftMethods
-from loramix.passes import MixtureState
 
 
 class LockstepMethods(PeftMethods):
@@ -35,13 +45,14 @@ class LockstepMethods(PeftMethods):
         Returns:
             What the base model's `generate` returns; `lockstep_report` then says how it went.
         """
-        self._loramix.report = None
-        with asked(lockstep):
+        with asked(lockstep) as call:
             out = super().generate(*args, **kwargs)  # pyright: ignore
-        report, after = self._loramix.report, self._loramix.fixed_after
-        reason = "only greedy decoding and sampling can" if report is None else report.reason
-        if reason is not None and (lockstep or after):
-            tell(reason, "lockstep=True" if lockstep else f"fix_routing(after={after})")
+        report = call.report or LockstepReport(reason="only greedy decoding and sampling can")
+        self._loramix.report = report
+        wanted = wanted_by(kwargs.get("generation_config") or cast(Any, self).generation_config, lockstep)
+        after = self._loramix.fixed_after
+        if report.reason is not None and (wanted or after) and self._loramix.single_pass() is None:
+            tell(report.reason, "lockstep=True" if wanted else f"fix_routing(after={after})")
         return out
 
     @property
@@ -50,37 +61,17 @@ class LockstepMethods(PeftMethods):
         return self._loramix.report
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
-        call, state = super()._sample, self._loramix  # pyright: ignore
-        wanted = wanted_by(generation_config)
-        reason = _no_lockstep(self, state, wanted, generation_config, kwargs.get("past_key_values"))
+        call, state, cache = super()._sample, self._loramix, kwargs.get("past_key_values")  # pyright: ignore
+        wanted = wanted_by(generation_config, request().wanted)
+        reason = why_not_this_generation(self, state, wanted, generation_config, cache)
         if reason is not None:
-            state.report = LockstepReport(reason=reason)
-        else:
-            ends = getattr(generation_config, "_eos_token_tensor", None)
-            session = Lockstep(self, state, wanted, ends)
-            state.report = session.report
-            with decoding(session):
+            request().report = LockstepReport(reason=reason)
+            with paused():
                 return call(input_ids, *args, generation_config=generation_config, **kwargs)
-        return call(input_ids, *args, generation_config=generation_config, **kwargs)
-
-
-def _no_lockstep(
-    model: Any, state: MixtureState, wanted: bool | None, generation_config: Any, cache: Any
-) -> str | None:
-    if wanted is False and state.fixed_after is None:
-        return "it was not wanted"
-    if state.single_pass() is not None:
-        return "there is only one pass"
-    if model.training:
-        return "the model is in training mode, where dropout draws for each pass"
-    if model.config.is_encoder_decoder:
-        return "an encoder-decoder reads its encoder's scalings"
-    if generation_config.output_attentions or generation_config.output_hidden_states:
-        return "attentions or hidden states are asked for"
-    if not generation_config.use_cache:
-        return "there is no cache"
-    if getattr(cache, "is_compileable", False):
-        return "the cache is a static one"
-    if generation_config.is_assistant or model.device.type == "mps":
-        return "an assistant, or a device that stops late, decodes"
-    return None
+        seen = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        seen = seen or state.hooks or state.log.enabled
+        ends = None if seen else getattr(generation_config, "_eos_token_tensor", None)
+        session = Lockstep(self, state, wanted, cache, ends)
+        request().report = session.report
+        with decoding(session):
+            return call(input_ids, *args, generation_config=generation_config, **kwargs)

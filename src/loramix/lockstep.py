@@ -29,19 +29,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from loramix.cache import TwoPassCache
 from loramix.draft_head import DraftHead
+from loramix.eligible import why_not_this_token
 from loramix.pace import Pace
 from loramix.passes import MixtureState
 from loramix.row_cache import RowCache
 from loramix.scalings import Routing, TensorRouting, Watched, override
-
-KNOWN = frozenset(
-    {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
-)
-WINDOWS = frozenset({"full_attention", "sliding_attention"})
 
 
 @dataclass
@@ -76,6 +71,7 @@ class LockstepReport:
 class _Ahead(NamedTuple):
     """What the scaling pass knows one token ahead: the hidden states of its draft, and the draft after it."""
 
+    settings: tuple[float, float]  # what it has read it with: the scaling pass's value, and g
     token: Tensor  # (B,): what it has read
     hidden: Tensor  # (B, 1, H)
     next: Tensor  # (B,): its guess of what follows
@@ -89,13 +85,14 @@ class Lockstep:
         state: its state.
         wanted: True: as far as it is exact; None: also only while it pays; False: not at all, but the routing may be
             fixed after some tokens.
-        ends: token ids after which a row is finished.
+        cache: the one that this generation fills; calls with another one are left to the model.
+        ends: token ids after which a row is finished, and what its passes read does not matter any more; None where
+            somebody could see it.
     """
 
-    def __init__(self, model: Any, state: MixtureState, wanted: bool | None, ends: Tensor | None) -> None:
-        self.model, self.state, self.wanted, self.ends = model, state, wanted, ends
-        self.report = LockstepReport(reason="no token was read after the prompt")
-        self._cache: TwoPassCache | None = None
+    def __init__(self, model: Any, state: MixtureState, wanted: bool | None, cache: Any, ends: Tensor | None) -> None:
+        self.model, self.state, self.wanted, self.cache, self.ends = model, state, wanted, cache, ends
+        self.report = LockstepReport()
         self._store: RowCache | None = None
         self._length = 0
         self._ahead: _Ahead | None = None
@@ -110,22 +107,28 @@ class Lockstep:
     def step(self, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         """One token of each row, as the model's forward would read it; None where the model itself has to.
 
+        Calls of the model that do not continue this generation's cache are none of the session's business.
+
         Args:
             call: the model's own forward.
             inputs: its arguments.
         """
-        if self._store is None and not self._begin(inputs):
+        tokens = inputs.get("input_ids")
+        if inputs.get("past_key_values") is not self.cache or not isinstance(tokens, Tensor):
             return None
-        store = cast(RowCache, self._store)
-        tokens, positions = inputs["input_ids"], self._positions(inputs)
-        if positions is None or inputs["past_key_values"] is not self._cache:
+        if tokens.shape[1:] != (1,) or (self._store is None and not self._begin(inputs)):
             self.end()
             return None
-        self._note(tokens)
+        store = cast(RowCache, self._store)
+        positions = inputs["position_ids"].expand(len(tokens), -1)
+        finished = self._finished  # by an earlier token: the one that ends a row is read as it is
+        self._note()
         out, self._kind = self._way()(call, inputs, tokens, positions, store)
+        if self.ends is not None:
+            self._finished = finished | torch.isin(tokens[:, 0], self.ends)
         self._length += 1
         self.report.tokens += 1
-        out.past_key_values = self._cache
+        out.past_key_values = self.cache
         return out
 
     def end(self) -> None:
@@ -133,19 +136,18 @@ class Lockstep:
 
         Once the routing is fixed there is no scaling pass to go on with: the cache becomes a plain one.
         """
-        if self._store is not None and self._cache is not None:
-            self._store.hand_back(self._cache, self._length)
-            self._cache.torn = False
+        if self._store is not None:
+            self._store.hand_back(self._length)
+            self.cache.torn = False
             if self._kept is not None:
-                self._cache.separate()
-        self._store = self._cache = None
+                self.cache.separate()
+        self._store = self._ahead = self._kind = None
 
     def _begin(self, inputs: Mapping[str, Any]) -> bool:
-        reason = self._refusal(inputs)
-        self.report.reason = reason
-        if reason is not None:
+        self.report.reason = why_not_this_token(self.model, self.state, inputs)
+        if self.report.reason is not None:
             return False
-        self._cache = cache = TwoPassCache.adopt(inputs["past_key_values"], self.state.owner)
+        cache = TwoPassCache.adopt(self.cache, self.state.owner)
         mask, batch = inputs.get("attention_mask"), len(inputs["input_ids"])
         padded = mask is not None and not bool(mask.all())
         self._store = RowCache(cache, batch, mask if padded else None)
@@ -160,48 +162,18 @@ class Lockstep:
         """A cheaper head to guess with, made once for each state of the head's weights."""
         head = self.model.get_output_embeddings()
         weight = getattr(head, "weight", None)
-        version = None if weight is None else (id(weight), weight._version)
+        version = None if weight is None else (id(weight), None if weight.is_inference() else weight._version)
         kept = self.state.draft_head
         if kept is None or kept[0] != version:
             kept = self.state.draft_head = (version, DraftHead.of(head))
         return kept[1]
 
-    def _refusal(self, inputs: Mapping[str, Any]) -> str | None:
-        """Why lockstep would not be exact here."""
-        config, cache = self.model.config.get_text_config(), inputs.get("past_key_values")
-        unknown = sorted(name for name, value in inputs.items() if value is not None and name not in KNOWN)
-        ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
-        if unknown:
-            return f"the model is given {', '.join(unknown)}"
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
-            return "more than one token is read at once"
-        if not isinstance(positions, Tensor) or positions.dim() != 2:
-            return "positions are not one number for each token"
-        if not isinstance(cache, TwoPassCache) or cache.owner != self.state.owner or cache.torn:
-            return "there is no cache of both passes"
-        kinds = {type(layer) for half in (cache, cache.base) for layer in half.layers}
-        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            return f"the cache is made of {', '.join(sorted(kind.__name__ for kind in kinds))}"
-        if not set(getattr(config, "layer_types", None) or ()) <= WINDOWS:
-            return "the model has attention of other kinds than full and sliding"
-        if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
-            return "the attention takes no masks"
-        return None
-
-    def _positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        ids, positions = inputs["input_ids"], inputs.get("position_ids")
-        if ids.shape[1] != 1 or not isinstance(positions, Tensor):
-            return None
-        return positions.expand(len(ids), -1)
-
-    def _note(self, tokens: Tensor) -> None:
-        """How long the last token took, from its beginning to this one's, and which rows are finished."""
+    def _note(self) -> None:
+        """How long the last token took, from its beginning to this one's."""
         now = time.perf_counter()
         if self._kind is not None:
             self._kind.append(now - self._began)
         self._began = now
-        if self.ends is not None:
-            self._finished = self._finished | torch.isin(tokens[:, 0], self.ends)
 
     def _apart(
         self, call: Callable[..., Any], inputs: Mapping[str, Any], tokens: Tensor, positions: Tensor, store: RowCache
@@ -219,6 +191,10 @@ class Lockstep:
     ) -> tuple[Any, deque[float] | None]:
         """The scaling pass of the draft of the next token beside the mixture pass of this one."""
         batch, slot, known = store.batch, self._length, self._ahead
+        config = cast(Any, self.state.config)
+        settings = config.scaling_pass_value, config.global_scaling_weight
+        if known is not None and known.settings != settings:
+            known = None
         right = known is not None and bool(((known.token == tokens[:, 0]) | self._finished).all())
         if known is not None:
             self.report.drafts += 1
@@ -229,7 +205,7 @@ class Lockstep:
             reads = call if guess is None else self.model.base_model
             hidden, out = self._run(reads, tokens, positions, (slice(0, batch), slot))
             next_ones = out.logits[:, -1].argmax(-1) if guess is None else guess(hidden[:, -1])
-            known = _Ahead(tokens[:, 0], hidden, next_ones)
+            known = _Ahead(settings, tokens[:, 0], hidden, next_ones)
             self.report.forwards += 1
         kind = self._pace.right if right else self._pace.wrong
         made = self._routing(known.hidden, inputs)
@@ -240,7 +216,7 @@ class Lockstep:
         hidden, out = self._run(call, both, places, *writes, routing=self._beside(made), to_head=to_head)
         self.report.forwards += 1
         next_ones = out.logits[:batch, -1].argmax(-1) if guess is None else guess(hidden[:batch, -1])
-        self._ahead = _Ahead(known.next, hidden[:batch], next_ones)
+        self._ahead = _Ahead(settings, known.next, hidden[:batch], next_ones)
         out.logits = out.logits[-batch:]
         return out, kind
 
@@ -257,7 +233,9 @@ class Lockstep:
         if self._kept is not None:
             return self._fixed
         together = self._pace.choose() if self.wanted is None else self.wanted
-        return self._together if together else self._apart
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        ends = positions is not None and self._length + 1 >= positions  # a draft would stand behind the last position
+        return self._together if together and not ends else self._apart
 
     def _routing(self, hidden: Tensor, inputs: Mapping[str, Any]) -> TensorRouting:
         routing = self.state.mixture_pass(hidden, inputs, False)[0]
@@ -301,10 +279,23 @@ class Lockstep:
         return cast(Tensor, watched.hidden), out
 
 
+@dataclass
+class Request:
+    """One call of `generate`.
+
+    Attributes:
+        wanted: lockstep (True), two passes (False), or neither said (None).
+        report: how it decodes; None where transformers takes a way of its own, such as beams.
+    """
+
+    wanted: bool | None = None
+    report: LockstepReport | None = None
+
+
 class _Current(threading.local):
     def __init__(self) -> None:
         self.session: Lockstep | None = None
-        self.wanted: bool | None = None
+        self.request = Request()
 
 
 _current = _Current()
@@ -338,18 +329,23 @@ def paused() -> Generator[None]:
 
 
 @contextmanager
-def asked(wanted: bool | None) -> Generator[None]:
-    """Inside, in this thread, `generate` was asked for lockstep (True), against it (False), or neither (None)."""
-    outer, _current.wanted = _current.wanted, wanted
+def asked(wanted: bool | None) -> Generator[Request]:
+    """Inside, in this thread, `generate` runs, and was asked for lockstep or not."""
+    outer, _current.request = _current.request, Request(wanted)
     try:
-        yield
+        yield _current.request
     finally:
-        _current.wanted = outer
+        _current.request = outer
 
 
-def wanted_by(generation_config: Any) -> bool | None:
+def request() -> Request:
+    """The innermost call of `generate` in this thread."""
+    return _current.request
+
+
+def wanted_by(generation_config: Any, wanted: bool | None) -> bool | None:
     """What the call asked for, else what the generation's configuration says."""
-    return getattr(generation_config, "lockstep", None) if _current.wanted is None else _current.wanted
+    return getattr(generation_config, "lockstep", None) if wanted is None else wanted
 
 
 _told: set[str] = set()

@@ -35,12 +35,13 @@ class Pace:
 
     def pays(self) -> bool | None:
         """Whether lockstep is the cheaper way; None while too little is known."""
-        if len(self.apart) < SAMPLES or len(self.right) + len(self.wrong) < SAMPLES or len(self.drafts) < SAMPLES:
+        apart, right, wrong, drafts = map(list, (self.apart, self.right, self.wrong, self.drafts))  # threads share them
+        if len(apart) < SAMPLES or len(right) + len(wrong) < SAMPLES or len(drafts) < SAMPLES:
             return None
-        share = sum(self.drafts) / len(self.drafts)
-        right = median(self.right or self.wrong)
-        wrong = median(self.wrong) if self.wrong else right + median(self.apart) / 2
-        return share * right + (1 - share) * wrong < median(self.apart)
+        share = sum(drafts) / len(drafts)
+        prepared = median(right or wrong)
+        not_prepared = median(wrong) if wrong else prepared + median(apart) / 2
+        return share * prepared + (1 - share) * not_prepared < median(apart)
 
     def choose(self) -> bool:
         """Whether the next token is decoded in lockstep.

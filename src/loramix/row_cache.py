@@ -30,18 +30,34 @@ class RowLayer(CacheLayerMixin):
         self.plan = plan
         self.window: int | None = getattr(mixed, "sliding_window", None)
         self.is_sliding = self.window is not None
+        self.sources = base, mixed
         pairs = [(cast(Tensor, one), cast(Tensor, other)) for one, other in _tensors(base, mixed)]
-        kept = pairs[0][0].shape[-2]
-        self.offset = mixed.get_seq_length() - kept
-        self.own_keys, self.own_values = (self._grown(torch.cat(pair), kept) for pair in pairs)
+        self.offset = mixed.get_seq_length() - pairs[0][0].shape[-2]
+        self.own_keys, self.own_values = (self._grown(torch.cat(pair)) for pair in pairs)
+        self._share(pairs[0][0].shape[-2])
         self.is_initialized = True
 
     @staticmethod
-    def _grown(tensor: Tensor, slots: int) -> Tensor:
+    def _grown(tensor: Tensor) -> Tensor:
         """Room for a chunk more; the rest is zeros, which a mask may hide but not a NaN."""
+        slots = tensor.shape[2]
         grown = tensor.new_zeros(*tensor.shape[:2], slots + CHUNK, tensor.shape[3])
-        grown[:, :, :slots] = tensor[:, :, :slots]
+        grown[:, :, :slots] = tensor
         return grown
+
+    def _share(self, slots: int) -> None:
+        """Let the passes' own caches hold views of this store, for as long as it stands in for them: no copies."""
+        batch = len(self.own_keys) // 2
+        for layer, rows in zip(self.sources, (slice(0, batch), slice(batch, 2 * batch)), strict=True):
+            layer.keys, layer.values = self.own_keys[rows, :, :slots], self.own_values[rows, :, :slots]
+
+    def _grow(self) -> None:
+        """A chunk more; slots that have left the window are dropped."""
+        first = self.plan.start(self)
+        old = slice(first - self.offset, None)
+        self.own_keys, self.own_values = self._grown(self.own_keys[:, :, old]), self._grown(self.own_values[:, :, old])
+        self.offset = first
+        self._share(self.plan.stop - 1 - first)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the prompt has been read."""
@@ -49,8 +65,7 @@ class RowLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         plan = self.plan
         if plan.stop - self.offset > self.own_keys.shape[-2]:
-            slots = self.own_keys.shape[-2]
-            self.own_keys, self.own_values = self._grown(self.own_keys, slots), self._grown(self.own_values, slots)
+            self._grow()
         given = 0
         for rows, slot in plan.writes:
             count = rows.stop - rows.start
@@ -70,14 +85,16 @@ class RowLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def hand_back(self, rows: slice, length: int, layer: DynamicLayer) -> None:
-        """Give a pass's own cache what it would hold had it been filled all along."""
-        kept = slice(0, length - self.offset)
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            kept = slice(max(0, kept.stop - layer.sliding_window + 1), kept.stop)
-            layer.cumulative_length = length
-        layer.keys = self.own_keys[rows, :, kept].clone()
-        layer.values = self.own_values[rows, :, kept].clone()
+    def hand_back(self, length: int) -> None:
+        """Give the passes' own caches what they would hold had they been filled all along."""
+        batch = len(self.own_keys) // 2
+        for layer, rows in zip(self.sources, (slice(0, batch), slice(batch, 2 * batch)), strict=True):
+            kept = slice(0, length - self.offset)
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                kept = slice(max(0, kept.stop - layer.sliding_window + 1), kept.stop)
+                layer.cumulative_length = length
+            layer.keys = self.own_keys[rows, :, kept].clone()
+            layer.values = self.own_values[rows, :, kept].clone()
 
 
 def _tensors(base: DynamicLayer, mixed: DynamicLayer) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -141,8 +158,7 @@ class RowCache(Cache):
             found[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
         return found if len(found) > 1 else next(iter(found.values()))
 
-    def hand_back(self, cache: TwoPassCache, length: int) -> None:
-        """Make both halves of `cache` hold the first `length` tokens."""
-        for half, rows in ((cache.base, slice(0, self.batch)), (cache, slice(self.batch, 2 * self.batch))):
-            for layer, own in zip(cast("list[RowLayer]", self.layers), half.layers, strict=True):
-                layer.hand_back(rows, length, cast(DynamicLayer, own))
+    def hand_back(self, length: int) -> None:
+        """Make both halves of the cache that this store was made of hold the first `length` tokens."""
+        for layer in cast("list[RowLayer]", self.layers):
+            layer.hand_back(length)

@@ -100,7 +100,8 @@ def _nearest(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float, float
     A, B = weights.A.flatten(1), weights.B.flatten(1)
     left, upper = torch.linalg.qr(B)
     right, lower = torch.linalg.qr(A.T)
-    U, S, V = torch.linalg.svd(upper @ lower.T)
+    U, S, V = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    rank = min(rank, len(S))
     root = S[:rank].sqrt()
     new_B, new_A = left @ U[:, :rank] * root, (right @ V[:rank].T * root).T
     new = LoraWeights(

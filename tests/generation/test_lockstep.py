@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, GenerationConfig, MistralConfig, MistralForCausalLM
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from generation.test_exactness import PADDING, generated, ids_with_padding
 from laws.mixtures import mixture
 from loramix.draft_head import DraftHead
+from loramix.eligible import MODELS, why_not_this_generation
 from loramix.hooks import RoutingHook
 from loramix.lockstep import LockstepReport
 from loramix.pace import Pace
 from loramix.passes import attach
-from tiny import save_experts, tokens
+from tiny import save_expert, save_experts, tokens
 
 LONG = 24
 MODES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -253,6 +255,208 @@ def test_a_model_in_training_mode_draws_for_each_pass(experts: Any) -> None:
     assert "training mode" in str(report_of(model).reason)
 
 
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere": ("Cohere", {}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 4}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "granite": ("Granite", {"logits_scaling": 2.0}),
+    "mixtral": ("Mixtral", {"num_local_experts": 2, "sliding_window": 4}),
+    "olmo2": ("Olmo2", {}),
+    "phi": ("Phi", {}),
+    "phi3": ("Phi3", {}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "stablelm": ("StableLm", {}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_classes_that_are_said_to_be_exact_are(kind: str, tmp_path: Any) -> None:
+    name, special = KINDS[kind]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads = {} if kind == "gpt_neox" else {"num_key_value_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 64}
+    config = getattr(transformers, f"{name}Config")(vocab_size=96, **sizes, **heads, **ends, **special)
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+    assert config.model_type in MODELS
+    targets = ["query_key_value"] if kind == "gpt_neox" else ["o_proj"] if kind == "phi3" else ["q_proj", "v_proj"]
+    experts = {
+        name: save_expert(tmp_path / name, build(), seed=i, target_modules=targets) for i, name in enumerate("ab")
+    }
+    model = mixture(experts, base=build())
+    for mode in ("greedy", "left padding"):
+        inputs = MODES[mode]() | {"max_new_tokens": LONG}
+        expected = generated(model, lockstep=False, **inputs)
+        assert torch.equal(generated(model, lockstep=True, **inputs), expected)
+        assert report_of(model).reason is None
+
+
+def test_every_class_that_is_said_to_be_exact_is_tested() -> None:
+    assert {*KINDS, "llama", "qwen3", "gemma3_text", "opt", "gpt2", "mistral"} == MODELS
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "frequencies": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary"),
+    "another kind": ({"model_type": "gpt_neo"}, "gpt_neo"),
+    "the router's logits": ({"output_router_logits": True}, "router's logits"),
+    "other attention": ({"layer_types": ["chunked_attention", "full_attention"]}, "other kinds"),
+    "flash attention": ({"_attn_implementation": "flash_attention_2"}, "takes no masks"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_not_be_exact_is_not_done(case: str, of_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, reason = REFUSED[case]
+    config = copy.deepcopy(of_llama.config)
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    settings = GenerationConfig(use_cache=True)
+    settings.is_assistant = False
+    monkeypatch.setattr(of_llama, "config", config)
+    found = why_not_this_generation(of_llama, of_llama._loramix, None, settings, DynamicCache())
+    assert reason in str(found)
+
+
+def test_a_hook_that_somebody_put_on_a_module_sees_one_row_a_text(of_llama: Any) -> None:
+    rows: list[int] = []
+    handle = of_llama.model.layers[0].register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    generated(of_llama, input_ids=tokens(2), max_new_tokens=8)
+    handle.remove()
+    assert set(rows) == {2}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_cache_of_ones_own(architecture: str, experts: Any) -> None:
+    """One that was made without the model's configuration knows no windows: then the passes go one by one."""
+    model = mixture(experts(architecture), architecture)
+    ids = tokens(2)
+    expected = generated(model, input_ids=ids, past_key_values=DynamicCache(), max_new_tokens=LONG, lockstep=False)
+    found = generated(model, input_ids=ids, past_key_values=DynamicCache(), max_new_tokens=LONG)
+    assert torch.equal(found, expected)
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(
+        generated(model, input_ids=ids, past_key_values=cache, max_new_tokens=LONG, lockstep=True), expected
+    )
+    assert report_of(model).drafts
+
+
+CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "a forward": lambda model, ids: model(input_ids=ids),
+    "embeddings": lambda model, ids: model(inputs_embeds=model.get_input_embeddings()(ids)),
+    "one token": lambda model, ids: model(input_ids=ids[:, -1:], position_ids=torch.zeros(len(ids), 1).long()),
+    "beams": lambda model, ids: model.generate(ids, num_beams=3, max_new_tokens=4, do_sample=False),
+    "another generation": lambda model, ids: model.generate(ids, max_new_tokens=4, do_sample=False, lockstep=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("weight", [0.02, 1.0])
+def test_whoever_calls_the_model_meanwhile_is_answered_as_ever(call: str, weight: float, of_llama: Any) -> None:
+    answers: list[Any] = []
+
+    def processor(ids: Tensor, scores: Tensor) -> Tensor:
+        answers.append(CALLS[call](of_llama, ids))
+        return scores
+
+    of_llama.set_global_scaling_weight(weight)
+    inputs = {"input_ids": tokens(2), "max_new_tokens": 10, "logits_processor": [processor]}
+    expected = generated(of_llama, lockstep=False, **inputs)
+    wanted, answers = answers, []
+    assert torch.equal(generated(of_llama, lockstep=True, **inputs), expected)
+    assert report_of(of_llama).tokens == 9
+    of_llama.set_global_scaling_weight(1.0)
+    for one, other in zip(answers, wanted, strict=True):
+        assert_close(getattr(one, "logits", one), getattr(other, "logits", other), atol=2e-5, rtol=1e-4)
+
+
+def test_the_last_position_is_reached(experts: Any) -> None:
+    model = mixture(experts("gpt2"), "gpt2")
+    inputs = {"input_ids": tokens(1, 9), "max_new_tokens": 128 - 9 + 1}
+    assert torch.equal(generated(model, lockstep=True, **inputs), generated(model, lockstep=False, **inputs))
+
+
+def test_what_finished_rows_leave_behind_is_that_of_two_passes(of_llama: Any) -> None:
+    ids = tokens(3)
+    whole = generated(of_llama, input_ids=ids, max_new_tokens=12, lockstep=False)
+    end = int(whole[0, 9 + 4])
+    inputs = {"input_ids": ids, "max_new_tokens": 12, "eos_token_id": end, "pad_token_id": 0}
+    inputs |= {"return_dict_in_generate": True, "output_logits": True}
+    found, expected = (generated(of_llama, lockstep=how, **inputs) for how in (True, False))
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        assert_close(one, other, atol=2e-5, rtol=1e-4)
+    for one, other in zip(found.past_key_values.base.layers, expected.past_key_values.base.layers, strict=True):
+        assert_close(one.keys, other.keys, atol=2e-5, rtol=1e-4)
+
+
+def test_a_setting_that_changes_meanwhile_counts_from_the_next_token(of_llama: Any) -> None:
+    def run(lockstep: bool) -> Any:
+        class Change(BaseStreamer):
+            count = 0
+
+            def put(self, value: Tensor) -> None:
+                self.count += 1
+                if self.count == 6:
+                    of_llama.set_scaling_pass_value(0.9)
+
+            def end(self) -> None:
+                of_llama.set_scaling_pass_value(0.2)
+
+        asked = {"return_dict_in_generate": True, "output_logits": True}
+        return generated(
+            of_llama, input_ids=tokens(1), max_new_tokens=12, streamer=Change(), lockstep=lockstep, **asked
+        )
+
+    of_llama.set_global_scaling_weight(0.02)
+    found, expected = run(True), run(False)
+    of_llama.set_global_scaling_weight(1.0)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_keys_and_values_are_held_once(of_llama: Any) -> None:
+    """The passes' own caches are views of the store while it stands in for them."""
+    shared: list[bool] = []
+
+    class Look(BaseStreamer):
+        def put(self, value: Tensor) -> None:
+            layer = cache.layers[0]
+            if hasattr(cache, "base") and cache.torn:
+                shared.append(
+                    layer.keys.untyped_storage().data_ptr() == cache.base.layers[0].keys.untyped_storage().data_ptr()
+                )
+
+        def end(self) -> None: ...
+
+    cache: Any = DynamicCache(config=of_llama.config)
+    generated(of_llama, input_ids=tokens(1), past_key_values=cache, max_new_tokens=6, lockstep=True, streamer=Look())
+    assert shared
+    assert all(shared)
+
+
+def test_a_model_of_inference_tensors(experts: Any) -> None:
+    with torch.inference_mode():
+        model = mixture(experts("llama"))
+        found = generated(model, input_ids=tokens(1), max_new_tokens=8, lockstep=True)
+        assert torch.equal(found, generated(model, input_ids=tokens(1), max_new_tokens=8, lockstep=False))
+
+
+def test_beams_say_so_where_the_configuration_wanted_lockstep(of_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramix.lockstep._told", set())
+    settings = GenerationConfig(max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
+    settings.lockstep = True
+    with pytest.warns(UserWarning, match="only greedy"):
+        of_llama.generate(tokens(1), generation_config=settings)
+    generated(of_llama, input_ids=tokens(1), max_new_tokens=1, lockstep=True)  # one token needs no second forward
+    with of_llama.fixed_scalings([0.2, 0.3, 0.5]):
+        generated(of_llama, input_ids=tokens(1), max_new_tokens=4, lockstep=True)
+
+
 def test_threads_decode_on_their_own(of_llama: Any) -> None:
     expected = [generated(of_llama, input_ids=tokens(1, seed=i), max_new_tokens=16, lockstep=False) for i in range(4)]
     found: dict[int, Tensor] = {}
@@ -290,6 +494,9 @@ def test_an_interruption_leaves_the_cache_whole(of_llama: Any) -> None:
             of_llama, input_ids=tokens(1), past_key_values=cache, max_new_tokens=20, lockstep=True, streamer=Stop()
         )
     assert cache.get_seq_length() == cache.base.get_seq_length() > 8
+    part = generated(of_llama, input_ids=tokens(1), max_new_tokens=cache.get_seq_length() - 8, lockstep=False)
+    rest = generated(of_llama, input_ids=part, past_key_values=copy.deepcopy(cache), max_new_tokens=4, lockstep=False)
+    assert torch.equal(rest, generated(of_llama, input_ids=part, max_new_tokens=4, lockstep=False))
     cache.reset()
     expected = generated(of_llama, input_ids=tokens(1), max_new_tokens=4, lockstep=False)
     assert torch.equal(generated(of_llama, input_ids=tokens(1), max_new_tokens=4, past_key_values=cache), expected)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from loramix.config import XLoraConfig
 from loramix.errors import DataError
@@ -87,13 +88,16 @@ def pad(texts: Sequence[list[int]], padding: int = 0) -> tuple[Int[Tensor, "B S"
 
 
 @torch.no_grad()
-def measure(model: nn.Module, passages: Sequence[Passage], batch: int = 8) -> dict[str, Score]:
+def measure(
+    model: nn.Module, passages: Sequence[Passage], batch: int = 8, *, done: Callable[[int], object] = id
+) -> dict[str, Score]:
     """The score of each group of text that occurs in the passages.
 
     Args:
         model: a causal language model, mixture or not.
         passages: what to predict; padding on the right does not change what a causal model makes of them.
         batch: passages in one forward.
+        done: called after each forward, with the number of its passages.
     """
     device = next(model.parameters()).device
     scores: defaultdict[str, Score] = defaultdict(Score)
@@ -107,6 +111,7 @@ def measure(model: nn.Module, passages: Sequence[Passage], batch: int = 8) -> di
             for row, passage in zip(nats.tolist(), chosen, strict=True):
                 for group, size, value in zip(passage.groups, passage.bytes, row, strict=False):
                     scores[group] += Score(value, 1, size)
+            done(len(chosen))
     finally:
         model.train(was_training)
     return dict(scores)
@@ -171,7 +176,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: XLoraModel, passages: Sequence[Passage], *, batch: int = 8, leave_one_out: bool = True
+    model: XLoraModel,
+    passages: Sequence[Passage],
+    *,
+    batch: int = 8,
+    leave_one_out: bool = True,
+    progress: bool = False,
 ) -> Evaluation:
     """Measure every row on every group of the passages.
 
@@ -180,6 +190,7 @@ def evaluate(
         passages: the text.
         batch: passages in one forward.
         leave_one_out: also measure the mixture without each expert.
+        progress: show a progress bar, where stderr is a terminal.
 
     Raises:
         DataError: nothing to predict.
@@ -191,9 +202,12 @@ def evaluate(
             remedy="Give longer text.",
         )
     scores: dict[str, dict[str, Score]] = {}
-    for row, setting in rows(model, leave_one_out=leave_one_out):
-        with setting:
-            scores[row] = measure(model, passages, batch)
+    settings = list(rows(model, leave_one_out=leave_one_out))
+    with tqdm(total=len(settings) * len(passages), disable=None if progress else True, leave=False) as bar:
+        for row, setting in settings:
+            bar.set_description(row)
+            with setting:
+                scores[row] = measure(model, passages, batch, done=bar.update)
     return Evaluation(scores, model.expert_names)
 
 

@@ -198,7 +198,8 @@ def evaluate_rows(
             remedy=f"Use a window of at most {positions} tokens.",
         )
     texts = ((row.as_text(tokenizer), row.expert or "other") for row in rows)
-    return evaluate(model, cut(tokenizer, texts, window=window or min(1024, positions), limit=limit))
+    passages = cut(tokenizer, texts, window=window or min(1024, positions), limit=limit)
+    return evaluate(model, passages, progress=True)
 
 
 def compare_settings(output: Path, settings: TrainSettings) -> None:

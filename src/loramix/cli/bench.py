@@ -1,0 +1,97 @@
+"""`loramix bench`: what a mixture costs on this machine, beside its base model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
+
+if TYPE_CHECKING:
+    from loramix.speed import Measurement
+
+PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
+WAYS = {
+    "base model": "experts off",
+    "two passes": "the scaling pass, then the mixture pass",
+    "generate": "as it decides by itself: two passes, or one forward for both",
+    "fixed routing": "one pass, the same scalings for every token",
+}
+
+
+def bench(
+    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="A saved mixture, folder or Hub id; `demo` ships.")],
+    base: Annotated[str | None, typer.Option(help="The base model. Default: the one that the mixture names.")] = None,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = PROMPT,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each way; the median counts.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+    device: Annotated[str, typer.Option(help="A torch device; `auto` is the accelerator where there is one.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Time greedy generation with a mixture and with its base model, in turns, in CPU time.
+
+    [bold]Examples[/bold]
+
+    loramix bench demo
+
+    loramix bench ./mixture --tokens 256 --json
+    """
+    import torch
+
+    from loramix.cli.continuation import open_mixture
+    from loramix.errors import ConfigurationError
+    from loramix.model import XLoraModel
+    from loramix.speed import describe_machine, generation_times
+
+    with stdout_kept_for_json(as_json), warnings_as_lines():
+        torch.set_num_threads(threads)
+        opened = open_mixture(mixture, base=base, device=device)
+        if not isinstance(opened.model, XLoraModel):
+            raise ConfigurationError(
+                "A benchmark compares a mixture with its base model.",
+                received=f"the single expert {mixture!r}",
+                remedy="name the folder of a mixture",
+            )
+        ids = torch.tensor([opened.tokenizer(prompt)["input_ids"]], device=opened.model.device)
+        measured = generation_times(opened.model, ids, tokens, rounds)
+    if as_json:
+        print_json({"machine": describe_machine(), **_document(measured)})
+    else:
+        _show(measured, describe_machine())
+
+
+def _document(measured: Measurement) -> dict[str, Any]:
+    ways = {
+        name: {
+            "seconds": measured.amount(name).median,
+            "ratio": measured.ratio(name, to="base model").median,
+            "samples": measured.samples[name],
+        }
+        for name in WAYS
+    }
+    return {"work": measured.work, "ways": ways, **measured.facts}
+
+
+def _show(measured: Measurement, machine: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"{measured.work}, CPU time", title_justify="left")
+    for title in ("", "ms a token", "× base model (quartiles)"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    new = measured.facts["tokens"]
+    for name in WAYS:
+        amount, ratio = measured.amount(name), measured.ratio(name, to="base model")
+        table.add_row(
+            name, f"{1e3 * amount.median / new:.2f}", f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
+        )
+    console.print(table)
+    for name, meaning in WAYS.items():
+        console.print(f"{name}: {meaning}", markup=False)
+    facts = measured.facts
+    drafts = "" if facts["accepted"] is None else f", {facts['accepted']:.0%} of the guesses right"
+    console.print(f"generate: {facts['forwards per token']:.2f} forwards a token{drafts}", markup=False)
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    console.print(f"{machine['processor']}, {machine['torch threads']} thread(s); {versions}", markup=False)
