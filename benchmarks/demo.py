@@ -8,10 +8,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from benchmarks.harness import Contender, Measurement, interleave
 from benchmarks.models import Models
 from loramix.demo import bundle
 from loramix.demo.run import PROMPTS
+from loramix.speed import Contender, Measurement, interleave
 
 LENGTH = 128
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness import Contender, Measurement, interleave
 from benchmarks.models import Models
+from loramix.speed import Contender, Measurement, interleave
 
 MARGIN = 1.1  # on the arithmetic limit
 

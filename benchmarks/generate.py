@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Contender, Measurement, interleave
 from benchmarks.models import Models
+from loramix.speed import Contender, Measurement, interleave
 
 LENGTH = 64
 TARGET = 2.3

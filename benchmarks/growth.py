@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.generate import measure_length
-from benchmarks.harness import Measurement
 from benchmarks.models import Models
+from loramix.speed import Measurement
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from benchmarks import decode
-from benchmarks.harness import Measurement
 from benchmarks.models import Models
+from loramix.speed import Measurement
 
 LENGTHS = (128, 512, 2048)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Contender, Measurement, interleave
 from benchmarks.models import Models
+from loramix.speed import Contender, Measurement, interleave
 
 LENGTH = 64
 CASES = {"drafts right": 0.0, "drafts wrong": 1.0}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generate import PEFT_EVERY
-from benchmarks.harness import Measurement, Spread
+from loramix.speed import Measurement, Spread
 
 TITLES = {
     "forward": "Forward",

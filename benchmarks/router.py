@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from transformers import Trainer, logging
 
-from benchmarks.machine import describe
 from loramix import XLoraModel, get_peft_model
 from loramix.demo import bundle, corpus
 from loramix.demo.router import router_arguments, router_config, router_windows
 from loramix.demo.text import heldout_passages, switching_passages, windows
+from loramix.speed import describe_machine
 from loramix.training import RouterCallback, RouterObjectives, init_router
 from loramix.training.evaluation import Passage, measure, pad, total
 
@@ -245,7 +245,11 @@ def main() -> None:
     logging.disable_progress_bar()
     tokenizer = bundle.tokenizer()
     text = columns(tokenizer)
-    result = {"machine": describe(), "starts": starts(tokenizer, text), "objectives": objectives(tokenizer, text)}
+    result = {
+        "machine": describe_machine(),
+        "starts": starts(tokenizer, text),
+        "objectives": objectives(tokenizer, text),
+    }
     (DOCS / "router.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     (DOCS / "router.md").write_text(page(result), encoding="utf-8")
 

@@ -17,12 +17,12 @@ import torch
 import typer
 
 from benchmarks import decode, demo, experts, fixed, forward, generate, growth, length, lockstep, start, training
-from benchmarks.harness import Measurement
-from benchmarks.machine import describe
 from benchmarks.models import Models, build
 from benchmarks.report import header, table
 from benchmarks.sizes import SIZES, Name
+from loramix.speed import Measurement, describe_machine
 
+PACKAGES = ("torch", "transformers", "peft", "loramix")
 WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "forward": forward.measure,
     "decode": decode.measure,
@@ -86,7 +86,7 @@ def main(
 def preamble(models: Models) -> dict[str, Any]:
     """What is known before anything is measured."""
     return {
-        "machine": describe(),
+        "machine": describe_machine(PACKAGES),
         "size": asdict(models.size),
         "weights": asdict(models.weights),
         "difference": models.difference,

@@ -10,9 +10,9 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks.harness import Contender, Measurement, Samples, interleave
 from benchmarks.models import Models
 from loramix import PeftModel
+from loramix.speed import Contender, Measurement, Samples, interleave
 
 IMPORTS = {
     "base": "import transformers; from transformers import LlamaForCausalLM",

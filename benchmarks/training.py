@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contender, Measurement, Samples, interleave, peak_bytes
 from benchmarks.models import Models
 from loramix import XLoraLayer
+from loramix.speed import Contender, Measurement, Samples, interleave, peak_bytes
 from loramix.training import ScalingPassCache, required_bytes
 
 MARGIN = 1.15  # on the arithmetic limit

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import report
-from benchmarks.harness import Contender, Measurement, interleave, peak_bytes, spread
 from benchmarks.limit import Weights
 from benchmarks.models import Models, build
 from benchmarks.run import WORKS, kept_works, main, preamble
 from benchmarks.sizes import SIZES
+
+from loramix.speed import Contender, Measurement, interleave, peak_bytes, spread
 
 TINY = SIZES["tiny"]
 

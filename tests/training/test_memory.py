@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.harness import peak_bytes
 from docs import make_memory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramix import XLoraConfig, XLoraLayer, get_peft_model
+from loramix.speed import peak_bytes
 from loramix.training.memory import sizes_of, training_memory
 from tiny import save_expert
 
