@@ -103,11 +103,11 @@ class PeftMethods:
         """Inside, in this thread, the model is its base model: one pass, no experts. Nests."""
         return override(self._loramix, lambda: ConstantRouting(0.0))
 
-    def enable_adapterlayers_of(self) -> None:
+    def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
         self._loramix.enabled = True
 
-    def disable_adapterlayers_of(self) -> None:
+    def disable_adapter_layers(self) -> None:
         """Make the model its base model, in every thread, until `enable_adapter_layers`."""
         self._loramix.enabled = False
 
@@ -235,11 +235,11 @@ class PeftMethods:
 
     def enable_adapters(self) -> NoReturn:
         """Likewise."""
-        _refuse("enable_adapters", "enable_adapterlayers_of()")
+        _refuse("enable_adapters", "enable_adapter_layers()")
 
     def disable_adapters(self) -> NoReturn:
         """Likewise."""
-        _refuse("disable_adapters", "disable_adapterlayers_of(), or the context manager disable_adapter()")
+        _refuse("disable_adapters", "disable_adapter_layers(), or the context manager disable_adapter()")
 
     def get_adapter_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Likewise."""
