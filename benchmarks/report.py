@@ -68,7 +68,7 @@ NOTES = {
 global scaling weight says how near the mixture is to its base model, whose drafts are asked for.
 
 """,
-    "demo": """Greedy, 128 tokens after a prompt of each domain; base is the demo's base model (H 192).
+    "demo": """Greedy, 128 tokens after a prompt of each domain; base is the demo's base model (H 256).
 
 """,
     "experts": """Base: Llama, H 1024, 4 blocks, intermediate 2752, 16 heads, vocabulary 32000; the other settings are

@@ -11,7 +11,7 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->\n"
 WORKS = ("forward", "generate", "length", "fixed", "training")
-SECTION = """| CPU time, in units of the base model's | loramix | arithmetic limit | PEFT's X-LoRA |
+SECTION = """| CPU time (or memory), in units of the base model's | loramix | arithmetic limit | PEFT's X-LoRA |
 |---|---|---|---|
 {rows}
 
