@@ -25,8 +25,8 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
     for domain, prompt in PROMPTS.items():
         inputs = dict(tokenizer(prompt, return_tensors="pt"))
 
-        def call(net: Any, inputs: dict[str, Any] = inputs, **how: Any) -> None:
-            net.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **how)
+        def call(net: Any, inputs: dict[str, Any] = inputs, **how: Any) -> Any:
+            return net.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **how)
 
         contenders = [
             Contender("base", lambda call=call: call(base)),
@@ -36,10 +36,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
         times = interleave(contenders, rounds, warm_ups=2)
         call(model, lockstep=True)
         report: Any = model.lockstep_report
-        one, other = (
-            half.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, lockstep=how)[0]
-            for how in (False, True)
-        )
+        one, other = (call(half, lockstep=how)[0] for how in (False, True))
         common = int((one == other)[inputs["input_ids"].shape[1] :].int().cumprod(0).sum())
         facts = {
             "new": new,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import resource
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 from benchmarks.models import Models
 from loramix import PeftModel
-from loramix.speed import Contender, Measurement, Samples, interleave
+from loramix.speed import Contender, Measurement, interleave
 
 IMPORTS = {
     "base": "import transformers; from transformers import LlamaForCausalLM",
@@ -23,11 +22,8 @@ IMPORTS = {
 
 def measure(models: Models, rounds: int) -> list[Measurement]:
     """Import time; load time of the whole checkpoint, against a copy of the base model's tensors."""
-    samples: Samples = {name: [] for name in IMPORTS}
-    names = list(IMPORTS)
-    for turn in range(rounds):
-        for name in (*names[turn % 3 :], *names[: turn % 3]):
-            samples[name].append(_child_seconds(IMPORTS[name]))
+    imports = [Contender(name, lambda code=code: _run(code)) for name, code in IMPORTS.items()]
+    samples = interleave(imports, rounds, warm_ups=0, clock=_child_seconds)
     found = [Measurement("import in a fresh process", samples, 1.0, 1.05)]
     with tempfile.TemporaryDirectory() as folder:
         models.loramix.save_pretrained(folder)
@@ -39,12 +35,14 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
 
         contenders = [Contender("base", lambda: copy.deepcopy(models.base)), Contender("loramix", load)]
         times = interleave(contenders, rounds)
-    facts = json.loads(json.dumps({"base": "a copy of the base model's tensors"}))
+    facts = {"base": "a copy of the base model's tensors"}
     return [*found, Measurement("load a mixture onto its base model (base: copy its tensors)", times, facts=facts)]
 
 
-def _child_seconds(code: str) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def _run(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 6)
+
+
+def _child_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

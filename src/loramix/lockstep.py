@@ -121,11 +121,10 @@ class Lockstep:
             return None
         store = cast(RowCache, self._store)
         positions = inputs["position_ids"].expand(len(tokens), -1)
-        finished = self._finished  # by an earlier token: the one that ends a row is read as it is
         self._note()
         out, self._kind = self._way()(call, inputs, tokens, positions, store)
-        if self.ends is not None:
-            self._finished = finished | torch.isin(tokens[:, 0], self.ends)
+        if self.ends is not None:  # only now: the token that ends a row is read as it is
+            self._finished = self._finished | torch.isin(tokens[:, 0], self.ends)
         self._length += 1
         self.report.tokens += 1
         out.past_key_values = self.cache
@@ -200,25 +199,28 @@ class Lockstep:
             self.report.drafts += 1
             self.report.right += right
             self._pace.drafts.append(right)
-        guess = self._guess
         if known is None or not right:
-            reads = call if guess is None else self.model.base_model
+            reads = call if self._guess is None else self.model.base_model
             hidden, out = self._run(reads, tokens, positions, (slice(0, batch), slot))
-            next_ones = out.logits[:, -1].argmax(-1) if guess is None else guess(hidden[:, -1])
-            known = _Ahead(settings, tokens[:, 0], hidden, next_ones)
+            known = _Ahead(settings, tokens[:, 0], hidden, self._next(hidden, out))
             self.report.forwards += 1
         kind = self._pace.right if right else self._pace.wrong
         made = self._routing(known.hidden, inputs)
         both = torch.cat([known.next[:, None], tokens])
         places = torch.cat([positions + 1, positions])
         writes = ((slice(0, batch), slot + 1), (slice(batch, 2 * batch), slot))
-        to_head = None if guess is None else slice(batch, 2 * batch)
+        to_head = None if self._guess is None else slice(batch, 2 * batch)
         hidden, out = self._run(call, both, places, *writes, routing=self._beside(made), to_head=to_head)
         self.report.forwards += 1
-        next_ones = out.logits[:batch, -1].argmax(-1) if guess is None else guess(hidden[:batch, -1])
-        self._ahead = _Ahead(settings, known.next, hidden[:batch], next_ones)
+        self._ahead = _Ahead(settings, known.next, hidden[:batch], self._next(hidden[:batch], out))
         out.logits = out.logits[-batch:]
         return out, kind
+
+    def _next(self, hidden: Tensor, out: Any) -> Tensor:
+        """The scaling pass's guess of the token after each of its rows, which are the first in `out`."""
+        if self._guess is not None:
+            return self._guess(hidden[:, -1])
+        return out.logits[: len(hidden), -1].argmax(-1)
 
     def _fixed(
         self, call: Callable[..., Any], inputs: Mapping[str, Any], tokens: Tensor, positions: Tensor, store: RowCache
@@ -243,16 +245,13 @@ class Lockstep:
         if after is not None:
             self._sum = routing.scalings if self._sum is None else self._sum + routing.scalings
             if self.report.tokens + 1 == after:
-                self._kept = TensorRouting(
-                    self._sum / after, cast(Any, self.state.config).global_scaling_weight, self.state.layouts
-                )
+                self._kept = self.state.routing(self._sum / after)
         return routing
 
     def _beside(self, made: TensorRouting) -> TensorRouting:
         """The scaling pass's rows, with every expert at its value, before the mixture pass's."""
         value = cast(Any, self.state.config).scaling_pass_value
-        scalings = torch.cat([torch.full_like(made.scalings, value), made.scalings])
-        return TensorRouting(scalings, cast(Any, self.state.config).global_scaling_weight, self.state.layouts)
+        return self.state.routing(torch.cat([torch.full_like(made.scalings, value), made.scalings]))
 
     def _run(
         self,

@@ -89,6 +89,10 @@ class MixtureState:
             return self.fixed_routing(self.fixed)
         return ConstantRouting(1.0) if self.classifier is None else None
 
+    def routing(self, scalings: Tensor) -> TensorRouting:
+        """The routing of a mixture pass with these final scalings, its columns computed once a forward."""
+        return TensorRouting(scalings, cast(XLoraConfig, self.config).global_scaling_weight, self.layouts)
+
     def fixed_routing(self, scalings: Tensor) -> TensorRouting:
         """The routing of one pass with the same final scalings for every token."""
         assert isinstance(self.config, XLoraConfig)
@@ -127,7 +131,7 @@ class MixtureState:
         final = select(scalings, top_k=config.top_k_lora, renormalise=config.enable_softmax_topk)
         made = Made(logits, scalings, final, inputs, training)
         losses = [loss for hook in self.hooks if (loss := hook.made(made)) is not None]
-        return TensorRouting(final, config.global_scaling_weight, self.layouts), losses
+        return self.routing(final), losses
 
     def __getstate__(self) -> dict[str, Any]:
         """Hooks belong to whoever attached them; they do not travel, and neither does what was measured on the way."""

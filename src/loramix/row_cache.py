@@ -31,10 +31,13 @@ class RowLayer(CacheLayerMixin):
         self.window: int | None = getattr(mixed, "sliding_window", None)
         self.is_sliding = self.window is not None
         self.sources = base, mixed
-        pairs = [(cast(Tensor, one), cast(Tensor, other)) for one, other in _tensors(base, mixed)]
-        self.offset = mixed.get_seq_length() - pairs[0][0].shape[-2]
-        self.own_keys, self.own_values = (self._grown(torch.cat(pair)) for pair in pairs)
-        self._share(pairs[0][0].shape[-2])
+        keys, values = (
+            cast("tuple[Tensor, Tensor]", pair) for pair in ((base.keys, mixed.keys), (base.values, mixed.values))
+        )
+        kept = keys[0].shape[-2]
+        self.offset = mixed.get_seq_length() - kept
+        self.own_keys, self.own_values = self._grown(torch.cat(keys)), self._grown(torch.cat(values))
+        self._share(kept)
         self.is_initialized = True
 
     @staticmethod
@@ -45,10 +48,14 @@ class RowLayer(CacheLayerMixin):
         grown[:, :, :slots] = tensor
         return grown
 
+    def _halves(self) -> tuple[tuple[DynamicLayer, slice], ...]:
+        """Each pass's own layer, and its rows here."""
+        (base, mixed), batch = self.sources, len(self.own_keys) // 2
+        return (base, slice(0, batch)), (mixed, slice(batch, 2 * batch))
+
     def _share(self, slots: int) -> None:
         """Let the passes' own caches hold views of this store, for as long as it stands in for them: no copies."""
-        batch = len(self.own_keys) // 2
-        for layer, rows in zip(self.sources, (slice(0, batch), slice(batch, 2 * batch)), strict=True):
+        for layer, rows in self._halves():
             layer.keys, layer.values = self.own_keys[rows, :, :slots], self.own_values[rows, :, :slots]
 
     def _grow(self) -> None:
@@ -87,18 +94,13 @@ class RowLayer(CacheLayerMixin):
 
     def hand_back(self, length: int) -> None:
         """Give the passes' own caches what they would hold had they been filled all along."""
-        batch = len(self.own_keys) // 2
-        for layer, rows in zip(self.sources, (slice(0, batch), slice(batch, 2 * batch)), strict=True):
+        for layer, rows in self._halves():
             kept = slice(0, length - self.offset)
             if isinstance(layer, DynamicSlidingWindowLayer):
                 kept = slice(max(0, kept.stop - layer.sliding_window + 1), kept.stop)
                 layer.cumulative_length = length
             layer.keys = self.own_keys[rows, :, kept].clone()
             layer.values = self.own_values[rows, :, kept].clone()
-
-
-def _tensors(base: DynamicLayer, mixed: DynamicLayer) -> list[tuple[Tensor | None, Tensor | None]]:
-    return [(base.keys, mixed.keys), (base.values, mixed.values)]
 
 
 class Plan:
@@ -137,13 +139,12 @@ class RowCache(Cache):
             (rows, 1, 1, slots), or a mapping of attention kind to that where the model has several.
         """
         layers, writes = cast("list[RowLayer]", self.layers), self.plan.writes
-        kinds = {"sliding_attention" if layer.window is not None else "full_attention" for layer in layers}
-        if kinds == {"full_attention"} and self.mask is None and len(writes) == 1:
+        kinds = {"full_attention" if layer.window is None else "sliding_attention": layer for layer in layers}
+        if kinds.keys() == {"full_attention"} and self.mask is None and len(writes) == 1:
             return None
         slots = torch.cat([torch.full((rows.stop - rows.start,), slot, device=device) for rows, slot in writes])
         found: dict[str, Tensor] = {}
-        for kind in kinds:
-            layer = next(one for one in layers if (one.window is not None) == (kind == "sliding_attention"))
+        for kind, layer in kinds.items():
             start, stop = self.plan.start(layer), self.plan.stop
             places = torch.arange(start, stop, device=device)
             hidden = places > slots[:, None]

@@ -79,8 +79,10 @@ class Measurement:
         return spread([a / b for a, b in pairs if a is not None and b is not None])
 
 
-def interleave(contenders: Sequence[Contender], rounds: int, *, warm_ups: int = 1) -> Samples:
-    """CPU seconds of every contender in every round; the order turns from round to round."""
+def interleave(
+    contenders: Sequence[Contender], rounds: int, *, warm_ups: int = 1, clock: Callable[[], float] = time.process_time
+) -> Samples:
+    """CPU seconds of every contender in every round, by `clock`; the order turns from round to round."""
     for contender in [c for c in contenders for _ in range(warm_ups)]:
         contender.call()
     times: Samples = {contender.name: [] for contender in contenders}
@@ -91,16 +93,16 @@ def interleave(contenders: Sequence[Contender], rounds: int, *, warm_ups: int = 
             first = turn % len(contenders)
             for contender in (*contenders[first:], *contenders[:first]):
                 due = turn % contender.every == 0
-                times[contender.name].append(_cpu_seconds(contender.call) if due else None)
+                times[contender.name].append(_seconds(contender.call, clock) if due else None)
     finally:
         gc.enable()
     return times
 
 
-def _cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return round(time.process_time() - start, 6)
+    return round(clock() - start, 6)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -246,16 +246,20 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        _trainer_state(path)
         checkpoint.detect(path)
     except (OSError, ValueError, LoramixError):
         return False
-    return isinstance(state, dict)
+    return True
+
+
+def _trainer_state(folder: Path) -> dict[str, Any]:
+    return read_json_object(folder / "trainer_state.json")
 
 
 def is_finished(folder: Path, arguments: Any) -> bool:
     """Whether a checkpoint is the last one of a run with these arguments."""
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    state = _trainer_state(folder)
     if arguments.max_steps > 0:
         return state["global_step"] >= arguments.max_steps
     return (state["epoch"] or 0) >= arguments.num_train_epochs - 1e-6
@@ -263,7 +267,7 @@ def is_finished(folder: Path, arguments: Any) -> bool:
 
 def load_trained(model: PreTrainedModel, folder: Path, *, best: bool) -> Path:
     """Load the weights of a finished run's last checkpoint, or of its best one, and say which."""
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    state = _trainer_state(folder)
     chosen = Path(state["best_model_checkpoint"]) if best and state["best_model_checkpoint"] else folder
     model.load_state_dict(safetensors.torch.load_file(chosen / "model.safetensors"), strict=False)
     return chosen
