@@ -19,7 +19,7 @@ from loramix import checkpoint
 from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
 from loramix.hooks import Made, RoutingHook
 from loramix.methods import PeftMethods, layers_of
-from loramix.passes import attach
+from loramix.passes import observing
 from loramix.scalings import TensorRouting, override
 from loramix.single import single_adapter
 
@@ -143,16 +143,10 @@ class _Final(RoutingHook):
 @torch.no_grad()
 def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "L E"]:
     """The mean of a text's final scalings over its real tokens."""
-    hook, modes = _Final(), {module: module.training for module in model.modules()}
-    detach = attach(model, hook)
-    model.eval()
-    try:
-        inputs = {name: value.to(model.device) for name, value in prompt.items()}
+    hook = _Final()
+    inputs = {name: value.to(model.device) for name, value in prompt.items()}
+    with observing(model, hook):
         model(**inputs, use_cache=False)
-    finally:
-        detach()
-        for module, training in modes.items():
-            module.training = training
     mask, final = inputs.get("attention_mask"), hook.final
     if mask is None:
         mask = torch.ones(final.shape[:2])

@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import inspect
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
 from typing import Any, ClassVar, cast
@@ -172,6 +173,20 @@ def attach(model: nn.Module, hook: RoutingHook, *, alone: bool = False) -> Calla
         state.hooks = tuple(other for other in state.hooks if other is not hook)
 
     return detach
+
+
+@contextmanager
+def observing(model: nn.Module, hook: RoutingHook) -> Generator[None]:
+    """Inside, the hook takes part, and the model is in evaluation mode; then each module is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    detach = attach(model, hook)
+    model.eval()
+    try:
+        yield
+    finally:
+        detach()
+        for module, training in modes:
+            module.training = training
 
 
 class RoutedCheckpointing:

@@ -27,7 +27,7 @@ from loramix.config import XLoraConfig
 from loramix.errors import ConfigurationError, DataError
 from loramix.hooks import EXPERT_IDS, RoutingHook
 from loramix.model import XLoraModel
-from loramix.passes import attach
+from loramix.passes import observing
 from loramix.training.data import check_expert_ids, read_text
 from loramix.training.losses import IGNORED
 
@@ -166,15 +166,10 @@ class _Reader(RoutingHook):
 @torch.no_grad()
 def hidden_states(model: XLoraModel, batch: Mapping[str, Tensor]) -> Float[Tensor, "B S H"]:
     """What the router reads: the scaling pass's last hidden states of a batch, in evaluation mode."""
-    reader, was_training = _Reader(), model.training
-    detach = attach(model, reader)
-    model.eval()
-    try:
-        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
+    reader = _Reader()
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
+    with observing(model, reader):
         model.base_model(**inputs, use_cache=False)
-    finally:
-        detach()
-        model.train(was_training)
     return reader.hidden
 
 
