@@ -1,7 +1,8 @@
 """Greedy `generate` in lockstep against the two passes one after the other, where drafts are right and where not.
 
 The experts here are random, so how often the base model's draft is the mixture's token is set by the global scaling
-weight: 0 makes all drafts right, 1 nearly none.
+weight: 0 makes all drafts right, 1 nearly none. Several drafts a round are measured where half of them are right: that
+shows from which share on they are cheaper than one.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from typing import Any
 import torch
 
 from benchmarks.models import Models
+from loramix.pace import AHEAD
 from loramix.speed import Contender, Measurement, interleave
 
 LENGTH = 64
-CASES = {"drafts right": 0.0, "drafts wrong": 1.0}
+WEIGHTS = (0.0, 0.003, 0.02, 1.0)
+DRAFTS = (3, AHEAD)
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:
-    """Two measurements for each share of right drafts: all in lockstep, and as `generate` decides by itself."""
+    """One measurement for each share of right drafts: each way alone, and as `generate` decides by itself."""
     new, model = min(LENGTH, models.size.lengths[-1]), models.loramix
     found: list[Measurement] = []
     weight = model.get_global_scaling_weight()
-    for case, value in CASES.items():
+    for value in WEIGHTS:
         model.set_global_scaling_weight(value)
         model._loramix.paces.clear()
         reports: dict[str, Any] = {}
@@ -34,10 +37,15 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
 
             return Contender(name, call)
 
+        alone = contender("lockstep", model, lockstep=True)
+        alone.call()
+        share = reports["lockstep"].accepted
+        several = [contender(f"{k} drafts", model, lockstep=k) for k in DRAFTS if share > 0.5]
         contenders = [
             contender("base", models.base),
             contender("two passes", model, lockstep=False),
-            contender("lockstep", model, lockstep=True),
+            alone,
+            *several,
             contender("loramix", model),
         ]
         times = interleave(contenders, rounds, warm_ups=3)
@@ -49,9 +57,10 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
             "accepted": round(forced.accepted, 3),
             "forwards per token": round(forced.forwards_per_token, 3),
             "forwards per token, by itself": round(chosen.forwards_per_token, 3),
+            "ways, by itself": dict(chosen.rounds),
             "against": "two passes",
         }
-        found.append(Measurement(f"generate {new} tokens, {case}", times, limit, facts=facts))
+        found.append(Measurement(f"generate {new} tokens, experts × {value:g}", times, limit, facts=facts))
     model.set_global_scaling_weight(weight)
     return found
 

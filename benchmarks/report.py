@@ -65,7 +65,10 @@ states (B, S, H).
 
 NOTES = {
     "lockstep": """Greedy, against the same mixture's two passes one after the other. The experts are random, and the
-global scaling weight says how near the mixture is to its base model, whose drafts are asked for.
+global scaling weight says how near the mixture is to its base model, whose drafts are asked for. `lockstep` runs the
+scaling pass one token ahead in the same forward; with k drafts it runs k tokens ahead before one forward of the mixture
+pass over all of them. By itself, `generate` takes whichever it measures to be the cheapest, and its own text where that
+repeats itself, as that of random models does often.
 
 """,
     "demo": """Greedy, 128 tokens after a prompt of each domain; base is the demo's base model (H 256).
@@ -135,13 +138,15 @@ def table(measured: Sequence[Measurement]) -> str:
 def drafts(measured: Sequence[Measurement]) -> str:
     """What lockstep did, one row for each measurement."""
     half = any("bfloat16" in m.facts for m in measured)
-    heads = ("work", "right drafts", "forwards / token", "lockstep / two passes", "by itself / two passes")
+    ways = list(dict.fromkeys(way for m in measured for way in m.samples if way not in ("base", "two passes")))
+    ways.sort(key=lambda way: way == "loramix")
+    names = [f"{'by itself' if way == 'loramix' else way} / two passes" for way in ways]
+    heads = ("work", "right drafts", "forwards / token", *names)
     rows = [(*heads, "same tokens in bfloat16") if half else heads]
     rows.append(tuple("---" for _ in rows[0]))
     for m in measured:
-        forced = _ratio(m.ratio("lockstep", to="two passes")) if "lockstep" in m.samples else ""
-        chosen = _ratio(m.ratio("loramix", to="two passes"))
-        row = (m.work, f"{m.facts['accepted']:.1%}", f"{m.facts['forwards per token']:.2f}", forced, chosen)
+        ratios = [_ratio(m.ratio(way, to="two passes")) if way in m.samples else "" for way in ways]
+        row = (m.work, f"{m.facts['accepted']:.1%}", f"{m.facts['forwards per token']:.2f}", *ratios)
         rows.append((*row, f"{m.facts['bfloat16']} of {m.facts['new']}") if half else row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -40,7 +40,7 @@ ROUNDS = {
     "forward": 61,
     "decode": 101,
     "generate": 17,
-    "lockstep": 13,
+    "lockstep": 9,
     "demo": 9,
     "growth": 9,
     "length": 41,

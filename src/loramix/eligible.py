@@ -28,7 +28,7 @@ WINDOWS = frozenset({"full_attention", "sliding_attention"})
 
 
 def why_not_this_generation(
-    model: Any, state: MixtureState, wanted: bool | None, generation_config: Any, cache: Any
+    model: Any, state: MixtureState, wanted: object, generation_config: Any, cache: Any
 ) -> str | None:
     """The reason against lockstep that holds for a whole generation; None where there is none.
 

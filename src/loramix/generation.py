@@ -7,18 +7,9 @@ from typing import Any, cast
 from torch import Tensor
 
 from loramix.eligible import why_not_this_generation
-from loramix.lockstep import (
-    Lockstep,
-    LockstepReport,
-    asked,
-    decoding,
-    paused,
-    request,
-    session_of,
-    tell,
-    wanted_by,
-)
+from loramix.lockstep import Lockstep, LockstepReport, Wanted, check_wanted
 from loramix.methods import PeftMethods
+from loramix.sessions import asked, decoding, paused, request, session_of, tell, wanted_by
 
 
 class LockstepMethods(PeftMethods):
@@ -33,18 +24,25 @@ class LockstepMethods(PeftMethods):
                 return out
         return super().__call__(*args, **kwargs)  # pyright: ignore
 
-    def generate(self, *args: Any, lockstep: bool | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, lockstep: Wanted = None, **kwargs: Any) -> Any:
         """transformers' `generate`, with both passes in one forward per token where that is exact and pays.
 
         Args:
             *args: as for the base model.
-            lockstep: True: wherever it is exact; False: never; None: what `generation_config.lockstep` says, else
-                while it is measured to be the cheaper way. The text is the same.
+            lockstep: True: the scaling pass runs one token ahead in the same forward, wherever that is exact; a number
+                k > 1: it runs k tokens ahead, before one forward of the mixture pass over all of them; "lookup": where
+                the text repeats itself its own words are the drafts, elsewhere as True; False: the passes run one after
+                the other; None: what `generation_config.lockstep` says, else each way while it is measured to be the
+                cheapest. The text is the same.
             **kwargs: as for the base model.
 
         Returns:
             What the base model's `generate` returns; `lockstep_report` then says how it went.
+
+        Raises:
+            ConfigurationError: `lockstep` is none of these.
         """
+        check_wanted(lockstep)
         with asked(lockstep) as call:
             out = super().generate(*args, **kwargs)  # pyright: ignore
         report = call.report or LockstepReport(reason="only greedy decoding and sampling can")
@@ -63,6 +61,7 @@ class LockstepMethods(PeftMethods):
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         call, state, cache = super()._sample, self._loramix, kwargs.get("past_key_values")  # pyright: ignore
         wanted = wanted_by(generation_config, request().wanted)
+        check_wanted(wanted)
         reason = why_not_this_generation(self, state, wanted, generation_config, cache)
         if reason is not None:
             request().report = LockstepReport(reason=reason)
@@ -71,7 +70,8 @@ class LockstepMethods(PeftMethods):
         seen = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         seen = seen or state.hooks or state.log.enabled
         ends = None if seen else getattr(generation_config, "_eos_token_tensor", None)
-        session = Lockstep(self, state, wanted, cache, ends)
+        stop = getattr(generation_config, "max_length", None)
+        session = Lockstep(self, state, wanted, cache, input_ids, stop=stop, ends=ends)
         request().report = session.report
         with decoding(session):
             return call(input_ids, *args, generation_config=generation_config, **kwargs)

@@ -10,33 +10,41 @@ decides about work, never about text.
 Both passes write into one store of keys and values by row and slot. A wrong draft's slot is written again, so nothing
 is cropped, and windows of attention, counted in slots, stay what they are.
 
-Whether that pays depends on the machine (how much more two rows cost than one), the vocabulary (a draft needs the
-head), and the text (how often drafts are right). It is measured while it runs, and the cheaper way is taken.
+Where more rows of a matrix product cost little more than two, as on many a CPU, it is cheaper to run the scaling pass
+k tokens ahead, one after the other, and then the mixture pass over all k + 1 tokens at once. And where the text has
+said before what it says now, its own words are drafts that cost nothing: each pass reads them in one forward. What
+the mixture pass has read ahead is served as long as it is what is chosen.
 
-B, T: batch, tokens so far. E: experts. L: adapted layers.
+Which way is the cheapest depends on the machine, the vocabulary (a draft needs the head), and the text (how often
+drafts are right). It is measured while it runs (`pace.py`).
+
+B, T: batch, tokens so far. k: drafts. E: experts. L: adapted layers. V: vocabulary.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from loramix.cache import TwoPassCache
+from loramix.config import XLoraConfig
 from loramix.draft_head import DraftHead
 from loramix.eligible import why_not_this_token
-from loramix.pace import Pace
+from loramix.errors import ConfigurationError
+from loramix.pace import AHEAD, Pace, Way
 from loramix.passes import MixtureState
 from loramix.row_cache import RowCache
 from loramix.scalings import Routing, TensorRouting, Watched, override
+from loramix.window import Repeats, Window
+
+Wanted = bool | int | Literal["lookup"] | None
+"""How `generate` is to decode: see `LockstepMethods.generate`."""
 
 
 @dataclass
@@ -48,6 +56,7 @@ class LockstepReport:
         forwards: of the backbone, for either pass or for both at once.
         drafts: that were compared with the token which was chosen.
         right: of them, those that were it, in every row.
+        rounds: how often each way was taken (`pace.Way`).
         reason: why the two passes went one after the other all along, where they did.
     """
 
@@ -55,11 +64,12 @@ class LockstepReport:
     forwards: int = 0
     drafts: int = 0
     right: int = 0
+    rounds: Counter[str] = field(default_factory=Counter)
     reason: str | None = None
 
     @property
     def forwards_per_token(self) -> float:
-        """2 without lockstep; 1 + the share of wrong drafts with it."""
+        """2 one pass after the other; 1 + the share of wrong drafts in lockstep; less where the text repeats."""
         return self.forwards / self.tokens if self.tokens else float("nan")
 
     @property
@@ -68,10 +78,19 @@ class LockstepReport:
         return self.right / self.drafts if self.drafts else float("nan")
 
 
+class _Token(NamedTuple):
+    """What is to be read: one token of each row."""
+
+    call: Callable[..., Any]  # the model's own forward
+    inputs: Mapping[str, Any]  # its arguments
+    ids: Tensor  # (B, 1)
+    positions: Tensor  # (B, 1)
+
+
 class _Ahead(NamedTuple):
     """What the scaling pass knows one token ahead: the hidden states of its draft, and the draft after it."""
 
-    settings: tuple[float, float]  # what it has read it with: the scaling pass's value, and g
+    settings: tuple[object, ...]  # what it has read it with
     token: Tensor  # (B,): what it has read
     hidden: Tensor  # (B, 1, H)
     next: Tensor  # (B,): its guess of what follows
@@ -83,25 +102,39 @@ class Lockstep:
     Args:
         model: the mixture.
         state: its state.
-        wanted: True: as far as it is exact; None: also only while it pays; False: not at all, but the routing may be
-            fixed after some tokens.
+        wanted: as `generate` takes it; False: not at all, but the routing may be fixed after some tokens.
         cache: the one that this generation fills; calls with another one are left to the model.
+        text: (B, T) the prompt.
+        stop: the number of tokens at which the generation ends; None if that is not known.
         ends: token ids after which a row is finished, and what its passes read does not matter any more; None where
             somebody could see it.
     """
 
-    def __init__(self, model: Any, state: MixtureState, wanted: bool | None, cache: Any, ends: Tensor | None) -> None:
-        self.model, self.state, self.wanted, self.cache, self.ends = model, state, wanted, cache, ends
+    def __init__(
+        self,
+        model: Any,
+        state: MixtureState,
+        wanted: Wanted,
+        cache: Any,
+        text: Tensor,
+        *,
+        stop: int | None = None,
+        ends: Tensor | None = None,
+    ) -> None:
+        self.model, self.state, self.wanted, self.cache = model, state, wanted, cache
+        self.text, self.stop, self.ends = text, stop, ends
         self.report = LockstepReport()
         self._store: RowCache | None = None
         self._length = 0
         self._ahead: _Ahead | None = None
+        self._window: Window | None = None
+        self._repeats: Repeats | None = None
         self._sum: Tensor | None = None  # of the scalings, while they are to be fixed
         self._kept: TensorRouting | None = None  # their mean, once they are
         self._finished = torch.zeros(())
         self._pace = Pace()
         self._guess: DraftHead | None = None
-        self._began = 0.0  # when the last token began
+        self._began = 0.0  # when the last round began
         self._kind: deque[float] | None = None  # where its seconds belong
 
     def step(self, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
@@ -119,10 +152,12 @@ class Lockstep:
         if tokens.shape[1:] != (1,) or (self._store is None and not self._begin(inputs)):
             self.end()
             return None
-        store = cast(RowCache, self._store)
-        positions = inputs["position_ids"].expand(len(tokens), -1)
-        self._note()
-        out, self._kind = self._way()(call, inputs, tokens, positions, store)
+        if self._repeats is not None:
+            self._repeats.add(int(tokens))
+        out = self._served(tokens)
+        if out is None:
+            self._note()
+            out = self._read(_Token(call, inputs, tokens, inputs["position_ids"].expand(len(tokens), -1)))
         if self.ends is not None:  # only now: the token that ends a row is read as it is
             self._finished = self._finished | torch.isin(tokens[:, 0], self.ends)
         self._length += 1
@@ -140,7 +175,7 @@ class Lockstep:
             self.cache.torn = False
             if self._kept is not None:
                 self.cache.separate()
-        self._store = self._ahead = self._kind = None
+        self._store = self._ahead = self._window = self._kind = None
 
     def _begin(self, inputs: Mapping[str, Any]) -> bool:
         self.report.reason = why_not_this_token(self.model, self.state, inputs)
@@ -154,6 +189,8 @@ class Lockstep:
         self._finished = torch.zeros(batch, dtype=torch.bool, device=inputs["input_ids"].device)
         self._pace = self.state.paces.setdefault(batch, Pace())
         self._guess = self._draft_head()
+        if batch == 1 and self.wanted in (None, "lookup"):
+            self._repeats = Repeats(self.text[0, : self._length].tolist())
         cache.torn = True
         return True
 
@@ -168,53 +205,133 @@ class Lockstep:
         return kept[1]
 
     def _note(self) -> None:
-        """How long the last token took, from its beginning to this one's."""
+        """How long the last round took, from its beginning to this one's."""
         now = time.perf_counter()
         if self._kind is not None:
             self._kind.append(now - self._began)
         self._began = now
 
-    def _apart(
-        self, call: Callable[..., Any], inputs: Mapping[str, Any], tokens: Tensor, positions: Tensor, store: RowCache
-    ) -> tuple[Any, deque[float] | None]:
-        """The scaling pass, without the head, then the mixture pass."""
-        batch, slot, self._ahead = store.batch, self._length, None
-        hidden = self._run(self.model.base_model, tokens, positions, (slice(0, batch), slot))[0]
-        routing = self._routing(hidden, inputs)
-        out = self._run(call, tokens, positions, (slice(batch, 2 * batch), slot), routing=routing)[1]
-        self.report.forwards += 2
-        return out, self._pace.apart
+    def _judge(self, outcomes: deque[bool], right: bool) -> None:
+        """A draft was compared with the token that was chosen."""
+        outcomes.append(right)
+        self.report.drafts += 1
+        self.report.right += right
 
-    def _together(
-        self, call: Callable[..., Any], inputs: Mapping[str, Any], tokens: Tensor, positions: Tensor, store: RowCache
-    ) -> tuple[Any, deque[float] | None]:
+    def _served(self, tokens: Tensor) -> Any:
+        """The answer for tokens that were read ahead; None where they were not."""
+        window, self._window = self._window, None
+        if window is None or window.settings != self._settings():
+            return None
+        right = window.agrees(tokens[:, 0], self._finished)
+        self._judge(window.outcomes, right)
+        if not right:
+            return None
+        out, scalings = window.serve()
+        self.state.show(scalings)
+        self._window = None if window.is_used_up else window
+        return out
+
+    def _read(self, token: _Token) -> Any:
+        """Read what was not read ahead: a round, in one of the ways."""
+        store = cast(RowCache, self._store)
+        way, drafts = self._way()
+        self.report.rounds[way] += 1
+        if way != "together":
+            self._ahead = None
+        match way:
+            case "fixed":
+                rows = (slice(store.batch, 2 * store.batch), self._length)
+                self._kind = None
+                return self._run(token.call, token.ids, token.positions, rows, routing=self._kept)[1]
+            case "together":
+                return self._together(token, store)
+            case "lookup":
+                self._kind = self._pace.lookup if len(drafts) == AHEAD else None
+                return self._mix(token, store, *self._guided(token, store, drafts), self._pace.found)
+            case "ahead":
+                self._kind = self._pace.ahead if len(drafts) == AHEAD else None
+            case "apart":
+                self._kind = self._pace.apart
+        return self._mix(token, store, *self._alone(token, store, len(drafts)), self._pace.drafts)
+
+    def _way(self) -> tuple[Way | Literal["fixed"], Sequence[int]]:
+        """How to read the next token, and with which drafts; where the model makes them only their number counts."""
+        if self._kept is not None:
+            return "fixed", ()
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        room = AHEAD if longest is None else longest - 1 - self._length  # drafts stand before the last position
+        left = room if self.stop is None else min(room, self.stop - 2 - self._length)  # and are not read in vain
+        state, wanted = self.state, self.wanted
+        watched = bool(state.hooks) or state.log.enabled or state.fixed_after is not None
+        most = wanted if isinstance(wanted, int) else AHEAD
+        count = 0 if watched else max(0, min(left, most))
+        repeated = self._repeats.drafts(count) if self._repeats is not None else ()
+        if wanted is None:
+            way = self._pace.choose(windows=count > 0, repeats=bool(repeated))
+        elif wanted == "lookup":
+            way = "lookup" if repeated else "together"
+        elif wanted is False:
+            way = "apart"
+        else:
+            way = "ahead" if count > 1 else "together"
+        if way == "together" and room < 1:
+            way = "apart"
+        return way, repeated if way == "lookup" else range(count) if way == "ahead" else ()
+
+    def _alone(self, token: _Token, store: RowCache, count: int) -> tuple[Tensor, Tensor]:
+        """The scaling pass of the token, and of `count` drafts of its own: these, and the hidden states at all."""
+        rows, read, seen = slice(0, store.batch), [token.ids], []
+        for i in range(count + 1):
+            needs_logits = i < count and self._guess is None
+            reads = token.call if needs_logits else self.model.base_model
+            hidden, out = self._run(reads, read[-1], token.positions + i, (rows, self._length + i))
+            seen.append(hidden)
+            if i < count:
+                read.append(self._next(hidden, out)[:, None])
+        return torch.cat(read[1:], 1) if count else token.ids[:, :0], torch.cat(seen, 1)
+
+    def _guided(self, token: _Token, store: RowCache, drafts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The scaling pass of the token and of drafts that are known, in one forward."""
+        ids = token.ids.new_tensor([drafts])
+        both = torch.cat([token.ids, ids], 1)
+        return ids, self._run(self.model.base_model, both, _places(token, both), (slice(0, 1), self._length))[0]
+
+    def _mix(self, token: _Token, store: RowCache, drafts: Tensor, hidden: Tensor, outcomes: deque[bool]) -> Any:
+        """The mixture pass of the token and of the drafts after it."""
+        batch = store.batch
+        routing = self._routing(hidden, token.inputs)
+        both = torch.cat([token.ids, drafts], 1)
+        out = self._run(
+            token.call, both, _places(token, both), (slice(batch, 2 * batch), self._length), routing=routing
+        )[1]
+        if drafts.shape[1]:
+            self._window = Window(drafts, out, cast(Tensor, self.state.latest), outcomes, self._settings())
+            out, scalings = self._window.serve()
+            self.state.show(scalings)
+        return out
+
+    def _together(self, token: _Token, store: RowCache) -> Any:
         """The scaling pass of the draft of the next token beside the mixture pass of this one."""
-        batch, slot, known = store.batch, self._length, self._ahead
-        config = cast(Any, self.state.config)
-        settings = config.scaling_pass_value, config.global_scaling_weight
-        if known is not None and known.settings != settings:
+        batch, slot, known, tokens = store.batch, self._length, self._ahead, token.ids
+        if known is not None and known.settings != self._settings():
             known = None
         right = known is not None and bool(((known.token == tokens[:, 0]) | self._finished).all())
         if known is not None:
-            self.report.drafts += 1
-            self.report.right += right
-            self._pace.drafts.append(right)
+            self._judge(self._pace.drafts, right)
         if known is None or not right:
-            reads = call if self._guess is None else self.model.base_model
-            hidden, out = self._run(reads, tokens, positions, (slice(0, batch), slot))
-            known = _Ahead(settings, tokens[:, 0], hidden, self._next(hidden, out))
-            self.report.forwards += 1
-        kind = self._pace.right if right else self._pace.wrong
-        made = self._routing(known.hidden, inputs)
+            reads = token.call if self._guess is None else self.model.base_model
+            hidden, out = self._run(reads, tokens, token.positions, (slice(0, batch), slot))
+            known = _Ahead(self._settings(), tokens[:, 0], hidden, self._next(hidden, out))
+        self._kind = self._pace.right if right else self._pace.wrong
+        made = self._routing(known.hidden, token.inputs)
         both = torch.cat([known.next[:, None], tokens])
-        places = torch.cat([positions + 1, positions])
+        places = torch.cat([token.positions + 1, token.positions])
         writes = ((slice(0, batch), slot + 1), (slice(batch, 2 * batch), slot))
         to_head = None if self._guess is None else slice(batch, 2 * batch)
-        hidden, out = self._run(call, both, places, *writes, routing=self._beside(made), to_head=to_head)
-        self.report.forwards += 1
-        self._ahead = _Ahead(settings, known.next, hidden[:batch], self._next(hidden[:batch], out))
+        hidden, out = self._run(token.call, both, places, *writes, routing=self._beside(made), to_head=to_head)
+        self._ahead = _Ahead(known.settings, known.next, hidden[:batch], self._next(hidden[:batch], out))
         out.logits = out.logits[-batch:]
-        return out, kind
+        return out
 
     def _next(self, hidden: Tensor, out: Any) -> Tensor:
         """The scaling pass's guess of the token after each of its rows, which are the first in `out`."""
@@ -222,22 +339,17 @@ class Lockstep:
             return self._guess(hidden[:, -1])
         return out.logits[: len(hidden), -1].argmax(-1)
 
-    def _fixed(
-        self, call: Callable[..., Any], inputs: Mapping[str, Any], tokens: Tensor, positions: Tensor, store: RowCache
-    ) -> tuple[Any, deque[float] | None]:
-        """The mixture pass alone, with the scalings that each row has kept."""
-        rows = (slice(store.batch, 2 * store.batch), self._length)
-        out = self._run(call, tokens, positions, rows, routing=cast(TensorRouting, self._kept))[1]
-        self.report.forwards += 1
-        return out, None
-
-    def _way(self) -> Callable[..., tuple[Any, deque[float] | None]]:
-        if self._kept is not None:
-            return self._fixed
-        together = self._pace.choose() if self.wanted is None else self.wanted
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        ends = positions is not None and self._length + 1 >= positions  # a draft would stand behind the last position
-        return self._together if together and not ends else self._apart
+    def _settings(self) -> tuple[object, ...]:
+        """What tokens are read with, and may be changed by hand between them."""
+        config = cast(XLoraConfig, self.state.config)
+        return (
+            config.scaling_pass_value,
+            config.global_scaling_weight,
+            config.top_k_lora,
+            config.enable_softmax,
+            config.enable_softmax_topk,
+            config.softmax_temperature,
+        )
 
     def _routing(self, hidden: Tensor, inputs: Mapping[str, Any]) -> TensorRouting:
         routing = self.state.mixture_pass(hidden, inputs, False)[0]
@@ -250,7 +362,7 @@ class Lockstep:
 
     def _beside(self, made: TensorRouting) -> TensorRouting:
         """The scaling pass's rows, with every expert at its value, before the mixture pass's."""
-        value = cast(Any, self.state.config).scaling_pass_value
+        value = cast(XLoraConfig, self.state.config).scaling_pass_value
         return self.state.routing(torch.cat([torch.full_like(made.scalings, value), made.scalings]))
 
     def _run(
@@ -264,7 +376,7 @@ class Lockstep:
     ) -> tuple[Tensor, Any]:
         """One forward over some of the rows: the last hidden states, and what the model returned for `to_head`."""
         store = cast(RowCache, self._store)
-        store.write(*writes)
+        store.write(self._length, tokens.shape[1], *writes)
         watched = Watched(routing or self.state.scaling_pass(), to_head)
         with override(self.state, lambda: watched):
             out = call(
@@ -275,83 +387,21 @@ class Lockstep:
                 use_cache=True,
                 return_dict=True,
             )
+        self.report.forwards += 1
         return cast(Tensor, watched.hidden), out
 
 
-@dataclass
-class Request:
-    """One call of `generate`.
-
-    Attributes:
-        wanted: lockstep (True), two passes (False), or neither said (None).
-        report: how it decodes; None where transformers takes a way of its own, such as beams.
-    """
-
-    wanted: bool | None = None
-    report: LockstepReport | None = None
+def _places(token: _Token, ids: Tensor) -> Tensor:
+    """(B, n): the positions of the token and of those after it."""
+    return token.positions + torch.arange(ids.shape[1], device=ids.device)
 
 
-class _Current(threading.local):
-    def __init__(self) -> None:
-        self.session: Lockstep | None = None
-        self.request = Request()
-
-
-_current = _Current()
-
-
-def session_of(state: MixtureState) -> Lockstep | None:
-    """The generation of this thread that decodes a model in lockstep."""
-    session = _current.session
-    return session if session is not None and session.state is state else None
-
-
-@contextmanager
-def decoding(session: Lockstep) -> Generator[None]:
-    """Inside, in this thread, the session reads single tokens in the model's place."""
-    outer, _current.session = _current.session, session
-    try:
-        yield
-    finally:
-        _current.session = outer
-        session.end()
-
-
-@contextmanager
-def paused() -> Generator[None]:
-    """Inside, the model's forward is its own."""
-    outer, _current.session = _current.session, None
-    try:
-        yield
-    finally:
-        _current.session = outer
-
-
-@contextmanager
-def asked(wanted: bool | None) -> Generator[Request]:
-    """Inside, in this thread, `generate` runs, and was asked for lockstep or not."""
-    outer, _current.request = _current.request, Request(wanted)
-    try:
-        yield _current.request
-    finally:
-        _current.request = outer
-
-
-def request() -> Request:
-    """The innermost call of `generate` in this thread."""
-    return _current.request
-
-
-def wanted_by(generation_config: Any, wanted: bool | None) -> bool | None:
-    """What the call asked for, else what the generation's configuration says."""
-    return getattr(generation_config, "lockstep", None) if wanted is None else wanted
-
-
-_told: set[str] = set()
-
-
-def tell(reason: str, asked_for: str = "lockstep=True") -> None:
-    """Say once why what was asked for did not happen."""
-    if reason not in _told:
-        _told.add(reason)
-        warnings.warn(f"{asked_for}, but the two passes run one after the other: {reason}.", stacklevel=3)
+def check_wanted(wanted: object) -> None:
+    """Raises ConfigurationError: nothing that `lockstep` may be."""
+    if wanted is None or wanted == "lookup" or (isinstance(wanted, int) and wanted >= 0):
+        return
+    raise ConfigurationError(
+        "lockstep is True, False, None, a number of drafts, or 'lookup'.",
+        received=f"lockstep={wanted!r}",
+        remedy="leave it out: the cheapest way is found while the text is made",
+    )

@@ -134,6 +134,10 @@ class MixtureState:
         losses = [loss for hook in self.hooks if (loss := hook.made(made)) is not None]
         return self.routing(final), losses
 
+    def show(self, scalings: Float[Tensor, "B S #L E"]) -> None:
+        """Let these be the scalings of the last forward: of tokens that were read ahead, those that are served."""
+        self._latest = scalings
+
     def __getstate__(self) -> dict[str, Any]:
         """Hooks belong to whoever attached them; they do not travel, and neither does what was measured on the way."""
         return self.__dict__ | {"hooks": (), "paces": {}, "report": None, "draft_head": None}

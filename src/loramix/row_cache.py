@@ -1,7 +1,7 @@
 """Keys and values of both passes in one store, by row and slot, for forwards that run both at once.
 
-A row of the scaling pass and its row of the mixture pass stand at different tokens, and a slot that a wrong draft wrote
-is written again: so each forward says where its rows write, and masks say what they see. Slots are counted as the two
+A row of the scaling pass and its row of the mixture pass stand at different tokens, and slots that wrong drafts wrote
+are written again: so each forward says where its rows write, and masks say what they see. Slots are counted as the two
 passes' own caches count them, so that windows of attention are the same.
 
 B: batch; rows 0 … B-1 are the scaling pass's, rows B … 2 B - 1 the mixture pass's.
@@ -59,12 +59,12 @@ class RowLayer(CacheLayerMixin):
             layer.keys, layer.values = self.own_keys[rows, :, :slots], self.own_values[rows, :, :slots]
 
     def _grow(self) -> None:
-        """A chunk more; slots that have left the window are dropped."""
-        first = self.plan.start(self)
+        """A chunk more; slots that have left the window of both passes are dropped."""
+        first = self.plan.start(self, self.plan.length)
         old = slice(first - self.offset, None)
         self.own_keys, self.own_values = self._grown(self.own_keys[:, :, old]), self._grown(self.own_values[:, :, old])
         self.offset = first
-        self._share(self.plan.stop - 1 - first)
+        self._share(self.plan.length - first)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the prompt has been read."""
@@ -75,15 +75,15 @@ class RowLayer(CacheLayerMixin):
             self._grow()
         given = 0
         for rows, slot in plan.writes:
-            count = rows.stop - rows.start
-            self.own_keys[rows, :, slot - self.offset] = key_states[given : given + count, :, 0]
-            self.own_values[rows, :, slot - self.offset] = value_states[given : given + count, :, 0]
+            count, slots = rows.stop - rows.start, slice(slot - self.offset, slot - self.offset + plan.tokens)
+            self.own_keys[rows, :, slots] = key_states[given : given + count]
+            self.own_values[rows, :, slots] = value_states[given : given + count]
             given += count
         seen = slice(plan.start(self) - self.offset, plan.stop - self.offset)
         return self.own_keys[plan.rows, :, seen], self.own_values[plan.rows, :, seen]
 
     def get_seq_length(self) -> int:
-        return self.plan.stop - 1
+        return self.plan.stop - self.plan.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         start = self.plan.start(self)
@@ -104,15 +104,28 @@ class RowLayer(CacheLayerMixin):
 
 
 class Plan:
-    """Which rows the next forward has, where they write, and up to which slot they look."""
+    """Which rows the next forward has, where they write how many tokens, and which slots they look at.
+
+    Attributes:
+        rows: of the store.
+        writes: each run of them, and the slot of its first token.
+        tokens: of each row.
+        first: the first slot that is written.
+        stop: the slot after the last one.
+        length: tokens that both passes have read for good.
+    """
 
     rows: slice
     writes: tuple[tuple[slice, int], ...]
+    tokens: int
+    first: int
     stop: int
+    length: int
 
-    def start(self, layer: RowLayer) -> int:
-        """The first slot that any row of the forward may see."""
-        return layer.offset if layer.window is None else max(layer.offset, self.stop - layer.window - 1)
+    def start(self, layer: RowLayer, slot: int | None = None) -> int:
+        """The first slot that the token at `slot` may see; that any token of the forward may see, if that is None."""
+        slot = self.first if slot is None else slot
+        return layer.offset if layer.window is None else max(layer.offset, slot - layer.window + 1)
 
 
 class RowCache(Cache):
@@ -127,36 +140,45 @@ class RowCache(Cache):
         )
         super().__init__(layers=[RowLayer(one, other, self.plan) for one, other in pairs])
 
-    def write(self, *writes: tuple[slice, int]) -> None:
-        """Where the next forward writes: for each run of rows the slot of its token."""
-        self.plan.writes, self.plan.rows = writes, slice(writes[0][0].start, writes[-1][0].stop)
-        self.plan.stop = max(slot for _, slot in writes) + 1
+    def write(self, length: int, tokens: int, *writes: tuple[slice, int]) -> None:
+        """Say what the next forward writes.
+
+        Args:
+            length: tokens that both passes have read for good.
+            tokens: of each row.
+            *writes: for each run of rows the slot of its first token.
+        """
+        plan, slots = self.plan, [slot for _, slot in writes]
+        plan.length = length
+        plan.writes, plan.rows = writes, slice(writes[0][0].start, writes[-1][0].stop)
+        plan.tokens, plan.first, plan.stop = tokens, min(slots), max(slots) + tokens
 
     def masks(self, dtype: torch.dtype, device: torch.device) -> Any:
         """Additive masks of the next forward, as transformers' models take them; None where each row sees each slot.
 
         Returns:
-            (rows, 1, 1, slots), or a mapping of attention kind to that where the model has several.
+            (rows, 1, tokens, slots), or a mapping of attention kind to that where the model has several.
         """
         layers, writes = cast("list[RowLayer]", self.layers), self.plan.writes
         kinds = {"full_attention" if layer.window is None else "sliding_attention": layer for layer in layers}
-        if kinds.keys() == {"full_attention"} and self.mask is None and len(writes) == 1:
+        if kinds.keys() == {"full_attention"} and self.mask is None and len(writes) == self.plan.tokens == 1:
             return None
-        slots = torch.cat([torch.full((rows.stop - rows.start,), slot, device=device) for rows, slot in writes])
+        firsts = torch.cat([torch.full((rows.stop - rows.start,), slot, device=device) for rows, slot in writes])
+        slots = firsts[:, None, None] + torch.arange(self.plan.tokens, device=device)[:, None]
         found: dict[str, Tensor] = {}
         for kind, layer in kinds.items():
             start, stop = self.plan.start(layer), self.plan.stop
             places = torch.arange(start, stop, device=device)
-            hidden = places > slots[:, None]
+            hidden = places > slots
             if layer.window is not None:
-                hidden = hidden | (places <= slots[:, None] - layer.window)
+                hidden = hidden | (places <= slots - layer.window)
             if self.mask is not None:
                 padding = (
                     torch.nn.functional.pad(self.mask, (0, stop - self.mask.shape[1]), value=1)[:, start:stop] == 0
                 )
-                hidden = hidden | padding.repeat(len(slots) // self.batch, 1)
+                hidden = hidden | padding.repeat(len(slots) // self.batch, 1)[:, None]
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-            found[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+            found[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
         return found if len(found) > 1 else next(iter(found.values()))
 
     def hand_back(self, length: int) -> None:

@@ -20,10 +20,11 @@ from generation.test_exactness import PADDING, generated, ids_with_padding
 from laws.mixtures import mixture
 from loramix.draft_head import DraftHead
 from loramix.eligible import MODELS, why_not_this_generation
+from loramix.errors import ConfigurationError
 from loramix.hooks import RoutingHook
 from loramix.lockstep import LockstepReport
-from loramix.pace import Pace
 from loramix.passes import attach
+from loramix.window import Repeats
 from tiny import save_expert, save_experts, tokens
 
 LONG = 24
@@ -66,6 +67,89 @@ def test_the_tokens_are_those_of_two_passes(mode: str, drafts: Any) -> None:
     assert report.tokens == new - (mode != "in chunks")  # the prompt gave the first, or its last chunk was read so
     assert report.forwards == 1 + report.tokens + report.drafts - report.right
     assert report.drafts == report.tokens - 1
+    for wanted in (3, "lookup"):
+        assert torch.equal(generated(drafts, lockstep=wanted, **inputs), expected)
+        report = report_of(drafts)
+        assert report.tokens == new - (mode != "in chunks")
+        assert report.rounds["ahead" if wanted == 3 else "together"]
+
+
+def test_a_round_ahead_costs_a_scaling_pass_for_each_token_and_one_mixture_pass(of_llama: Any) -> None:
+    of_llama.set_global_scaling_weight(0.0)
+    generated(of_llama, input_ids=tokens(1), max_new_tokens=LONG + 1, lockstep=5)
+    report = report_of(of_llama)
+    assert report.accepted == 1.0
+    assert report.tokens == LONG
+    assert dict(report.rounds) == {"ahead": LONG // 6}
+    assert report.forwards == 7 * (LONG // 6)
+    generated(of_llama, input_ids=tokens(1), max_new_tokens=LONG, lockstep=5)  # the last round reads nothing in vain
+    assert report_of(of_llama).forwards == 7 * (LONG // 6 - 1) + 6
+    of_llama.set_global_scaling_weight(1.0)
+
+
+def test_what_the_text_has_said_costs_two_forwards_for_many_tokens(of_llama: Any) -> None:
+    """A prompt that repeats itself, and a text that is made to repeat it: each draft is right."""
+    words = tokens(1, 6)
+    prompt, again = words.repeat(1, 2), words[0].tolist()
+
+    def repeat(ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, again[ids.shape[1] % 6]] = 0.0
+        return forced
+
+    inputs = {"input_ids": prompt, "max_new_tokens": 17, "logits_processor": [repeat]}
+    expected = generated(of_llama, lockstep=False, **inputs)
+    assert torch.equal(generated(of_llama, lockstep="lookup", **inputs), expected)
+    report = report_of(of_llama)
+    assert report.accepted == 1.0
+    assert dict(report.rounds) == {"lookup": 2}
+    assert report.forwards == 4
+    assert report.forwards_per_token == 0.25
+
+
+def test_repeats_are_found_and_go_on(of_llama: Any) -> None:
+    assert Repeats([1, 2, 3, 4]).drafts(3) == []
+    text = Repeats([1, 2, 3, 4, 5, 1, 2])
+    assert text.drafts(3) == []
+    text.add(3)
+    assert text.drafts(3) == [4, 5, 1]
+    assert text.drafts(7) == [4, 5, 1, 2, 3, 4, 5]  # as if it went on so
+    assert Repeats([7, 7, 7, 7]).drafts(3) == [7, 7, 7]
+    assert Repeats([1, 2, 3, 8, 1, 2, 3, 9, 1, 2, 3]).drafts(1) == [9]  # the last time counts
+
+
+@pytest.mark.parametrize("wanted", [-1, "always", 2.5])
+def test_what_lockstep_cannot_be_is_refused(wanted: Any, of_llama: Any) -> None:
+    if isinstance(wanted, int):  # the tests check types before the package does
+        with pytest.raises(ConfigurationError, match="number of drafts"):
+            generated(of_llama, input_ids=tokens(1), max_new_tokens=2, lockstep=wanted)
+    settings = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    settings.lockstep = wanted
+    with pytest.raises(ConfigurationError, match="number of drafts"):
+        of_llama.generate(tokens(1), generation_config=settings)
+
+
+def test_the_scalings_of_tokens_that_were_read_ahead_are_served_one_by_one(of_llama: Any) -> None:
+    seen: list[list[Tensor]] = []
+    for wanted in (False, 5):
+        latest: list[Tensor] = []
+
+        def look(ids: Tensor, scores: Tensor, latest: list[Tensor] = latest) -> Tensor:
+            latest.append(of_llama.get_latest_scalings()[:, -1])
+            return scores
+
+        generated(of_llama, input_ids=tokens(2), max_new_tokens=12, logits_processor=[look], lockstep=wanted)
+        seen.append(latest)
+    for one, other in zip(*seen, strict=True):
+        assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_are_not_read_ahead_while_somebody_watches(of_llama: Any) -> None:
+    of_llama.enable_scalings_logging()
+    generated(of_llama, input_ids=tokens(1), max_new_tokens=12, lockstep=5)
+    of_llama.disable_scalings_logging()
+    of_llama.clear_scalings_log()
+    assert "ahead" not in report_of(of_llama).rounds
 
 
 def test_a_rounded_head_guesses_as_well_and_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +187,11 @@ def test_drafts_are_right_where_the_experts_add_little(model: Any) -> None:
     assert report_of(model).forwards_per_token == pytest.approx(1 + 1 / (LONG - 1))
 
 
-def test_what_is_recorded_is_that_of_two_passes(drafts: Any) -> None:
+@pytest.mark.parametrize("wanted", [True, 5])
+def test_what_is_recorded_is_that_of_two_passes(wanted: Any, drafts: Any) -> None:
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     inputs = {"input_ids": tokens(2), "max_new_tokens": LONG, **asked}
-    expected, found = generated(drafts, lockstep=False, **inputs), generated(drafts, lockstep=True, **inputs)
+    expected, found = generated(drafts, lockstep=False, **inputs), generated(drafts, lockstep=wanted, **inputs)
     for name in ("scores", "logits"):
         assert len(found[name]) == LONG
         for one, other in zip(found[name], expected[name], strict=True):
@@ -123,7 +208,7 @@ def test_what_is_recorded_is_that_of_two_passes(drafts: Any) -> None:
 
 def test_the_cache_is_continued_either_way(drafts: Any) -> None:
     whole = generated(drafts, input_ids=tokens(2), max_new_tokens=24, lockstep=False)
-    for first, second in ((True, False), (False, True), (True, True)):
+    for first, second in ((True, False), (False, True), (True, True), (4, 4)):
         part = generated(drafts, input_ids=tokens(2), max_new_tokens=12, lockstep=first, return_dict_in_generate=True)
         rest = generated(
             drafts,
@@ -205,7 +290,7 @@ FALLBACKS: dict[str, dict[str, Any]] = {
 def test_what_cannot_run_in_lockstep_runs_without_and_says_so_once(
     reason: str, of_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramix.lockstep._told", set())
+    monkeypatch.setattr("loramix.sessions._told", set())
     with pytest.warns(UserWarning, match=reason):
         generated(of_llama, input_ids=tokens(), max_new_tokens=4, lockstep=True, **FALLBACKS[reason])
     found = generated(of_llama, input_ids=tokens(), max_new_tokens=4, lockstep=True, **FALLBACKS[reason])
@@ -225,8 +310,11 @@ def test_stores_grow_and_windows_slide(architecture: str, tmp_path: Any, monkeyp
     monkeypatch.setattr("loramix.row_cache.CHUNK", 8)
     experts = save_experts(tmp_path, architecture)
     model = mixture(experts, architecture, layerwise_scalings=True, xlora_depth=2)
+    model.set_global_scaling_weight(0.1)
     inputs = {"input_ids": tokens(2), "max_new_tokens": 40}
-    assert torch.equal(generated(model, lockstep=True, **inputs), generated(model, lockstep=False, **inputs))
+    expected = generated(model, lockstep=False, **inputs)
+    for wanted in (True, 5):
+        assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
 
 
 def mistral(**changes: Any) -> Any:
@@ -245,8 +333,9 @@ def test_a_window_in_every_block(mode: str, attention: str, experts: Any) -> Non
     model = mixture(experts("llama"), base=mistral(attention=attention), layerwise_scalings=True)
     inputs = MODES[mode]() | {"max_new_tokens": LONG}
     expected = generated(model, lockstep=False, **inputs)
-    assert torch.equal(generated(model, lockstep=True, **inputs), expected)
-    assert report_of(model).reason is None
+    for wanted in (True, 3):
+        assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
+        assert report_of(model).reason is None
 
 
 def test_a_model_in_training_mode_draws_for_each_pass(experts: Any) -> None:
@@ -292,8 +381,9 @@ def test_model_classes_that_are_said_to_be_exact_are(kind: str, tmp_path: Any) -
     for mode in ("greedy", "left padding"):
         inputs = MODES[mode]() | {"max_new_tokens": LONG}
         expected = generated(model, lockstep=False, **inputs)
-        assert torch.equal(generated(model, lockstep=True, **inputs), expected)
-        assert report_of(model).reason is None
+        for wanted in (True, 3):
+            assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
+            assert report_of(model).reason is None
 
 
 def test_every_class_that_is_said_to_be_exact_is_tested() -> None:
@@ -355,8 +445,11 @@ CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("wanted", [True, 4])
 @pytest.mark.parametrize("weight", [0.02, 1.0])
-def test_whoever_calls_the_model_meanwhile_is_answered_as_ever(call: str, weight: float, of_llama: Any) -> None:
+def test_whoever_calls_the_model_meanwhile_is_answered_as_ever(
+    call: str, weight: float, wanted: Any, of_llama: Any
+) -> None:
     answers: list[Any] = []
 
     def processor(ids: Tensor, scores: Tensor) -> Tensor:
@@ -366,18 +459,20 @@ def test_whoever_calls_the_model_meanwhile_is_answered_as_ever(call: str, weight
     of_llama.set_global_scaling_weight(weight)
     inputs = {"input_ids": tokens(2), "max_new_tokens": 10, "logits_processor": [processor]}
     expected = generated(of_llama, lockstep=False, **inputs)
-    wanted, answers = answers, []
-    assert torch.equal(generated(of_llama, lockstep=True, **inputs), expected)
+    right, answers = answers, []
+    assert torch.equal(generated(of_llama, lockstep=wanted, **inputs), expected)
     assert report_of(of_llama).tokens == 9
     of_llama.set_global_scaling_weight(1.0)
-    for one, other in zip(answers, wanted, strict=True):
+    for one, other in zip(answers, right, strict=True):
         assert_close(getattr(one, "logits", one), getattr(other, "logits", other), atol=2e-5, rtol=1e-4)
 
 
 def test_the_last_position_is_reached(experts: Any) -> None:
     model = mixture(experts("gpt2"), "gpt2")
     inputs = {"input_ids": tokens(1, 9), "max_new_tokens": 128 - 9 + 1}
-    assert torch.equal(generated(model, lockstep=True, **inputs), generated(model, lockstep=False, **inputs))
+    expected = generated(model, lockstep=False, **inputs)
+    for wanted in (True, 5):
+        assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
 
 
 def test_what_finished_rows_leave_behind_is_that_of_two_passes(of_llama: Any) -> None:
@@ -386,16 +481,19 @@ def test_what_finished_rows_leave_behind_is_that_of_two_passes(of_llama: Any) ->
     end = int(whole[0, 9 + 4])
     inputs = {"input_ids": ids, "max_new_tokens": 12, "eos_token_id": end, "pad_token_id": 0}
     inputs |= {"return_dict_in_generate": True, "output_logits": True}
-    found, expected = (generated(of_llama, lockstep=how, **inputs) for how in (True, False))
-    assert torch.equal(found.sequences, expected.sequences)
-    for one, other in zip(found.logits, expected.logits, strict=True):
-        assert_close(one, other, atol=2e-5, rtol=1e-4)
-    for one, other in zip(found.past_key_values.base.layers, expected.past_key_values.base.layers, strict=True):
-        assert_close(one.keys, other.keys, atol=2e-5, rtol=1e-4)
+    expected = generated(of_llama, lockstep=False, **inputs)
+    for wanted in (True, 4):
+        found = generated(of_llama, lockstep=wanted, **inputs)
+        assert torch.equal(found.sequences, expected.sequences)
+        for one, other in zip(found.logits, expected.logits, strict=True):
+            assert_close(one, other, atol=2e-5, rtol=1e-4)
+        for one, other in zip(found.past_key_values.base.layers, expected.past_key_values.base.layers, strict=True):
+            assert_close(one.keys, other.keys, atol=2e-5, rtol=1e-4)
 
 
-def test_a_setting_that_changes_meanwhile_counts_from_the_next_token(of_llama: Any) -> None:
-    def run(lockstep: bool) -> Any:
+@pytest.mark.parametrize("wanted", [True, 5])
+def test_a_setting_that_changes_meanwhile_counts_from_the_next_token(wanted: Any, of_llama: Any) -> None:
+    def run(lockstep: Any) -> Any:
         class Change(BaseStreamer):
             count = 0
 
@@ -413,7 +511,7 @@ def test_a_setting_that_changes_meanwhile_counts_from_the_next_token(of_llama: A
         )
 
     of_llama.set_global_scaling_weight(0.02)
-    found, expected = run(True), run(False)
+    found, expected = run(wanted), run(False)
     of_llama.set_global_scaling_weight(1.0)
     for one, other in zip(found.logits, expected.logits, strict=True):
         assert_close(one, other, atol=2e-5, rtol=1e-4)
@@ -447,7 +545,7 @@ def test_a_model_of_inference_tensors(experts: Any) -> None:
 
 
 def test_beams_say_so_where_the_configuration_wanted_lockstep(of_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramix.lockstep._told", set())
+    monkeypatch.setattr("loramix.sessions._told", set())
     settings = GenerationConfig(max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
     settings.lockstep = True
     with pytest.warns(UserWarning, match="only greedy"):
@@ -516,43 +614,3 @@ def test_the_distribution_is_that_of_two_passes(of_llama: Any) -> None:
     freedom = int(seen.sum()) - 1
     assert freedom > 3
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations of χ²
-
-
-def pace(apart: float, right: float, wrong: float, share: float) -> Pace:
-    found = Pace()
-    found.apart.extend([apart] * 9)
-    found.right.extend([right] * 9)
-    found.wrong.extend([wrong] * 9)
-    found.drafts.extend([True] * round(20 * share) + [False] * round(20 * (1 - share)))
-    return found
-
-
-def test_it_pays_where_a_token_is_expected_to_be_cheaper() -> None:
-    assert Pace().pays() is None
-    assert pace(apart=2.0, right=1.2, wrong=2.4, share=0.9).pays() is True
-    assert pace(apart=2.0, right=1.2, wrong=2.4, share=0.1).pays() is False
-    assert pace(apart=2.0, right=2.1, wrong=3.0, share=1.0).pays() is False
-
-
-def test_by_itself_it_stays_in_lockstep_while_that_is_cheaper(of_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "pays", lambda self: True)
-    monkeypatch.setattr(of_llama._loramix, "paces", {})
-    drafts = []
-    for _ in range(2):
-        generated(of_llama, input_ids=tokens(1), max_new_tokens=20)
-        drafts.append(report_of(of_llama).drafts)
-    assert drafts == [19 - 4 - 1, 19 - 1]  # the first four tokens measure the other way; the first draft is not asked
-
-
-def test_by_itself_it_is_tried_less_and_less_where_it_does_not_pay(
-    of_llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After 32, 64, 128, … tokens, for six tokens each."""
-    monkeypatch.setattr(Pace, "pays", lambda self: False if len(self.drafts) >= 4 else None)
-    monkeypatch.setattr(of_llama._loramix, "paces", {})
-    ways = []
-    for _ in range(4):
-        generated(of_llama, input_ids=tokens(1), max_new_tokens=61)
-        ways.append(report_of(of_llama).drafts)
-    assert of_llama._loramix.paces[1].wait == 128
-    assert ways == [4 + 5, 5, 0, 0]  # until enough is known, and a trial after 32 tokens; one after 64; then 128
