@@ -93,7 +93,7 @@ def proven(device: torch.device, dtype: torch.dtype) -> bool:
     return _proven[device, dtype]
 
 
-# What `torch.compiler.assume_constant_result` sets, without its import of the compiler, a second in every start.
+# What `torch.compiler.assume_constant_result` sets, without importing the compiler, and triton with it, at every start.
 proven._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 

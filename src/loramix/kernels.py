@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportUnnecessaryTypeIgnoreComment=false
 """The Triton kernels behind `fused`, and the operator that launches them; importing this module needs triton.
 
 A low-rank activation is made in shares, each the sum over a part of the inputs, so that few tokens still give many
@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU; there, a product of bfloat16 multiplies its bits
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # on a CPU; there, a product of bfloat16 multiplies its bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ENOUGH_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 FEW_TOKENS = 128
@@ -207,7 +208,8 @@ def _launch(y: Tensor, x: Tensor, A: Tensor, columns: Tensor, B: Tensor) -> None
         )  # fmt: skip
         expand[(tiles * _parts(outputs, t.outputs),)](
             y, shares, B, tokens, outputs, R, y.stride(0), B.stride(0),
-            SPLITS=t.splits, TOKENS=t.tokens, OUTPUTS=t.outputs, RANKS=t.depth, num_stages=2,
+            SPLITS=t.splits, TOKENS=t.tokens, OUTPUTS=t.outputs, RANKS=t.depth,
+            num_stages=2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
 

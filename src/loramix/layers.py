@@ -22,8 +22,8 @@ from loramix.adapter import LoraWeights
 from loramix.base_layers import dense_weight, device_of, kind_of
 from loramix.classifier import keep_dtype
 from loramix.errors import RoutingError
-from loramix.fused import add_mixture, usable
 from loramix.functional import add_up_projection, gate
+from loramix.fused import add_mixture, usable
 from loramix.scalings import Routing, current
 
 
