@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportUnnecessaryTypeIgnoreComment=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 """The Triton kernels behind `fused`, and the operator that launches them; importing this module needs triton.
 
 A low-rank activation is made in shares, each the sum over a part of the inputs, so that few tokens still give many
@@ -208,8 +208,7 @@ def _launch(y: Tensor, x: Tensor, A: Tensor, columns: Tensor, B: Tensor) -> None
         )  # fmt: skip
         expand[(tiles * _parts(outputs, t.outputs),)](
             y, shares, B, tokens, outputs, R, y.stride(0), B.stride(0),
-            SPLITS=t.splits, TOKENS=t.tokens, OUTPUTS=t.outputs, RANKS=t.depth,
-            num_stages=2,  # pyright: ignore[reportCallIssue]
+            SPLITS=t.splits, TOKENS=t.tokens, OUTPUTS=t.outputs, RANKS=t.depth, num_stages=2,
         )  # fmt: skip
 
 
