@@ -82,7 +82,7 @@ def test_triton_compiles_the_kernels_and_they_fit(
     from loramix.kernels import expand, shrink, tiling
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # what is meant by default; Triton 3.9 warns where it is not said
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not said
 
     def compiled(kernel: Any, constants: dict[str, int], types: dict[str, str], **options: int) -> Any:
         names = kernel.arg_names
