@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib", "safetensors", "typer", "rich")
-OPTIONAL = ("peft", "trl", "matplotlib", "accelerate", "datasets")
+OPTIONAL = ("peft", "trl", "matplotlib", "accelerate", "datasets", "triton")
+OF_TRITON = "loramix.kernels"
 LOADED_BY_THE_CLI = ("typer", "rich")
 
 
@@ -44,11 +47,30 @@ def test_the_public_names_load_neither_peft_nor_what_draws() -> None:
     assert loaded.isdisjoint({"peft", "trl", "matplotlib"})
 
 
+def test_the_fused_kernels_load_triton_only_when_they_are_needed() -> None:
+    """Not here but in transformers, torch's compiler is imported, which takes triton along where it is installed."""
+    assert "triton" not in modules_after("import loramix.layers")
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["as it is", "triton missing"])
+def test_a_mixture_on_a_cpu_does_without_triton(blocked: bool, experts: Callable[[str], dict[str, str]]) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"if {blocked}: sys.modules['triton'] = None\n"
+        "from loramix import XLoraConfig, get_peft_model\n"
+        "from tiny import llama, tokens\n"
+        f"config = XLoraConfig(adapters={experts('llama')!r}, hidden_size=64)\n"
+        "get_peft_model(llama(), config).generate(tokens(), max_new_tokens=2)\n"
+        f"assert {OF_TRITON!r} not in sys.modules\n"
+    )
+    assert "loramix" in modules_after(code)
+
+
 def test_every_module_imports_where_optional_packages_are_missing() -> None:
     everything = (
         f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))\n"
         "import importlib, pkgutil, loramix\n"
         "for module in pkgutil.walk_packages(loramix.__path__, 'loramix.'):\n"
-        "    importlib.import_module(module.name)"
+        f"    module.name == {OF_TRITON!r} or importlib.import_module(module.name)"
     )
     assert {"torch", "transformers"} <= modules_after(everything)

@@ -23,6 +23,7 @@ from loramix.base_layers import dense_weight, device_of, kind_of
 from loramix.classifier import keep_dtype
 from loramix.errors import RoutingError
 from loramix.functional import add_up_projection, gate
+from loramix.fused import add_mixture, usable
 from loramix.scalings import Routing, current
 
 
@@ -287,6 +288,8 @@ class XLoraLinear(XLoraLayer):
         return add_up_projection(y, gated, B, in_place=fresh and not _is_watched(self.base_layer))
 
     def _add_experts(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        if x.is_cuda and self._is_plain() and usable(y, x, self.lora_A, self.lora_B):
+            return self._add_fused(y, x, routing)
         if not self.dora:
             return super()._add_experts(y, x, routing)
         ratio = self.dora_ratio()
@@ -294,6 +297,15 @@ class XLoraLinear(XLoraLayer):
         unbiased = y if self.bias is None else y - self.bias
         gain = (scalings.to(ratio.dtype) @ (ratio - 1)).to(y.dtype) * unbiased
         return y + gain + F.linear(self._gated(x, routing), self.lora_B * self.column_ratios(ratio)).to(y.dtype)
+
+    def _add_fused(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        columns = fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts)
+        return add_mixture(y, x, self.lora_A, columns, self.lora_B)
+
+    def _is_plain(self) -> bool:
+        """Whether the experts add `((x Aᵀ) ∘ columns) Bᵀ` and no more, to a `y` that nobody else holds."""
+        dropping = self.training and any(self.dropouts)
+        return not (self.dora or self.biased or dropping or _is_watched(self.base_layer))
 
     def dora_ratio(self) -> Tensor:
         """(experts with DoRA, out): m / n; the norm is fixed at load and follows experts that are trained."""
