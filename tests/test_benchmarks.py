@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import report
+from benchmarks import products, report
 from benchmarks.limit import Weights
 from benchmarks.models import Models, build
 from benchmarks.run import WORKS, kept_works, main, preamble
@@ -115,3 +115,16 @@ def test_the_page_and_the_plot_are_those_of_the_figures(tmp_path: Path) -> None:
     for name in ("benchmarks.md", "benchmarks.svg"):
         made, committed = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, docs))
         assert made == committed, "run `make docs`"
+
+
+def test_the_page_of_products_has_a_row_for_each_case() -> None:
+    text = products.page(rounds=1, hiddens=(16,), largest=8)
+    assert text.count("| float32 | 16 |") == text.count("| bfloat16 | 16 |") == 3
+    assert "one rank column in 8 is weighed" in text
+    assert len([line for line in text.splitlines() if line.startswith("| 16 |")]) == 4
+
+
+def test_the_committed_page_of_products_tells_the_rule_that_is_in_force() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    rule = products.page(rounds=1, hiddens=(), largest=8).partition("A layer gathers")[2].partition("\n\n")[0]
+    assert rule in (docs / "products.md").read_text(encoding="utf-8")

@@ -231,3 +231,50 @@ def test_code_of_the_base_model_finds_weight_and_sizes() -> None:
 def test_only_known_kinds_of_modules_are_adapted() -> None:
     unknown = [nn.LayerNorm(4), nn.ConvTranspose2d(4, 4, 1), nn.Identity(), nn.Sequential(nn.Linear(2, 2))]
     assert {layer_class(module) for module in unknown} == {None}
+
+
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (1, 8)], ids=str)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_few_experts_of_many_are_gathered_and_compute_the_same(
+    layers: int, tokens: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = nn.Linear(IN, OUT)
+    experts, rank = 64, 2
+    many = [
+        Resident(e, LoraWeights(torch.randn(rank, IN), torch.randn(OUT, rank)), 0.5 + e, 0.0) for e in range(experts)
+    ]
+    layer = build(base, many)
+    scalings = torch.zeros(*tokens, layers, experts)
+    scalings[..., layers - 1, [3, 40]] = torch.randn(*tokens, 2)
+    number = torch.zeros(1) if layers == 1 else torch.ones(1)
+    layer.number = int(number)
+    x = torch.randn(*tokens, IN)
+    with torch.no_grad():
+        routing = TensorRouting(scalings, GLOBAL, [layer])
+        found = routed(routing, layer, x)
+        weighed = routing.weighed(layer)
+        assert weighed is not None
+        assert weighed.ranks.tolist() == [6, 7, 80, 81]
+        monkeypatch.setattr("loramix.scalings.GATHERED_RANKS", 1000)
+        every = TensorRouting(scalings, GLOBAL, [layer])
+        assert every.weighed(layer) is None
+        assert_close(found, routed(every, layer, x), **TOLERANCE)
+
+
+def test_experts_are_gathered_only_where_most_are_not_weighed() -> None:
+    base = nn.Linear(IN, OUT)
+    many = [Resident(e, LoraWeights(torch.randn(8, IN), torch.randn(OUT, 8)), 1.0, 0.0) for e in range(16)]
+    layer = build(base, many)
+
+    def weighed(scalings: Tensor) -> bool:
+        return TensorRouting(scalings, 1.0, [layer]).weighed(layer) is not None
+
+    few, apart, dense, long = (torch.zeros(1, s, 1, 16) for s in (1, 8, 1, 9))
+    few[..., :2] = long[..., :2] = 0.5
+    apart[0, range(8), 0, range(8)] = 1.0  # each token its own expert: together they weigh half of them
+    dense[:] = 1 / 16
+    with torch.no_grad():
+        assert [weighed(scalings) for scalings in (few, apart, dense, long)] == [True, False, False, False]
+        layer.bfloat16()
+        assert not weighed(few)
+    assert not weighed(few)  # gradients

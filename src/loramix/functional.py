@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+SMALL = 2**14  # numbers that one more pass over them costs less than three calls
+
 
 def gate(low_rank: Float[Tensor, "*tokens R"], columns: Float[Tensor, "*#tokens R"]) -> Float[Tensor, "*tokens R"]:
     """Weigh each rank column of each token: `columns` already holds g · c_e · s[e] for the expert of each column.
@@ -29,9 +31,18 @@ def add_up_projection(
 ) -> Float[Tensor, "*tokens out"]:
     """`y + gated Bᵀ`, as one accumulating product into `y` when it may be overwritten."""
     if in_place and y.dtype == gated.dtype == B.dtype and y.is_contiguous():
-        y.view(-1, y.shape[-1]).addmm_(gated.reshape(-1, gated.shape[-1]), B.t())
-        return y
+        return accumulate_up_projection(y, gated, B)
     return y + F.linear(gated, B).to(y.dtype)
+
+
+def accumulate_up_projection(
+    y: Float[Tensor, "*tokens out"], gated: Float[Tensor, "*tokens R"], B: Float[Tensor, "out R"]
+) -> Float[Tensor, "*tokens out"]:
+    """`y += gated Bᵀ` for a contiguous `y` of the same dtype: without a temporary, unless it is a small one."""
+    if y.numel() <= SMALL and not torch.is_grad_enabled():
+        return y.add_(F.linear(gated, B))  # fewer calls; a token's time is made of them
+    y.view(-1, y.shape[-1]).addmm_(gated.reshape(-1, gated.shape[-1]), B.t())
+    return y
 
 
 def lora_mixture(

@@ -22,7 +22,7 @@ from loramix.adapter import LoraWeights
 from loramix.base_layers import dense_weight, device_of, kind_of
 from loramix.classifier import keep_dtype
 from loramix.errors import RoutingError
-from loramix.functional import add_up_projection, gate
+from loramix.functional import accumulate_up_projection, add_up_projection, gate
 from loramix.fused import add_mixture, usable
 from loramix.scalings import Routing, current
 
@@ -125,7 +125,8 @@ class XLoraLayer(nn.Module):
             RoutingError: outside the passes of the model, or with scalings of other tokens.
         """
         routing = current()
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+        base = cast(nn.Module, self._modules["base_layer"])  # as an attribute it is looked for, each time
+        y: Tensor = base(x, *args, **kwargs)
         return y if routing.silent else self._add_experts(y, x, routing)
 
     def _add_experts(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
@@ -221,8 +222,8 @@ class XLoraLayer(nn.Module):
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a hook, of this module or of all modules, may hold on to the module's output."""
-    own = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)  # pyright: ignore
-    return any(map(bool, own)) or bool(nn.modules.module._has_any_global_hook())  # pyright: ignore
+    own = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks  # pyright: ignore
+    return bool(own) or bool(nn.modules.module._has_any_global_hook())  # pyright: ignore
 
 
 def fit_tokens(columns: Tensor, tokens: torch.Size, layer: str) -> Tensor:
@@ -288,8 +289,19 @@ class XLoraLinear(XLoraLayer):
         return add_up_projection(y, gated, B, in_place=fresh and not _is_watched(self.base_layer))
 
     def _add_experts(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
-        if x.is_cuda and self._is_plain() and usable(y, x, self.lora_A, self.lora_B):
-            return self._add_fused(y, x, routing)
+        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
+        if not torch.is_grad_enabled() and self._is_plain() and A is not None and B is not None:
+            if x.is_cuda and usable(y, x, A, B):
+                return add_mixture(y, x, A, fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts), B)
+            if x.dtype == A.dtype == y.dtype and y.is_contiguous():
+                weighed = routing.weighed(self)
+                if weighed is not None:
+                    A, B = A.index_select(0, weighed.ranks), B.index_select(1, weighed.ranks)
+                low_rank = F.linear(x, A)
+                columns = routing.columns(self, low_rank) if weighed is None else weighed.columns
+                if columns.shape != low_rank.shape:
+                    columns = fit_tokens(columns, low_rank.shape[:-1], self.adapts)
+                return accumulate_up_projection(y, low_rank.mul_(columns), B)
         if not self.dora:
             return super()._add_experts(y, x, routing)
         ratio = self.dora_ratio()
@@ -298,14 +310,10 @@ class XLoraLinear(XLoraLayer):
         gain = (scalings.to(ratio.dtype) @ (ratio - 1)).to(y.dtype) * unbiased
         return y + gain + F.linear(self._gated(x, routing), self.lora_B * self.column_ratios(ratio)).to(y.dtype)
 
-    def _add_fused(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
-        columns = fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts)
-        return add_mixture(y, x, self.lora_A, columns, self.lora_B)
-
     def _is_plain(self) -> bool:
         """Whether the experts add `((x Aᵀ) ∘ columns) Bᵀ` and no more, to a `y` that nobody else holds."""
         dropping = self.training and any(self.dropouts)
-        return not (self.dora or self.biased or dropping or _is_watched(self.base_layer))
+        return not (self.dora or self.biased or dropping or _is_watched(self._modules["base_layer"]))
 
     def dora_ratio(self) -> Tensor:
         """(experts with DoRA, out): m / n; the norm is fixed at load and follows experts that are trained."""

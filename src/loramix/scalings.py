@@ -14,7 +14,7 @@ import functools
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,25 @@ class Stack(Protocol):
 
 
 FEW_TOKENS = 64
+GATHERED_TOKENS = 8  # of few tokens, the experts that any of them weighs are few too
+GATHERED_RANKS = 128  # fewer are multiplied as fast as they are gathered
+
+
+def gathered_share(dtype: torch.dtype) -> int:
+    """Gathering pays where at most one in so many rank columns is weighed (docs/products.md)."""
+    return 8 if dtype == torch.float32 else 32
+
+
+class Weighed(NamedTuple):
+    """The part of a layer's experts that a forward weighs at all.
+
+    Attributes:
+        ranks: (n,) the rank columns.
+        columns: (B, S, n) or (n,): g · c_e · s[e] of each.
+    """
+
+    ranks: Tensor
+    columns: Tensor
 
 
 class ConstantRouting:
@@ -52,6 +71,9 @@ class ConstantRouting:
     def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
         """(R,): value · c_e for each rank column, of the dtype of the activation they weigh."""
         return (stack.rank_scale * self.value).to(low_rank.dtype)
+
+    def weighed(self, stack: Stack) -> None:
+        """All rank columns are weighed."""
 
     def experts(self, stack: Stack, chosen: Tensor) -> Tensor:
         """(n,): the scalings of the experts `chosen` (n,)."""
@@ -81,11 +103,46 @@ class TensorRouting:
         few = scalings.shape[:-2].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
         self._together = few and not self._shared and bool(layouts) and not torch.compiler.is_compiling()
         self._of_layouts: dict[int, Sequence[Tensor]] = {}
+        self._weighed: dict[int, Weighed | None] = {}
+        self._sparse = self._is_sparse()
+
+    def _is_sparse(self) -> bool:
+        """Whether most experts are weighed with 0, on a CPU: elsewhere asking would wait for the device."""
+        scalings = self.scalings
+        return (
+            scalings.device.type == "cpu"
+            and scalings.shape[-1] >= gathered_share(torch.float32)
+            and scalings.shape[:-2].numel() <= GATHERED_TOKENS
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and gathered_share(torch.float32) * int(scalings.count_nonzero()) <= scalings.numel()
+        )
+
+    def weighed(self, stack: Stack) -> Weighed | None:
+        """The rank columns that any token weighs, where gathering them is cheaper than multiplying all."""
+        if not self._sparse:
+            return None
+        key = stack.layout if self._shared and self._columns else stack.number
+        if key not in self._weighed:
+            self._weighed[key] = self._gather(stack)
+        return self._weighed[key]
+
+    def _gather(self, stack: Stack) -> Weighed | None:
+        of_rank = stack.expert_of_rank
+        if len(of_rank) < GATHERED_RANKS:
+            return None
+        weighted = self._of(stack)
+        ranks = weighted.reshape(-1, weighted.shape[-1]).any(0)[of_rank].nonzero()[:, 0]
+        if gathered_share(stack.lora_A.dtype) * len(ranks) > len(of_rank):
+            return None
+        columns = weighted.index_select(-1, of_rank[ranks]) * stack.rank_scale[ranks]
+        return Weighed(ranks, columns.to(stack.lora_A.dtype))
 
     def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
         """(B, S, R) or (R,): g · c_e · s[e] for each rank column, where and of what dtype the activation is."""
         if self._columns:
-            return self._columns[stack.layout].to(low_rank)
+            made = self._columns[stack.layout]
+            return made if made.dtype == low_rank.dtype and made.device == low_rank.device else made.to(low_rank)
         return (self._of_all(stack)[stack.number] if self._together else self._expand(stack)).to(low_rank)
 
     def _of_all(self, stack: Stack) -> Sequence[Tensor]:
