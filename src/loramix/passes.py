@@ -131,8 +131,8 @@ class MixtureState:
         self.log.add(scalings, len(self.paths))
         final = select(scalings, top_k=config.top_k_lora, renormalise=config.enable_softmax_topk)
         made = Made(logits, scalings, final, inputs, training)
-        losses = [loss for hook in self.hooks if (loss := hook.made(made)) is not None]
-        return self.routing(final), losses
+        losses = [hook.made(made) for hook in self.hooks]
+        return self.routing(final), [loss for loss in losses if loss is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         """Hooks belong to whoever attached them; they do not travel, and neither does what was measured on the way."""
