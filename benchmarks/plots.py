@@ -12,7 +12,8 @@ from loramix.speed import Measurement
 COLOURS = {"PEFT": "#b3541e", "loramix": "#1f6f8b"}  # told apart by every kind of colour vision
 MARKS = {"PEFT": "s", "loramix": "o"}
 LIMIT = "#555555"
-TICKS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 50, 100)
+FINE = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5)
+COARSE = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def draw_scaling(works: dict[str, list[Measurement]], target: Path) -> None:
         for axis in line[len(row) :]:
             axis.set_axis_off()
         top = max(m.ratio(name).upper for _, measured in row for m in measured for name in names)
-        ticks = [tick for tick in TICKS if tick < 1.1 * top]
+        ticks = [tick for tick in (FINE if top < FINE[-1] else COARSE) if tick < 1.1 * top]
         line[0].set_ylim(0.93, 1.15 * top)
         line[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         line[0].minorticks_off()
@@ -105,7 +106,7 @@ def draw_scaling(works: dict[str, list[Measurement]], target: Path) -> None:
         legend.values(),
         [names.get(name, name) for name in legend],
         loc="outside upper center",
-        ncols=len(legend),
+        ncols=len(legend) if columns > 2 else 2,
         frameon=False,
     )
     _save(figure, target)
