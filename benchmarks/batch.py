@@ -11,7 +11,9 @@ from benchmarks.models import Models
 from loramix.speed import Measurement
 
 BATCHES = (1, 2, 4, 8, 16)
-FORWARD_ROUNDS = 5
+LARGE = 8  # from here on, a forward has fewer rounds
+FORWARD_ROUNDS, FEWER = 5, 3
+PEFT_EVERY = 2
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:
@@ -21,8 +23,8 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
         shape = (batch, models.size.prompt)
         prompt = torch.randint(models.size.vocabulary, shape, generator=torch.Generator().manual_seed(3))
         chosen = replace(models, prompt=prompt)
-        for work, turns in ((forward, min(rounds, FORWARD_ROUNDS)), (decode, rounds)):
-            measured = work.measure(chosen, turns)[0]
+        turns = min(rounds, FORWARD_ROUNDS if batch < LARGE else FEWER)
+        for measured in (*forward.measure(chosen, turns, PEFT_EVERY), *decode.measure(chosen, rounds)):
             name = f"{measured.work}, batch {batch}"
             found.append(replace(measured, work=name, target=None, facts={"batch": batch}))
     return found

@@ -120,16 +120,16 @@ model costs. PEFT cannot fix its routing: what stands here is its forward of two
 
 """,
     "memory": """A peak is the most bytes that a call holds at once, beyond parameters, from the allocator's events.
-The limits add to the base model's own bytes what a mixture has to hold beside them.
+Each limit is (base + X) / base, where X is what a mixture has to hold beside the base model's own bytes, in float32:
 
-- Parameters: 4 · ΣR(in + out), the experts; the router has E · (H + 1) more.
-- Cache: keys and values are 2 · 4 · blocks · KV heads · head size bytes a token, and a mixture has two caches, one of
-  each pass: 2.00.
-- Forward without a cache, logits at every token: the logits, 4 · S · vocabulary, are the peak, and they are made once.
-- Prefill: the cache of the scaling pass, and the low-rank activation (S, R) of one layer, its gate (S, R), and the
-  scaling pass's last hidden states (S, H).
-- `generate`: the cache of the scaling pass. In lockstep both caches are rows of one store that grows in chunks of 256
-  slots, which is what a short text pays for.
+- Parameters: X = 4 · ΣR(in + out), the experts; the router has E · (H + 1) numbers more.
+- Cache: X = 4 · 2 · blocks · KV heads · head size · S, keys and values of the scaling pass: a second cache like the
+  first.
+- Forward without a cache, logits at every token: X = 0. The logits, 4 · S · vocabulary, are the peak, and made once.
+- Prefill: X = second cache + 4 · S · (H + 2 R), the scaling pass's last hidden states, and of one layer the low-rank
+  activation and its gate.
+- `generate`: X = second cache, of all tokens that are read. In lockstep both caches are rows of one store that grows in
+  chunks of 256 slots, which is what a short text pays for.
 
 PEFT keeps no cache, and what stands for its `generate` is its last step, a forward over the whole text, which is its
 peak.

@@ -62,7 +62,7 @@ WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
 }
 ROUNDS = {
     "forward": 61,
-    "prefill": 9,
+    "prefill": 7,
     "decode": 101,
     "generate": 17,
     "lockstep": 13,
@@ -70,7 +70,7 @@ ROUNDS = {
     "growth": 9,
     "length": 41,
     "experts": 25,
-    "ranks": 21,
+    "ranks": 15,
     "batch": 21,
     "compiled": 41,
     "fixed": 61,
