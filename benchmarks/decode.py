@@ -13,7 +13,7 @@ import torch
 from benchmarks.models import Models
 from loramix.speed import Contender, Measurement, interleave
 
-PEFT_EVERY = 20
+PEFT_EVERY = 10
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:

@@ -28,9 +28,9 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
     def last(name: str, model: Any) -> None:
         model(input_ids=ids, logits_to_keep=1, **(cached if name != "PEFT" else {}))
 
-    def generate(model: Any, **how: Any) -> None:
-        mask = torch.ones_like(models.prompt)
-        model.generate(input_ids=models.prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, **how)
+    def generate(model: Any, prompt: torch.Tensor = models.prompt, new: int = new, **how: Any) -> None:
+        mask = torch.ones_like(prompt)
+        model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, **how)
 
     size, read = models.size, models.size.prompt + new - 1
     second = size.cache_bytes(length)
@@ -40,7 +40,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
     calls: dict[str, Callable[[], object]] = {
         "base": lambda: generate(models.base),
         "loramix": lambda: generate(models.loramix, lockstep=False),
-        "PEFT": lambda: models.peft(input_ids=ids[:, :read], logits_to_keep=1),  # its last step, which is its peak
+        "PEFT": lambda: generate(models.peft, ids[:, :read], 1),  # its last step alone: a lower bound
         "loramix, lockstep": lambda: generate(models.loramix, lockstep=True),
     }
     tokens = f"{size.prompt} + {new} tokens"

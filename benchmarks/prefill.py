@@ -14,7 +14,7 @@ from loramix.speed import Contender, Measurement, interleave
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 LONG = 1024  # from here on, half the rounds
-PEFT_EVERY = FORWARD_EVERY = 4
+PEFT_EVERY = FORWARD_EVERY = 2
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:

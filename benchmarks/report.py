@@ -131,8 +131,8 @@ Each limit is (base + X) / base, where X is what a mixture has to hold beside th
 - `generate`: X = second cache, of all tokens that are read. In lockstep both caches are rows of one store that grows in
   chunks of 256 slots, which is what a short text pays for.
 
-PEFT keeps no cache, and what stands for its `generate` is its last step, a forward over the whole text, which is its
-peak.
+PEFT keeps no cache, and what stands for its `generate` is its last step alone, over the whole text: a lower bound of
+its peak.
 
 """,
     "load": """`AutoModelForCausalLM.from_pretrained` alone, against the same and `PeftModel.from_pretrained` of the
