@@ -1,7 +1,11 @@
-"""One token of batch 1 after the prompt, with a cache: what `generate` does for each token, without its loop."""
+"""One token after the prompt, with a cache: what `generate` does for each token, without its loop.
+
+PEFT has no cache: its step is a forward over the text so far, with logits at the last token only.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,25 +13,40 @@ import torch
 from benchmarks.models import Models
 from loramix.speed import Contender, Measurement, interleave
 
+PEFT_EVERY = 10
+
 
 def measure(models: Models, rounds: int) -> list[Measurement]:
-    """One measurement; PEFT has no cache and takes no part."""
+    """One measurement, for each row of the prompt at once."""
+    length = models.prompt.shape[1]
     contenders = [
         Contender("base", _step(models.base, models.prompt)),
         Contender("loramix", _step(models.loramix, models.prompt)),
+        Contender("PEFT", _step_without_cache(models.peft, models.prompt), PEFT_EVERY),
     ]
     times = interleave(contenders, rounds, warm_ups=3)
-    return [Measurement(f"one token after {models.size.prompt}", times, models.weights.limit(1, 1))]
+    limit = models.weights.limit(1, 1, models.size.attention(length + 1))
+    return [Measurement(f"one token after {length}", times, limit)]
 
 
-def _step(model: Any, prompt: torch.Tensor) -> Any:
+def _step(model: Any, prompt: torch.Tensor) -> Callable[[], None]:
     with torch.no_grad():
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
     token = prompt[:, -1:]
 
     def step() -> None:
         with torch.no_grad():
             model(input_ids=token, past_key_values=cache, use_cache=True)
         cache.crop(-1)
+
+    return step
+
+
+def _step_without_cache(model: Any, prompt: torch.Tensor) -> Callable[[], None]:
+    text = torch.cat([prompt, prompt[:, -1:]], dim=1)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(input_ids=text, logits_to_keep=1)
 
     return step

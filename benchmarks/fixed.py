@@ -1,4 +1,7 @@
-"""Fixed routing: one pass with the experts beside the base model, and none of either once they are merged."""
+"""Fixed routing: one pass with the experts beside the base model, and none of either once they are merged.
+
+PEFT cannot fix its routing: beside them runs its forward, of two passes.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import torch
 
 from benchmarks.models import Models
 from loramix.speed import Contender, Measurement, interleave
+
+PEFT_EVERY = 4
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:
@@ -29,8 +34,9 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
 
     weights = models.weights
     one_pass = (weights.backbone + weights.experts + weights.head) / (weights.backbone + weights.head)
-    base, work = Contender("base", lambda: forward(models.base)), f"forward of {models.size.prompt} tokens"
-    times = interleave([base, Contender("loramix", fixed)], rounds, warm_ups=2)
+    work, base = f"forward of {models.size.prompt} tokens", Contender("base", lambda: forward(models.base))
+    theirs = Contender("PEFT", lambda: forward(models.peft), PEFT_EVERY)
+    times = interleave([base, Contender("loramix", fixed), theirs], rounds, warm_ups=2)
     found = [Measurement(f"{work}, routing fixed", times, one_pass)]
-    times = interleave([base, Contender("loramix", lambda: forward(merged))], rounds, warm_ups=2)
+    times = interleave([base, Contender("loramix", lambda: forward(merged)), theirs], rounds, warm_ups=2)
     return [*found, Measurement(f"{work}, merged", times, 1.0, 1.03)]

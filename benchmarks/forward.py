@@ -10,8 +10,8 @@ from loramix.speed import Contender, Measurement, interleave
 MARGIN = 1.1  # on the arithmetic limit
 
 
-def measure(models: Models, rounds: int) -> list[Measurement]:
-    """One measurement."""
+def measure(models: Models, rounds: int, peft_every: int = 1) -> list[Measurement]:
+    """One measurement, for each row of the prompt at once."""
 
     def forward(model: torch.nn.Module) -> None:
         with torch.no_grad():
@@ -20,7 +20,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
     contenders = [
         Contender("base", lambda: forward(models.base)),
         Contender("loramix", lambda: forward(models.loramix)),
-        Contender("PEFT", lambda: forward(models.peft)),
+        Contender("PEFT", lambda: forward(models.peft), peft_every),
     ]
     limit = models.weights.forward_limit()
     times = interleave(contenders, rounds, warm_ups=2)

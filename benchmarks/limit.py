@@ -2,7 +2,7 @@
 
 A token costs the base model ΣW + head multiplications: the weights of its linear layers and of its head. A mixture
 runs the backbone twice, the experts once, and the head once: 2 ΣW + ΣR(in + out) + head. Left out, on both sides: the
-attention scores, 2 · S · H for each block and pass (2 % of ΣW at H 512 and S 64), norms, and the router.
+router, norms, and, where texts are short, attention: 2 · S · H for each block and pass (2 % of ΣW at H 512 and S 64).
 """
 
 from __future__ import annotations
@@ -45,10 +45,17 @@ class Weights:
         step = (scaling_passes + 2) * self.backbone + 2 * self.experts + 2 * self.head
         return step / (self.backbone + self.head)
 
-    def limit(self, tokens: int, logits: int) -> float:
-        """Of anything that reads `tokens` tokens and gives logits at `logits` of them."""
-        mixture = tokens * (2 * self.backbone + self.experts) + logits * self.head
-        return mixture / (tokens * self.backbone + logits * self.head)
+    def limit(self, tokens: int, logits: int, attention: float = 0) -> float:
+        """Of anything that reads `tokens` tokens and gives logits at `logits` of them.
+
+        Args:
+            tokens: read.
+            logits: tokens that meet the head.
+            attention: multiplications of a token with the keys and values that it sees, in one pass.
+        """
+        backbone = self.backbone + attention
+        mixture = tokens * (2 * backbone + self.experts) + logits * self.head
+        return mixture / (tokens * backbone + logits * self.head)
 
 
 def weights_of(mixture: nn.Module, head: nn.Linear) -> Weights:

@@ -49,7 +49,8 @@ def build(size: Size, folder: Path) -> Models:
     Raises:
         RuntimeError: they do not.
     """
-    experts = [_save_expert(folder / str(i), size, seed=i) for i in range(size.experts)]
+    base = llama(size)
+    experts = [_save_expert(folder / str(i), base, size.rank, seed=i) for i in range(size.experts)]
     router: dict[str, Any] = {
         "hidden_size": size.hidden,
         "adapters": {str(i): path for i, path in enumerate(experts)},  # PEFT wants these names
@@ -91,17 +92,18 @@ def _peft(size: Size, router: dict[str, Any]) -> Any:
         return peft.get_peft_model(llama(size, use_cache=False), peft.XLoraConfig(**router)).eval()  # as PEFT wants it
 
 
-def _save_expert(folder: Path, size: Size, seed: int) -> str:
+def _save_expert(folder: Path, base: Any, rank: int, seed: int) -> str:
     config = LoraConfig(
-        r=size.rank,
-        lora_alpha=2 * size.rank,
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules=LINEARS,
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    base = llama(size)
     torch.manual_seed(seed)
-    get_peft_model(base, config).save_pretrained(folder)
+    model = get_peft_model(base, config)
+    model.save_pretrained(folder)
+    model.unload()
     return str(folder)
 
 

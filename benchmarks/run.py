@@ -1,7 +1,7 @@
 """Measure: `python -m benchmarks.run forward decode generate growth --json docs/benchmarks.json`.
 
 A work that is measured again replaces its own part of the file; other works stay if machine, versions and sizes do.
-Then `python -m benchmarks.report docs/benchmarks.json` writes the page and the plot beside the JSON.
+Then `python -m benchmarks.report docs/benchmarks.json` writes the page and the plots beside the JSON.
 """
 
 from __future__ import annotations
@@ -16,15 +16,34 @@ from typing import Annotated, Any, get_args
 import torch
 import typer
 
-from benchmarks import decode, demo, experts, fixed, forward, generate, growth, length, lockstep, start, training
+from benchmarks import (
+    batch,
+    compiled,
+    decode,
+    demo,
+    experts,
+    fixed,
+    forward,
+    generate,
+    growth,
+    length,
+    load,
+    lockstep,
+    memory,
+    prefill,
+    ranks,
+    start,
+    training,
+)
 from benchmarks.models import Models, build
-from benchmarks.report import header, table
+from benchmarks.report import header, tables
 from benchmarks.sizes import SIZES, Name
 from loramix.speed import Measurement, describe_machine
 
 PACKAGES = ("torch", "transformers", "peft", "loramix")
 WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "forward": forward.measure,
+    "prefill": prefill.measure,
     "decode": decode.measure,
     "generate": generate.measure,
     "lockstep": lockstep.measure,
@@ -32,12 +51,18 @@ WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "growth": growth.measure,
     "length": length.measure,
     "experts": experts.measure,
+    "ranks": ranks.measure,
+    "batch": batch.measure,
+    "compiled": compiled.measure,
     "fixed": fixed.measure,
     "training": training.measure,
+    "memory": memory.measure,
     "start": start.measure,
+    "load": load.measure,
 }
 ROUNDS = {
     "forward": 61,
+    "prefill": 7,
     "decode": 101,
     "generate": 17,
     "lockstep": 9,
@@ -45,9 +70,14 @@ ROUNDS = {
     "growth": 9,
     "length": 41,
     "experts": 25,
+    "ranks": 15,
+    "batch": 21,
+    "compiled": 41,
     "fixed": 61,
     "training": 9,
+    "memory": 1,
     "start": 7,
+    "load": 7,
 }
 
 
@@ -78,7 +108,7 @@ def main(
     for work in works or WORKS:
         measured = WORKS[work](models, rounds or ROUNDS[work])
         result["works"][work] = [asdict(m) for m in measured]
-        print(f"\n{work}\n\n{table(measured)}", flush=True)
+        print(f"\n{work}\n\n{tables(measured)}", flush=True)
         if json_file is not None:
             json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -42,6 +42,14 @@ class Size:
     router_width: int = 2048
     layerwise: bool = False
 
+    def attention(self, seen: float) -> float:
+        """Multiplications of a token that sees `seen` tokens, in one pass: its scores and its mean of the values."""
+        return 2 * self.blocks * self.hidden * seen
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Keys and values of one pass for so many tokens, in float32."""
+        return 4 * 2 * self.blocks * self.kv_heads * (self.hidden // self.heads) * tokens
+
 
 SIZES: dict[Name, Size] = {
     "small": Size(

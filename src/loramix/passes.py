@@ -131,8 +131,8 @@ class MixtureState:
         self.log.add(scalings, len(self.paths))
         final = select(scalings, top_k=config.top_k_lora, renormalise=config.enable_softmax_topk)
         made = Made(logits, scalings, final, inputs, training)
-        losses = [loss for hook in self.hooks if (loss := hook.made(made)) is not None]
-        return self.routing(final), losses
+        losses = [hook.made(made) for hook in self.hooks]
+        return self.routing(final), [loss for loss in losses if loss is not None]
 
     def show(self, scalings: Float[Tensor, "B S #L E"]) -> None:
         """Let these be the scalings of the last forward: of tokens that were read ahead, those that are served."""

@@ -31,7 +31,7 @@ class Contender:
     Args:
         name: in tables.
         call: what is timed.
-        every: it takes part in one round of so many; slow ones need fewer rounds.
+        every: it takes part in one round of so many, and warms up once; slow ones need fewer rounds.
     """
 
     name: str
@@ -83,7 +83,7 @@ def interleave(
     contenders: Sequence[Contender], rounds: int, *, warm_ups: int = 1, clock: Callable[[], float] = time.process_time
 ) -> Samples:
     """CPU seconds of every contender in every round, by `clock`; the order turns from round to round."""
-    for contender in [c for c in contenders for _ in range(warm_ups)]:
+    for contender in [c for c in contenders for _ in range(warm_ups if c.every == 1 else min(warm_ups, 1))]:
         contender.call()
     times: Samples = {contender.name: [] for contender in contenders}
     gc.collect()
