@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 
 from loramix.cache import TwoPassCache
 
-CHUNK = 256  # slots by which a store grows
+CHUNK = 64  # slots by which a store grows at least; one in eight where it is long
 
 
 class RowLayer(CacheLayerMixin):
@@ -44,7 +44,7 @@ class RowLayer(CacheLayerMixin):
     def _grown(tensor: Tensor) -> Tensor:
         """Room for a chunk more; the rest is zeros, which a mask may hide but not a NaN."""
         slots = tensor.shape[2]
-        grown = tensor.new_zeros(*tensor.shape[:2], slots + CHUNK, tensor.shape[3])
+        grown = tensor.new_zeros(*tensor.shape[:2], slots + max(CHUNK, slots // 8), tensor.shape[3])
         grown[:, :, :slots] = tensor
         return grown
 
