@@ -289,19 +289,8 @@ class XLoraLinear(XLoraLayer):
         return add_up_projection(y, gated, B, in_place=fresh and not _is_watched(self.base_layer))
 
     def _add_experts(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
-        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
-        if not torch.is_grad_enabled() and self._is_plain() and A is not None and B is not None:
-            if x.is_cuda and usable(y, x, A, B):
-                return add_mixture(y, x, A, fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts), B)
-            if x.dtype == A.dtype == y.dtype and y.is_contiguous():
-                weighed = routing.weighed(self)
-                if weighed is not None:
-                    A, B = A.index_select(0, weighed.ranks), B.index_select(1, weighed.ranks)
-                low_rank = F.linear(x, A)
-                columns = routing.columns(self, low_rank) if weighed is None else weighed.columns
-                if columns.shape != low_rank.shape:
-                    columns = fit_tokens(columns, low_rank.shape[:-1], self.adapts)
-                return accumulate_up_projection(y, low_rank.mul_(columns), B)
+        if not torch.is_grad_enabled() and self._is_plain():
+            return self._add_plainly(y, x, routing)
         if not self.dora:
             return super()._add_experts(y, x, routing)
         ratio = self.dora_ratio()
@@ -313,7 +302,24 @@ class XLoraLinear(XLoraLayer):
     def _is_plain(self) -> bool:
         """Whether the experts add `((x Aᵀ) ∘ columns) Bᵀ` and no more, to a `y` that nobody else holds."""
         dropping = self.training and any(self.dropouts)
-        return not (self.dora or self.biased or dropping or _is_watched(self._modules["base_layer"]))
+        return not (self.dora or self.biased or dropping or _is_watched(cast(nn.Module, self._modules["base_layer"])))
+
+    def _add_plainly(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        """The same in as few steps as there can be, into `y` itself: a token's time is made of them."""
+        parameters = cast("dict[str, Tensor]", self._parameters)
+        down, up = parameters["lora_A"], parameters["lora_B"]
+        if x.is_cuda and usable(y, x, down, up):
+            return add_mixture(y, x, down, fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts), up)
+        if not (x.dtype == down.dtype == y.dtype and y.is_contiguous()):
+            return super()._add_experts(y, x, routing)
+        weighed = routing.weighed(self)
+        if weighed is not None:
+            down, up = down.index_select(0, weighed.ranks), up.index_select(1, weighed.ranks)
+        low_rank = F.linear(x, down)
+        columns = routing.columns(self, low_rank) if weighed is None else weighed.columns
+        if columns.shape != low_rank.shape:
+            columns = fit_tokens(columns, low_rank.shape[:-1], self.adapts)
+        return accumulate_up_projection(y, low_rank.mul_(columns), up)
 
     def dora_ratio(self) -> Tensor:
         """(experts with DoRA, out): m / n; the norm is fixed at load and follows experts that are trained."""
