@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib", "safetensors", "typer", "rich")
-OPTIONAL = ("peft", "trl", "matplotlib", "accelerate", "datasets")
+HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib", "pandas", "safetensors", "typer", "rich")
+OPTIONAL = ("peft", "trl", "matplotlib", "pandas", "accelerate", "datasets")
 LOADED_BY_THE_CLI = ("typer", "rich")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 import loramix
 from laws.mixtures import mixture
@@ -247,10 +247,15 @@ def test_threads_do_not_mix(routed: Any, direct: Direct) -> None:
 
 def test_nothing_stays_behind(routed: Any) -> None:
     before = routed._loramix.hooks
-    with pytest.raises(ZeroDivisionError), record_routing(routed) as record:
-        cache = routed(tokens(1), past_key_values=DynamicCache()).past_key_values
-        assert len(cache.followers) == 1
-        raise ZeroDivisionError
+    cache = DynamicCache()
+    record = None
+    try:
+        with record_routing(routed) as record:
+            routed(tokens(1), past_key_values=cache)
+            assert len(cache.followers) == 1  # pyright: ignore
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert record is not None
     assert routed._loramix.hooks == before == ()
     assert cache.followers == ()
     routed(tokens(1), past_key_values=cache)
@@ -276,10 +281,10 @@ def test_a_record_can_be_read_while_it_grows(routed: Any) -> None:
 @torch.no_grad()
 def test_memory_is_bounded_and_the_sample_is_told(routed: Any, direct: Direct) -> None:
     text = tokens(1, 40)[0]
-    with pytest.warns(UserWarning, match="16 tokens.*a uniform sample of the 80 tokens"):
-        with record_routing(routed, max_tokens=16, seed=1) as record:
-            routed(text[None], use_cache=False)
-            routed(text[None], use_cache=False)
+    sample = "16 tokens.*a uniform sample of the 80 tokens"
+    with pytest.warns(UserWarning, match=sample), record_routing(routed, max_tokens=16, seed=1) as record:  # noqa: PT031
+        routed(text[None], use_cache=False)
+        routed(text[None], use_cache=False)
     assert (record.seen, record.kept, record.is_sample) == (80, 16, True)
     expected = direct(routed, text)
     assert_close(record.scalings, expected[record.positions], atol=1e-5, rtol=1e-4)
@@ -292,7 +297,7 @@ def test_each_token_has_the_same_chance_to_be_kept() -> None:
     from loramix.routing.parts import Part, Reservoir
 
     counts = torch.zeros(60)
-    for seed in range(400):
+    for seed in range(100):
         store = Reservoir(12, seed)
         for first in range(0, 60, 5):
             number = torch.arange(first, first + 5)
@@ -300,8 +305,8 @@ def test_each_token_has_the_same_chance_to_be_kept() -> None:
         (part,) = store.parts()
         assert len(part) == 12
         counts[part.token] += 1
-    assert counts.sum() == 400 * 12
-    assert (counts - 80).abs().max() < 5 * (400 * 0.2 * 0.8) ** 0.5
+    assert counts.sum() == 100 * 12
+    assert (counts - 20).abs().max() < 5 * (100 * 0.2 * 0.8) ** 0.5
 
 
 @torch.no_grad()

@@ -54,7 +54,6 @@ def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: i
 
     Raises:
         DataError: no token to predict.
-        UnsupportedOperationError: a model without a router.
     """
     chosen = [list(map(int, text)) for text in texts if len(text) > 1]
     if not chosen:
