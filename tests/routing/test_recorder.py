@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -342,6 +344,27 @@ def test_what_is_recorded_is_what_the_layers_mix_by(routed: Any, shared: Any, di
         routed(ids)
     routed.set_topk_lora(2)
     assert "settings changed meanwhile" in changed.note
+
+
+COMPILED = """
+import sys; sys.path[:0] = {path!r}
+import torch
+from laws.mixtures import mixture
+from loramix.routing import record_routing
+from tiny import tokens
+model = mixture({experts!r}, layerwise_scalings=True)
+with torch.no_grad(), record_routing(model) as record:
+    model(tokens(2), use_cache=False)
+    torch.compile(model, backend="eager")(tokens(2), use_cache=False)
+assert record.sequences == [0, 1, 2, 3]
+torch.testing.assert_close(record.scalings[:18], record.scalings[18:])
+"""
+
+
+def test_a_compiled_model_is_recorded_between_its_graphs(experts: Any) -> None:
+    code = COMPILED.format(path=sys.path, experts=experts("llama"))  # where shapes are not checked: not compilable
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def label_experts(axes: Axes, names: Sequence[str], palette: Sequence[str], *, v
         upright = many or max(map(len, texts)) * len(texts) > 50
         axes.set_xticks(range(len(names)), texts, fontsize=size, rotation=90 if upright else 0)
         labels = axes.get_xticklabels()
-    axes.tick_params(axis="y" if vertical else "x", length=0, pad=10 if not many else 7)
+    axes.tick_params(axis="y" if vertical else "x", length=0, pad=10)
     across = axes.get_yaxis_transform() if vertical else axes.get_xaxis_transform()
     from matplotlib.transforms import ScaledTranslation
 

@@ -82,14 +82,13 @@ def read_part(path: Path) -> Part:
     names = [field.name for field in fields(Part)]
     if sorted(tensors) != sorted(names):
         raise _corrupt(path, f"tensors {', '.join(sorted(tensors))}")
-    part = Part(**{name: tensors[name] for name in names})
-    count = len(part.token) if part.token.dim() == 1 else -1
+    token, scalings = tensors["token"], tensors["scalings"]
     for name in names[:-1]:
-        if tensors[name].shape != (count,) or tensors[name].dtype != torch.int64:
+        if tensors[name].dim() != 1 or tensors[name].shape != token.shape or tensors[name].dtype != torch.int64:
             raise _corrupt(path, f"{name} of shape {tuple(tensors[name].shape)} and dtype {tensors[name].dtype}")
-    if part.scalings.dim() != 3 or len(part.scalings) != count or part.scalings.dtype != torch.float32:
-        raise _corrupt(path, f"scalings of shape {tuple(part.scalings.shape)} and dtype {part.scalings.dtype}")
-    return part
+    if scalings.dim() != 3 or len(scalings) != len(token) or scalings.dtype != torch.float32:
+        raise _corrupt(path, f"scalings of shape {tuple(scalings.shape)} and dtype {scalings.dtype}")
+    return Part(**tensors)
 
 
 def save_record(record: RoutingRecord, folder: Path) -> None:

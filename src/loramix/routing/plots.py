@@ -58,19 +58,19 @@ def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, lay
     """
     text = one_text(record, sequence)
     chosen = text if layer is None else text.select(layers=layer)
-    lines = _lines(text, most=max(1, 48 // len(record.experts)))
+    lines = _lines(chosen, most=max(1, 48 // len(record.experts)))
     heights = [0.25 + _height(len(record.experts)) for _ in lines]
     figure = new_figure(LEFT_TO_RIGHT, sum(heights) + 1.1 * len(lines) + 0.4)
     where = "mean of all layers" if layer is None and not record.shared else ", ".join(chosen.layers)
     plain_text(figure.suptitle(f"{_title(text)}: weight of each expert, {where}{_runs(lines[0])}"))
     grid = figure.add_gridspec(2 * len(lines), 1, height_ratios=[x for h in heights for x in (0.22, h)])
-    image: Any = None
+    image, most = None, _most(*lines)
     for i, columns in enumerate(lines):
         top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
         leading_strip(top, record, columns, A_LINE)
-        image = _weights(below, record, columns)
+        image = _weights(below, record, columns, most, A_LINE)
         token_labels(below, columns)
-    figure.colorbar(image, ax=figure.axes, shrink=0.6, pad=0.01, label="weight")
+    _scale(figure, image, "weight")
     return figure
 
 
@@ -114,7 +114,7 @@ def layers_by_experts(record: RoutingRecord, *, position: int | None = None, seq
         plain_text(axes.set_xlabel(f"one routing for all {len(record.header.adapted)} layers"))
     label_experts(axes, names, record.palette, vertical=False)
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label="scaling")
+    _scale(figure, image, "scaling")
     return figure
 
 
@@ -132,13 +132,14 @@ def load_bars(record: RoutingRecord) -> Figure:
     figure = new_figure(min(LEFT_TO_RIGHT, max(5.0, 2.5 + 0.5 * len(names))), 3.8)
     axes = figure.add_subplot()
     paint = _colours(record)
-    axes.bar(range(len(names)), metrics.load, color=paint, edgecolor="#333333", linewidth=0.5, label="load")
-    axes.plot(range(len(names)), metrics.importance, "D", color="black", markersize=4, label="importance")
-    axes.axhline(1 / len(names), color="#555555", linestyle="--", linewidth=1, label=f"even: 1/{len(names)}")
+    bars = axes.bar(range(len(names)), metrics.load, color=paint, edgecolor="#333333", linewidth=0.5, label="load")
+    (marks,) = axes.plot(range(len(names)), metrics.importance, "D", color="black", markersize=4, label="importance")
+    even = axes.axhline(1 / len(names), color="#555555", linestyle="--", linewidth=1, label=f"even: 1/{len(names)}")
     axes.set_ylabel("share of tokens and layers")
     axes.set_xlim(-0.6, len(names) - 0.4)
     label_experts(axes, names, record.palette, vertical=False)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.17), ncols=3)
+    kinds = [bars, marks, even]
+    axes.legend(handles=kinds, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.17), ncols=3)
     strip_axes(axes)
     plain_text(
         figure.suptitle(
@@ -214,18 +215,20 @@ def comparison(
     ratios = [x for h in heights for x in (0.22, h)] + [0.9] * alike
     figure = new_figure(LEFT_TO_RIGHT, sum(ratios) + 2.4)
     grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
-    for i, (record, text) in enumerate(zip(records, texts, strict=True)):
-        columns = columns_of(text, A_LINE if len(text) <= A_LINE else RUNS)[0]
+    across = A_LINE if len(first) <= A_LINE else RUNS
+    both = [columns_of(text, across)[0] for text in texts]
+    image, most = None, _most(*both)
+    for i, (record, columns) in enumerate(zip(records, both, strict=True)):
         top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
         leading_strip(top, record, columns, columns.values.shape[1])
         plain_text(top.set_title(drawable(names[i]), fontsize=10, loc="left"))
-        _weights(below, record, columns, columns.values.shape[1])
+        image = _weights(below, record, columns, most, 0)
         if i == 1 and not alike:
             token_labels(below, columns)
         else:
             below.set_xticks([])
     if alike:
-        axes, columns = figure.add_subplot(grid[4]), columns_of(first, A_LINE if len(first) <= A_LINE else RUNS)[0]
+        axes, columns = figure.add_subplot(grid[4]), both[0]
         divergence = columns.mean(drift(first, second).divergence)
         axes.bar(range(len(divergence)), divergence.numpy(), width=1, color="#555555")
         axes.set_xlim(-0.5, len(divergence) - 0.5)
@@ -233,6 +236,7 @@ def comparison(
         axes.set_ylabel("divergence", fontsize=8)
         strip_axes(axes)
         token_labels(axes, columns)
+    _scale(figure, image, "weight")
     plain_text(figure.suptitle(f"{_title(first)}: weight of each expert, mean of the layers", fontsize=11))
     return figure
 
@@ -266,15 +270,23 @@ def _lines(text: RoutingRecord, most: int) -> list[Columns]:
     return columns_of(text, A_LINE, most) if len(text) <= A_LINE * most else columns_of(text, RUNS)
 
 
-def _weights(axes: Axes, record: RoutingRecord, columns: Columns, across: int | None = None) -> Any:
-    across = across or max(A_LINE if columns.each == 1 else 0, columns.values.shape[1])
-    most = max(1.0, float(columns.values.max()))
+def _weights(axes: Axes, record: RoutingRecord, columns: Columns, most: float, across: int) -> Any:
     image = axes.imshow(columns.values.numpy(), cmap=WEIGHTS, aspect="auto", interpolation="nearest", vmin=0, vmax=most)
-    axes.set_xlim(-0.5, across - 0.5)
+    count = columns.values.shape[1]
+    axes.set_xlim(-0.5, (max(across, count) if columns.each == 1 else count) - 0.5)
     label_experts(axes, record.experts, record.palette, vertical=True)
     for side in axes.spines.values():
         side.set_visible(False)
     return image
+
+
+def _most(*several: Columns) -> float:
+    """The weight that is darkest: the largest; twice the even share where it is less, so that evenness looks pale."""
+    return max(max(float(columns.values.max()), min(1.0, 2 / len(columns.values))) for columns in several)
+
+
+def _scale(figure: Figure, image: Any, what: str) -> None:
+    figure.colorbar(image, ax=figure.axes, shrink=0.6, aspect=30, pad=0.01, label=what)
 
 
 def _mean_by_layer(record: RoutingRecord) -> Tensor:

@@ -64,6 +64,8 @@ def record_routing(
     assistant). In a beam search each beam is a text of its own that forks where beams part; beams that were given up
     stay. Tokens that a cache held before are not recorded; positions count them.
 
+    A model that was compiled with `fullgraph=True` cannot be recorded: the recording runs between graphs.
+
     Without a cache nothing tells that a forward goes on with an earlier one's text, except inside `generate`. Each
     process records what itself reads, as in an evaluation on several devices.
 
@@ -92,6 +94,7 @@ def record_routing(
             remedy=f"Pass for example max_tokens={MAX_TOKENS}, or spill= a folder for all of them.",
         )
     hook = Recorder(model, tokenizer, None, threading.get_ident() if only_this_thread else None)
+    vars(hook)["made"] = torch.compiler.disable(hook.made)  # a compiled model calls it between its graphs
     detach = attach(model, hook)
     try:
         if hook.state.single_pass() is not None:
