@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib", "safetensors", "typer", "rich")
-OPTIONAL = ("peft", "trl", "matplotlib", "accelerate", "datasets", "triton")
+HEAVY = ("torch", "transformers", "peft", "numpy", "matplotlib", "pandas", "safetensors", "typer", "rich")
+OPTIONAL = ("peft", "trl", "matplotlib", "pandas", "accelerate", "datasets", "triton")
 OF_TRITON = "loramix.kernels"
 LOADED_BY_THE_CLI = ("typer", "rich")
 

@@ -118,3 +118,29 @@ def test_the_public_names_of_training_are_locked() -> None:
         assert getattr(training, name) is getattr(importlib.import_module(f"loramix.training.{home}"), name)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = training.nonsense
+
+
+ROUTING = {
+    "Confusion": "compare",
+    "Drift": "compare",
+    "LeaveOneOut": "ablation",
+    "RoutingMeter": "metrics",
+    "RoutingMetrics": "metrics",
+    "RoutingRecord": "record",
+    "agreement": "compare",
+    "confusion": "compare",
+    "drift": "compare",
+    "expert_colours": "colours",
+    "leave_one_out": "ablation",
+    "record_routing": "recorder",
+}
+
+
+def test_the_public_names_of_routing_are_locked() -> None:
+    from loramix import routing
+
+    assert sorted(routing.__all__) == sorted(ROUTING)
+    for name, home in ROUTING.items():
+        assert getattr(routing, name) is getattr(importlib.import_module(f"loramix.routing.{home}"), name)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = routing.nonsense

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from loramix.errors import CacheError
+from loramix.hooks import CacheFollower
 
 C = TypeVar("C", bound=Cache)
 
@@ -28,11 +29,13 @@ class TwoPassCache(Cache):
         base: the scaling pass's cache, of the same kind.
         owner: which mixture filled it; another one refuses it.
         torn: whether a forward is filling it, or stopped while it did.
+        followers: who is told how its rows change.
     """
 
     base: Cache
     owner: str
     torn: bool
+    followers: tuple[CacheFollower, ...] = ()
 
     @staticmethod
     def pair(mixed: Cache, base: Cache, owner: str) -> TwoPassCache:
@@ -82,27 +85,38 @@ class TwoPassCache(Cache):
         self.__class__ = type(self).__mro__[2]
         for name in ("base", "owner", "torn"):
             del self.__dict__[name]
+        self.__dict__.pop("followers", None)
 
     def reset(self) -> None:
         super().reset()
         self.base.reset()
         self.torn = False
+        for follower in self.followers:
+            follower.emptied()
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.base.crop(tokens_to_remove)
+        for follower in self.followers:
+            follower.cropped(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
         self.base.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        for follower in self.followers:
+            follower.reordered(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.base.batch_repeat_interleave(repeats)
+        for follower in self.followers:
+            follower.repeated(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.base.batch_select_indices(indices)
+        for follower in self.followers:
+            follower.reordered(indices)
 
     def activate_past_recording(self) -> None:
         super().activate_past_recording()

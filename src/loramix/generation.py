@@ -50,7 +50,7 @@ class LockstepMethods(PeftMethods):
         wanted = wanted_by(kwargs.get("generation_config") or cast(Any, self).generation_config, lockstep)
         after = self._loramix.fixed_after
         if report.reason is not None and (wanted or after) and self._loramix.single_pass() is None:
-            tell(report.reason, "lockstep=True" if wanted else f"fix_routing(after={after})")
+            tell(report.reason, f"lockstep={wanted!r}" if wanted else f"fix_routing(after={after})")
         return out
 
     @property
@@ -60,6 +60,8 @@ class LockstepMethods(PeftMethods):
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         call, state, cache = super()._sample, self._loramix, kwargs.get("past_key_values")  # pyright: ignore
+        if state.hooks:
+            request().pads(input_ids.shape[1], generation_config)
         wanted = wanted_by(generation_config, request().wanted)
         check_wanted(wanted)
         reason = why_not_this_generation(self, state, wanted, generation_config, cache)

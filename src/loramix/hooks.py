@@ -58,6 +58,31 @@ class RoutingHook:
     def made(self, made: Made) -> Tensor | None:
         """Scalings were made. A scalar that is returned is a loss: its gradient joins that of the model's own loss."""
 
+    def cached(self, cache: Any) -> None:
+        """This thread's last forward had no cache and made this one, which holds what it read."""
+
+
+class CacheFollower:
+    """Is told how the rows of a two-pass cache change, to know which row of a forward goes on with which of before.
+
+    It stands in the cache's `followers`. A copy of the cache gets a deep copy of it; it is not pickled.
+    """
+
+    def reordered(self, rows: Tensor) -> None:
+        """Row i is now what row `rows[i]` was; or a row is kept where `rows` is True."""
+
+    def repeated(self, times: int) -> None:
+        """Each row stands there so many times, next to each other."""
+
+    def cropped(self, tokens: int) -> None:
+        """So many slots at the end are gone."""
+
+    def emptied(self) -> None:
+        """All are."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CacheFollower, ()
+
 
 def join_gradient(hidden: Float[Tensor, "B S H"], loss: Float[Tensor, ""]) -> Float[Tensor, "B S H"]:
     """`hidden` as it is, and in backward a gradient of 1 for the loss.

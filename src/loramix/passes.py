@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,6 +153,9 @@ class MixtureState:
         return None if self._latest is None else self._latest.expand(-1, -1, len(self.paths), -1)
 
 
+_attaching = threading.Lock()
+
+
 def attach(model: nn.Module, hook: RoutingHook, *, alone: bool = False) -> Callable[[], None]:
     """Let a hook take part in a mixture's passes, until the function that is returned is called.
 
@@ -170,11 +174,13 @@ def attach(model: nn.Module, hook: RoutingHook, *, alone: bool = False) -> Calla
             received=f"a {type(model).__name__} without a router",
             remedy="pass the model that get_peft_model(base, XLoraConfig(…)) returned, not a wrapper around it",
         )
-    others = state.hooks if not alone else tuple(other for other in state.hooks if type(other) is not type(hook))
-    state.hooks = (*others, hook)
+    with _attaching:
+        others = state.hooks if not alone else tuple(other for other in state.hooks if type(other) is not type(hook))
+        state.hooks = (*others, hook)
 
     def detach() -> None:
-        state.hooks = tuple(other for other in state.hooks if other is not hook)
+        with _attaching:
+            state.hooks = tuple(other for other in state.hooks if other is not hook)
 
     return detach
 
@@ -288,7 +294,9 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
         if cache is not None:
             cache.torn = False
         elif made is not None and made.get(its_cache) is not None and out.get(its_cache) is not None:
-            TwoPassCache.pair(out[its_cache], made[its_cache], state.owner)
+            pair = TwoPassCache.pair(out[its_cache], made[its_cache], state.owner)
+            for hook in state.hooks:
+                hook.cached(pair)
         return as_asked(out, kwargs.get("return_dict", getattr(self.config, "return_dict", True)))
 
     return run

@@ -20,10 +20,31 @@ class Request:
     Attributes:
         wanted: what its argument `lockstep` was.
         report: how it decodes; None where transformers takes a way of its own, such as beams.
+        running: whether it is under way; not so for what stands in where no call is.
+        prompt: tokens of each row that it was given; those after them it makes, and pads rows that have finished.
+        padding: the token that it pads with; None where no row can finish before the others.
+        ends: tokens after which a row has finished.
     """
 
     wanted: Wanted = None
     report: LockstepReport | None = None
+    running: bool = False
+    prompt: int = 0
+    padding: int | None = None
+    ends: frozenset[int] = frozenset()
+
+    def pads(self, prompt: int, generation_config: Any) -> None:
+        """Note how rows that have finished are padded.
+
+        Args:
+            prompt: tokens of each row that were given.
+            generation_config: transformers', complete.
+        """
+        ends = getattr(generation_config, "_eos_token_tensor", None)
+        padding = getattr(generation_config, "_pad_token_tensor", None)
+        self.prompt = prompt
+        if ends is not None and padding is not None:
+            self.padding, self.ends = int(padding), frozenset(ends.flatten().tolist())
 
 
 class _Current(threading.local):
@@ -65,7 +86,7 @@ def paused() -> Generator[None]:
 @contextmanager
 def asked(wanted: Wanted) -> Generator[Request]:
     """Inside, in this thread, `generate` runs, and was asked for lockstep or not."""
-    outer, _current.request = _current.request, Request(wanted)
+    outer, _current.request = _current.request, Request(wanted, running=True)
     try:
         yield _current.request
     finally:

@@ -11,7 +11,8 @@ from rich.console import Console, RenderableType
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.picture import draw
 from loramix.demo.routed import RoutedText
-from loramix.demo.show import colours, comparison_table, explanation, legend, routed_panel, verdict
+from loramix.demo.show import comparison_table, explanation, legend, routed_panel, verdict
+from loramix.routing.colours import expert_colours
 from loramix.training.evaluation import BASE, ORACLE, UNIFORM
 
 EXPERTS = ["code", "math"]
@@ -66,7 +67,7 @@ def test_with_colour_each_token_has_its_leaders_colour() -> None:
     text = panel(colour=True)
     assert "⟨" not in text
     for expert in EXPERTS:
-        red, green, blue = (int(colours(EXPERTS)[expert][i : i + 2], 16) for i in (1, 3, 5))
+        red, green, blue = (int(expert_colours(EXPERTS)[expert][i : i + 2], 16) for i in (1, 3, 5))
         assert f"38;2;{red};{green};{blue}m" in text
 
 

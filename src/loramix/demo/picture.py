@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loramix.demo.routed import RoutedText
-from loramix.demo.show import colours
+from loramix.routing.colours import expert_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def draw(routed: RoutedText, path: Path) -> None:
 def _draw_line(axes: Axes, routed: RoutedText, part: slice) -> None:
     from matplotlib.colors import to_rgb
 
-    paint, weights = colours(routed.experts), routed.weights[part]
+    paint, weights = expert_colours(routed.experts), routed.weights[part]
     pixels = [[(*to_rgb(paint[e]), row[i]) for row in weights] for i, e in enumerate(routed.experts)]
     axes.imshow(pixels, aspect="auto", interpolation="nearest")
     axes.set_xlim(-0.5, TOKENS_A_LINE - 0.5)

@@ -14,22 +14,15 @@ from rich.text import Text
 
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.routed import RoutedText
+from loramix.routing.colours import expert_colours
 from loramix.training.evaluation import BASE, ORACLE, UNIFORM
-
-PALETTE = ("#4da6e0", "#e69f00", "#2fb58a", "#d986b8", "#d55e00", "#b8a800")
-"""Okabe and Ito's colours, light enough for dark terminals: told apart with any kind of colour vision."""
-
-
-def colours(experts: list[str]) -> dict[str, str]:
-    """One colour for each expert, in the terminal and in the picture."""
-    return dict(zip(experts, itertools.cycle(PALETTE), strict=False))
 
 
 def legend(experts: list[str], console: Console) -> Text:
     """The experts in their colours; where there are none, how text is marked instead."""
     if not _has_colour(console):
         return Text("⟨name⟩ stands where another expert takes the lead: " + ", ".join(experts))
-    return Text("  ").join(Text(f"■ {name}", style=colour) for name, colour in colours(experts).items())
+    return Text("  ").join(Text(f"■ {name}", style=colour) for name, colour in expert_colours(experts).items())
 
 
 def comparison_table(result: Comparison) -> Table:
@@ -75,7 +68,7 @@ def routed_panel(routed: RoutedText, console: Console) -> Panel:
     """The prompt, dim, then what the mixture wrote, each token in the colour of its leading expert."""
     text = Text("".join(routed.tokens[: routed.prompt]), style="dim")
     written = list(zip(routed.tokens, routed.leaders, strict=True))[routed.prompt :]
-    paint = colours(routed.experts)
+    paint = expert_colours(routed.experts)
     if _has_colour(console):
         for token, leader in written:
             text.append(token, style=f"not dim {paint[leader]}")

@@ -1,1 +1,46 @@
-"""What a mixture's routing does, seen from outside the core."""
+"""What a mixture's routing does, seen from outside the core: recorded, measured, compared, drawn."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loramix.routing.ablation import LeaveOneOut, leave_one_out
+    from loramix.routing.colours import expert_colours
+    from loramix.routing.compare import Confusion, Drift, agreement, confusion, drift
+    from loramix.routing.metrics import RoutingMeter, RoutingMetrics
+    from loramix.routing.record import RoutingRecord
+    from loramix.routing.recorder import record_routing
+
+__all__ = [
+    "Confusion",
+    "Drift",
+    "LeaveOneOut",
+    "RoutingMeter",
+    "RoutingMetrics",
+    "RoutingRecord",
+    "agreement",
+    "confusion",
+    "drift",
+    "expert_colours",
+    "leave_one_out",
+    "record_routing",
+]
+
+_HOMES = {
+    **dict.fromkeys(("LeaveOneOut", "leave_one_out"), "ablation"),
+    "expert_colours": "colours",
+    **dict.fromkeys(("Confusion", "Drift", "agreement", "confusion", "drift"), "compare"),
+    **dict.fromkeys(("RoutingMeter", "RoutingMetrics"), "metrics"),
+    "RoutingRecord": "record",
+    "record_routing": "recorder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

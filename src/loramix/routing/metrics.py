@@ -109,8 +109,7 @@ class RoutingMeter:
         values = values.flatten(0, 1) if real is None else values[real]
         if not values.numel():
             return
-        shares = values.clamp(min=0)
-        shares = shares / shares.sum(-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
+        shares = shares_of(values)
         leading = torch.zeros_like(values).scatter(-1, values.argmax(-1, keepdim=True), 1.0)
         entropy = torch.special.entr(shares).sum(-1).mean(-1).sum()
         added = (leading.sum((0, 1)), values.sum((0, 1)), shares.sum(0), entropy)
@@ -133,6 +132,17 @@ class RoutingMeter:
             mean_entropy=float(entropy / self._tokens / most),
             tokens=self._tokens,
         )
+
+
+def shares_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:
+    """Each expert's share of the positive part of a token's scalings, in float32; all 0 where there is none."""
+    positive = scalings.detach().float().clamp(min=0)
+    return positive / positive.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def entropy_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N"]:
+    """−Σ_e p_e log p_e / log E of the shares p: 0 where one expert has all, 1 where all have the same."""
+    return torch.special.entr(shares_of(scalings)).sum(-1) / math.log(max(2, scalings.shape[-1]))
 
 
 def _cv(values: tuple[float, ...]) -> float:

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from loramix.config import XLoraConfig
 from loramix.errors import DataError
-from loramix.hooks import RoutingHook
 from loramix.model import XLoraModel
-from loramix.passes import attach
+from loramix.routing.ablation import pad, token_nats, without_expert
 
 BASE, UNIFORM, MIXTURE, ORACLE = "base model", "uniform mixture", "X-LoRA", "oracle"
 WITHOUT = "without "
@@ -72,19 +69,6 @@ class Passage:
 def total(scores: Iterable[Score]) -> Score:
     """The sum of the scores."""
     return sum(scores, Score())
-
-
-def token_nats(logits: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S-1"]:
-    """Nats of information of each token after the first: -ln of the probability that the model gave it."""
-    return nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-
-
-def pad(texts: Sequence[list[int]], padding: int = 0) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
-    """Token lists as one tensor, padded on the right, and 1 where a token is real."""
-    longest = max(map(len, texts))
-    ids = torch.tensor([text + [padding] * (longest - len(text)) for text in texts])
-    real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-    return ids, real
 
 
 @torch.no_grad()
@@ -222,29 +206,6 @@ def rows(model: XLoraModel, *, leave_one_out: bool) -> Iterator[tuple[str, Abstr
     if leave_one_out and len(experts) > 1:
         for expert in experts:
             yield WITHOUT + expert, without_expert(model, expert)
-
-
-@contextmanager
-def without_expert(model: XLoraModel, expert: str) -> Generator[None]:
-    """Inside, the router cannot choose one of the experts; the others share its weight as the softmax has it."""
-    config = cast(XLoraConfig, model.peft_config["default"])
-    detach = attach(model, _Without(config, model.expert_names.index(expert)))
-    try:
-        yield
-    finally:
-        detach()
-
-
-class _Without(RoutingHook):
-    def __init__(self, config: XLoraConfig, expert: int) -> None:
-        self.config = config
-        self.expert = expert
-
-    def logits(self, logits: Tensor, training: bool) -> Tensor:
-        config, index = self.config, torch.tensor([self.expert], device=logits.device)
-        chosen_by_rank = config.top_k_lora is not None and config.top_k_lora < logits.shape[-1]
-        never = config.enable_softmax or config.enable_softmax_topk or chosen_by_rank
-        return logits.index_fill(-1, index, -torch.inf if never else 0.0)
 
 
 def cut(

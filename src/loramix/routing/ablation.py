@@ -1,0 +1,122 @@
+"""What an expert is worth: by how much the loss rises when the router may not choose it.
+
+B: batch. S: tokens of a text. V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from loramix.config import XLoraConfig
+from loramix.errors import DataError
+from loramix.hooks import RoutingHook
+from loramix.model import XLoraModel
+from loramix.passes import attach
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """Losses in nats a token, with all experts and without each.
+
+    Attributes:
+        loss: the mixture's.
+        without: by the expert that the router could not choose.
+        tokens: how many were predicted.
+    """
+
+    loss: float
+    without: dict[str, float]
+    tokens: int
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """By how much the loss rises without each expert; negative where the expert hurts."""
+        return {expert: loss - self.loss for expert, loss in self.without.items()}
+
+
+@torch.no_grad()
+def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: int = 8) -> LeaveOneOut:
+    """The mixture's loss on some texts, and without each expert in turn.
+
+        difference_e = (1 / N) Σ_t [ln p(t) − ln p without e (t)]
+
+    Args:
+        model: the mixture, a causal language model. With one expert there is nothing to leave out.
+        texts: token ids of each; the first token of a text is given, not predicted.
+        batch: texts in one forward.
+
+    Raises:
+        DataError: no token to predict.
+    """
+    chosen = [list(map(int, text)) for text in texts if len(text) > 1]
+    if not chosen:
+        raise DataError(
+            "A loss needs a text of at least two tokens.",
+            received=f"{len(texts)} texts, none of them so long",
+            remedy="Give longer text.",
+        )
+    names = model.expert_names
+    loss, tokens = _loss(model, chosen, None, batch)
+    without = {name: _loss(model, chosen, name, batch)[0] for name in names} if len(names) > 1 else {}
+    return LeaveOneOut(loss, without, tokens)
+
+
+def _loss(model: XLoraModel, texts: Sequence[list[int]], without: str | None, batch: int) -> tuple[float, int]:
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    nats, count = 0.0, 0
+    model.eval()
+    try:
+        with nullcontext() if without is None else without_expert(model, without):
+            for i in range(0, len(texts), batch):
+                ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
+                found = token_nats(model(input_ids=ids, attention_mask=real, use_cache=False).logits, ids)
+                nats += float((found * real[:, 1:]).double().sum())
+                count += int(real[:, 1:].sum())
+    finally:
+        for module, training in modes:
+            module.training = training
+    return nats / count, count
+
+
+def token_nats(logits: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S-1"]:
+    """Nats of information of each token after the first: -ln of the probability that the model gave it."""
+    return nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def pad(texts: Sequence[list[int]], padding: int = 0) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
+    """Token lists as one tensor, padded on the right, and 1 where a token is real."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [padding] * (longest - len(text)) for text in texts])
+    real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+    return ids, real
+
+
+@contextmanager
+def without_expert(model: XLoraModel, expert: str) -> Generator[None]:
+    """Inside, the router cannot choose one of the experts; the others share its weight as the softmax has it."""
+    config = cast(XLoraConfig, model.peft_config["default"])
+    detach = attach(model, _Without(config, model.expert_names.index(expert)))
+    try:
+        yield
+    finally:
+        detach()
+
+
+class _Without(RoutingHook):
+    def __init__(self, config: XLoraConfig, expert: int) -> None:
+        self.config = config
+        self.expert = expert
+
+    def logits(self, logits: Tensor, training: bool) -> Tensor:
+        config, index = self.config, torch.tensor([self.expert], device=logits.device)
+        chosen_by_rank = config.top_k_lora is not None and config.top_k_lora < logits.shape[-1]
+        never = config.enable_softmax or config.enable_softmax_topk or chosen_by_rank
+        return logits.index_fill(-1, index, -torch.inf if never else 0.0)

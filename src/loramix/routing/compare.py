@@ -1,0 +1,192 @@
+"""Layers with each other, one record with another, and a record with what is known of its text.
+
+N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loramix.errors import RoutingError
+from loramix.routing.metrics import shares_of
+from loramix.routing.parts import Part
+from loramix.routing.record import RoutingRecord
+
+
+def agreement(record: RoutingRecord) -> Float[Tensor, "L L"]:
+    """For each two layers, the share of tokens that the same expert leads in both.
+
+        agreement[l, m] = (1 / N) Σ_t [argmax_e s_tle = argmax_e s_tme]
+
+    Symmetric, and 1 on the diagonal.
+
+    Raises:
+        RoutingError: nothing was recorded, or all layers share their scalings.
+    """
+    if record.shared:
+        raise RoutingError(
+            "Layers agree more or less where each has its own scalings.",
+            received=f"one routing that all {len(record.header.adapted)} layers share: they agree always",
+            remedy="build the mixture with layerwise_scalings=True to let layers differ",
+        )
+    layers = len(record.layers)
+    same, count = torch.zeros(layers, layers, dtype=torch.float64), 0
+    for part in record.parts():
+        leading = torch.nn.functional.one_hot(part.scalings.argmax(-1), len(record.experts)).double()
+        same += torch.einsum("nle,nme->lm", leading, leading)
+        count += len(part)
+    if not count:
+        raise record.nothing()
+    return (same / count).float()
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the routing of the same tokens is from one record to another.
+
+    Attributes:
+        importance: by expert, the mean scaling in the other record less that in the one.
+        divergence: (N,) of each token, mean over the layers, from 0 (the same shares) to 1 (no expert in common).
+        by_layer: its mean over the tokens, by layer.
+    """
+
+    importance: dict[str, float]
+    divergence: Float[Tensor, " N"]
+    by_layer: dict[str, float]
+
+    @property
+    def mean_divergence(self) -> float:
+        """Of all tokens."""
+        return float(self.divergence.mean())
+
+
+def drift(one: RoutingRecord, other: RoutingRecord) -> Drift:
+    """From one record to another of the same tokens and experts, such as before a training and after it.
+
+        JSD(p, q) = [H((p + q) / 2) − (H(p) + H(q)) / 2] / log 2      (Lin 1991, doi 10.1109/18.61115)
+
+    with H the entropy, p and q the shares of a token's scalings.
+
+    Args:
+        one: the record before.
+        other: the record after.
+
+    Raises:
+        RoutingError: nothing was recorded; other experts, layers or tokens.
+    """
+    for what in ("experts", "layers"):
+        mine, theirs = getattr(one, what), getattr(other, what)
+        if mine != theirs:
+            raise RoutingError(
+                "A routing drifts between records of the same experts and layers.",
+                received=f"{what} {_short(mine)} and {_short(theirs)}",
+                remedy="record both with the same mixture, or with two trainings of it",
+            )
+    first, second = same_tokens(one, other)
+    p, q = shares_of(first.scalings), shares_of(second.scalings)
+    entropy = [torch.special.entr(shares).sum(-1) for shares in ((p + q) / 2, p, q)]
+    divergence = ((entropy[0] - (entropy[1] + entropy[2]) / 2) / math.log(2)).clamp(0, 1)
+    change = (second.scalings - first.scalings).mean((0, 1)).tolist()
+    return Drift(
+        dict(zip(one.experts, change, strict=True)),
+        divergence.mean(1),
+        dict(zip(one.layers, divergence.mean(0).tolist(), strict=True)),
+    )
+
+
+def same_tokens(one: RoutingRecord, other: RoutingRecord) -> tuple[Part, Part]:
+    """All of both, token by token beside each other.
+
+    Raises:
+        RoutingError: nothing was recorded, or other tokens.
+    """
+    first, second = one.part, other.part
+    if not len(first):
+        raise one.nothing()
+    if not len(second):
+        raise other.nothing()
+    if len(first) != len(second) or not torch.equal(first.token, second.token) or not _side_by_side(first, second):
+        raise RoutingError(
+            "Two records are compared token by token: both hold the same tokens of the same texts.",
+            received=f"{len(first)} and {len(second)} tokens that are not the same"
+            + (", at least one of them a sample" if one.is_sample or other.is_sample else ""),
+            remedy="run both mixtures over the same text, in the same order and batches, and record all of it",
+        )
+    return first, second
+
+
+def _side_by_side(first: Part, second: Part) -> bool:
+    """Whether positions are the same, and texts begin at the same tokens, whatever their numbers are."""
+    begins = (first.sequence.diff() != 0, second.sequence.diff() != 0)
+    return torch.equal(first.position, second.position) and torch.equal(*begins)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Which expert leads tokens of which label.
+
+    Attributes:
+        labels: the labels, in order.
+        experts: the experts, in order.
+        counts: tokens, by label and expert.
+    """
+
+    labels: list[str]
+    experts: list[str]
+    counts: Int[Tensor, "labels E"]
+
+    @property
+    def shares(self) -> Float[Tensor, "labels E"]:
+        """Of the tokens of each label, the share that each expert leads."""
+        return self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of tokens whose leading expert bears the name of their label; None where no label is a name."""
+        named = [i for i, label in enumerate(self.labels) if label in self.experts]
+        right = sum(int(self.counts[i, self.experts.index(self.labels[i])]) for i in named)
+        return right / int(self.counts[named].sum()) if named else None
+
+
+def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) -> Confusion:
+    """How often each expert leads the tokens of each label.
+
+        counts[c, e] = Σ_t [label_t = c] · [argmax_e′ mean_l s_tle′ = e]
+
+    Args:
+        record: the record.
+        labels: one for each recorded token, in the record's order; or by the number of the text. None leaves out.
+
+    Raises:
+        RoutingError: nothing was recorded, or labels that do not fit it.
+    """
+    whole = record.part
+    if not len(whole):
+        raise record.nothing()
+    of_texts: Mapping[int, Any] = labels if isinstance(labels, Mapping) else {}
+    column = [of_texts.get(number) for number in whole.sequence.tolist()] if of_texts else list(labels)
+    fits = len(column) == len(whole)
+    if not fits or all(label is None for label in column):
+        raise RoutingError(
+            "There is one label for each recorded token, or for each text by its number.",
+            received="no label at all" if fits else f"{len(column)} labels for {len(whole)} tokens",
+            remedy="pass a label, or None, for each token of record.tokens, or {number: label} for record.sequences",
+        )
+    names = sorted({str(label) for label in column if label is not None})
+    leading = whole.scalings.mean(1).argmax(-1)
+    counts = torch.zeros(len(names), len(record.experts), dtype=torch.long)
+    rows = torch.tensor([-1 if label is None else names.index(str(label)) for label in column])
+    labelled = rows >= 0
+    counts.index_put_((rows[labelled], leading[labelled]), torch.ones(1, dtype=torch.long), accumulate=True)
+    return Confusion(names, record.experts, counts)
+
+
+def _short(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")

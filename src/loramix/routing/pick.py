@@ -1,0 +1,122 @@
+"""Picking some of a record by number, name or pattern.
+
+N: tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from loramix.errors import RoutingError
+from loramix.routing.parts import Part
+
+Picked = int | str | slice | Sequence[int | str]
+Tokens = int | str | slice | Sequence[int | str] | Tensor
+
+
+def pick(what: str, names: Sequence[str], wanted: Picked) -> list[int]:
+    """The numbers of the names that are wanted, in the order in which they are asked for, each once.
+
+    Args:
+        what: what they name.
+        names: all of them.
+        wanted: numbers, names, patterns as in file names, or a slice of the numbers.
+
+    Raises:
+        RoutingError: one that nothing matches.
+    """
+    if isinstance(wanted, slice):
+        found = list(range(len(names))[wanted])
+        if not found:
+            raise _unknown(what, names, wanted)
+        return found
+    several = [wanted] if isinstance(wanted, int | str) else list(wanted)
+    found = dict.fromkeys(i for one in several for i in _matches(what, names, one))
+    if not found:
+        raise _unknown(what, names, wanted)
+    return list(found)
+
+
+def _matches(what: str, names: Sequence[str], wanted: int | str) -> list[int]:
+    if isinstance(wanted, str):
+        found = [i for i, name in enumerate(names) if name == wanted]
+        found = found or [i for i, name in enumerate(names) if fnmatchcase(name, wanted)]
+    else:
+        inside = not isinstance(wanted, bool) and -len(names) <= wanted < len(names)
+        found = [wanted % len(names)] if inside else []
+    if not found:
+        raise _unknown(what, names, wanted)
+    return found
+
+
+def _unknown(what: str, names: Sequence[str], wanted: Any) -> RoutingError:
+    shown = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
+    return RoutingError(
+        f"A {what} is picked by its number, its name or a pattern.",
+        received=f"{wanted!r}, which none of the {len(names)} matches: {shown}",
+        remedy=f"pass a number from 0 to {len(names) - 1}, a name, or a pattern such as '*{names[0][-6:]}'",
+    )
+
+
+def chosen_rows(
+    part: Part, tokens: Tokens | None, sequences: int | Sequence[int] | None, texts: Sequence[str] | None
+) -> Bool[Tensor, " N"]:
+    """True at the tokens that are wanted.
+
+    Args:
+        part: all tokens.
+        tokens: positions, patterns of the text, or the answer itself.
+        sequences: numbers of texts.
+        texts: of the tokens, where a pattern may need them.
+
+    Raises:
+        RoutingError: positions from the end, which texts of different length do not share; an answer of another length.
+    """
+    stays = torch.ones(len(part), dtype=torch.bool)
+    if sequences is not None:
+        numbers = [sequences] if isinstance(sequences, int) else list(sequences)
+        stays &= torch.isin(part.sequence, torch.tensor(numbers, dtype=torch.long))
+    if tokens is None:
+        return stays
+    if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
+        if tokens.shape != stays.shape:
+            raise RoutingError(
+                "A mask has one value for each recorded token.",
+                received=f"shape {tuple(tokens.shape)} for {len(part)} tokens",
+                remedy="make it from the record's own tensors, such as record.tokens == 13",
+            )
+        return stays & tokens.cpu()
+    if isinstance(tokens, slice):
+        return stays & _in_slice(part.position, tokens)
+    several = [tokens] if isinstance(tokens, int | str) else list(tokens)
+    positions = [one for one in several if not isinstance(one, str)]
+    _refuse_negative(positions, tokens)
+    wanted = torch.isin(part.position, torch.tensor(positions, dtype=torch.long))
+    patterns = [one for one in several if isinstance(one, str)]
+    if patterns:
+        matches = [any(text == one or fnmatchcase(text, one) for one in patterns) for text in texts or ()]
+        wanted |= torch.tensor(matches, dtype=torch.bool)
+    return stays & wanted
+
+
+def _in_slice(position: Tensor, wanted: slice) -> Tensor:
+    _refuse_negative([value for value in (wanted.start, wanted.stop) if value is not None], wanted)
+    first, step = wanted.start or 0, wanted.step or 1
+    _refuse_negative([step], wanted)
+    inside = (position >= first) & ((position - first) % step == 0)
+    return inside if wanted.stop is None else inside & (position < wanted.stop)
+
+
+def _refuse_negative(numbers: Sequence[Any], wanted: Any) -> None:
+    if any(int(number) < 0 for number in numbers):
+        raise RoutingError(
+            "Positions count from the beginning of a text: texts end at different ones.",
+            received=f"tokens={wanted!r}",
+            remedy="pass positions from 0, or a mask of the record's tokens, such as record.positions > 100",
+        )

@@ -1,0 +1,319 @@
+"""Pictures of a record: tokens × experts, layers × experts, load, entropy along the text, two mixtures.
+
+Each function returns a matplotlib `Figure` of its own and touches neither pyplot nor its state; `figure.savefig(path)`
+writes it, and a notebook shows it. An expert has the same colour in each of them (`expert_colours`), and its name.
+
+N: tokens. L: adapted layers, 1 where they share their scalings. E: experts. C: columns of a picture, tokens or runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loramix.errors import RoutingError
+from loramix.routing.canvas import (
+    Columns,
+    columns_of,
+    drawable,
+    label_experts,
+    leading_strip,
+    new_figure,
+    plain_text,
+    short_layers,
+    strip_axes,
+    token_labels,
+)
+from loramix.routing.compare import drift, same_tokens
+from loramix.routing.metrics import entropy_of
+from loramix.routing.record import RoutingRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WEIGHTS = "Blues"  # lightness alone tells more from less, whatever the colour vision
+LEFT_TO_RIGHT = 11.0  # inches
+A_LINE = 40  # tokens whose text stays readable beside each other
+RUNS = 400  # columns of a text that is too long for that
+
+
+def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, layer: int | str | None = None) -> Figure:
+    """How much of each expert each token got: a row for each expert, a column for each token.
+
+    The strip above has the colour of the leading expert. A text that is too long for its tokens to be read is shown in
+    runs of tokens, by their mean.
+
+    Args:
+        record: the record.
+        sequence: the number of the text; the first one if None.
+        layer: one layer; the mean of all if None.
+
+    Raises:
+        RoutingError: nothing was recorded, or no such text or layer.
+        UnsupportedOperationError: matplotlib is missing.
+    """
+    text = one_text(record, sequence)
+    chosen = text if layer is None else text.select(layers=layer)
+    lines = _lines(chosen, most=max(1, 48 // len(record.experts)))
+    heights = [0.25 + _height(len(record.experts)) for _ in lines]
+    figure = new_figure(LEFT_TO_RIGHT, sum(heights) + 1.1 * len(lines) + 0.4)
+    where = "mean of all layers" if layer is None and not record.shared else ", ".join(chosen.layers)
+    plain_text(figure.suptitle(f"{_title(text)}: weight of each expert, {where}{_runs(lines[0])}"))
+    grid = figure.add_gridspec(2 * len(lines), 1, height_ratios=[x for h in heights for x in (0.22, h)])
+    image, most = None, _most(*lines)
+    for i, columns in enumerate(lines):
+        top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
+        leading_strip(top, record, columns, A_LINE)
+        image = _weights(below, record, columns, most, A_LINE)
+        token_labels(below, columns)
+    _scale(figure, image, "weight")
+    return figure
+
+
+def layers_by_experts(record: RoutingRecord, *, position: int | None = None, sequence: int | None = None) -> Figure:
+    """How much of each expert each layer took: a row for each layer, a column for each expert.
+
+    Args:
+        record: the record.
+        position: of one token; the mean of all if None.
+        sequence: the text that it stands in; the first one if None.
+
+    Raises:
+        RoutingError: nothing was recorded, or no such token.
+        UnsupportedOperationError: matplotlib is missing.
+    """
+    if position is None and sequence is None:
+        chosen, what = record, f"mean of {record.kept} tokens"
+    else:
+        chosen = one_text(record, sequence)
+        what = f"{_title(chosen)}, mean of {chosen.kept} tokens"
+    if position is not None:
+        piece = [text for text, p in zip(chosen.pieces(), chosen.positions.tolist(), strict=True) if p == position]
+        if not piece:
+            raise RoutingError(
+                "A token is named by its position in its text.",
+                received=f"position={position!r}, which was not recorded",
+                remedy=f"pass one from 0 to {int(chosen.positions.max())}",
+            )
+        chosen, what = chosen.select(tokens=position), f"{_title(chosen)}, token {position}: {drawable(piece[0])}"
+    values = _mean_by_layer(chosen)
+    names, layers = record.experts, short_layers(record.layers)
+    height = min(16.0, max(1.0, 0.19 * len(layers)))
+    width = min(LEFT_TO_RIGHT, 3.5 + 0.3 * len(names) + 0.06 * max(map(len, layers)))
+    figure = new_figure(max(5.5, width), height + 1.6)
+    plain_text(figure.suptitle(f"Scaling of each expert by layer, {what}", fontsize=10, wrap=True))
+    axes = figure.add_subplot()
+    image = axes.imshow(values.numpy(), cmap=WEIGHTS, aspect="auto", interpolation="nearest", vmin=0)
+    each = max(1, round(len(layers) / (height / 0.16)))
+    axes.set_yticks(range(0, len(layers), each), [layers[i] for i in range(0, len(layers), each)], fontsize=8)
+    if record.shared:
+        plain_text(axes.set_xlabel(f"one routing for all {len(record.header.adapted)} layers"))
+    label_experts(axes, names, record.palette, vertical=False)
+    axes.tick_params(length=0)
+    _scale(figure, image, "scaling")
+    return figure
+
+
+def load_bars(record: RoutingRecord) -> Figure:
+    """How often each expert leads (its load, the bar) and its mean scaling (its importance, the mark).
+
+    Args:
+        record: the record.
+
+    Raises:
+        RoutingError: nothing was recorded.
+        UnsupportedOperationError: matplotlib is missing.
+    """
+    metrics, names = record.metrics(), record.experts
+    figure = new_figure(min(LEFT_TO_RIGHT, max(5.0, 2.5 + 0.5 * len(names))), 3.8)
+    axes = figure.add_subplot()
+    paint = _colours(record)
+    bars = axes.bar(range(len(names)), metrics.load, color=paint, edgecolor="#333333", linewidth=0.5, label="load")
+    (marks,) = axes.plot(range(len(names)), metrics.importance, "D", color="black", markersize=4, label="importance")
+    even = axes.axhline(1 / len(names), color="#555555", linestyle="--", linewidth=1, label=f"even: 1/{len(names)}")
+    axes.set_ylabel("share of tokens and layers")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    label_experts(axes, names, record.palette, vertical=False)
+    kinds = [bars, marks, even]
+    axes.legend(handles=kinds, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.17), ncols=3)
+    strip_axes(axes)
+    plain_text(
+        figure.suptitle(
+            f"{metrics.tokens} tokens: MaxVio {metrics.max_violation:.2f}, effective experts "
+            f"{metrics.effective_experts:.1f} of {len(names)}, dead {metrics.dead_share:.0%}",
+            fontsize=10,
+        )
+    )
+    return figure
+
+
+def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figure:
+    """How undecided the routing is along a text: 0 where one expert has all, 1 where all have the same.
+
+    Args:
+        record: the record.
+        sequence: the number of the text; the first one if None.
+
+    Raises:
+        RoutingError: nothing was recorded, or no such text.
+        UnsupportedOperationError: matplotlib is missing.
+    """
+    text = one_text(record, sequence)
+    entropy, positions = entropy_of(text.scalings).mean(1), text.positions
+    figure = new_figure(LEFT_TO_RIGHT, 3.6)
+    grid = figure.add_gridspec(2, 1, height_ratios=[1, 12], hspace=0.02)
+    top, axes = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+    columns = columns_of(text, RUNS)[0]
+    leading_strip(top, record, columns, columns.values.shape[1])
+    window = max(1, min(25, len(entropy) // 8))
+    if len(entropy) <= 2000:
+        axes.plot(positions.numpy(), entropy.numpy(), color="#9aa5b5", linewidth=0.8, label="each token")
+    if window > 1:
+        smooth = entropy.unfold(0, window, 1).mean(-1)
+        middle = positions[window // 2 :][: len(smooth)]
+        axes.plot(middle.numpy(), smooth.numpy(), color="#0072b2", linewidth=1.8, label=f"mean of {window} tokens")
+    axes.axhline(float(entropy.mean()), color="black", linestyle="--", linewidth=1, label="mean")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(float(positions.min()) - 0.5, float(positions.max()) + 0.5)
+    axes.set_ylabel("entropy / log E")
+    axes.set_xlabel("position in the text; above, the colour of the leading expert")
+    axes.legend(fontsize=8, frameon=False, loc="upper right", ncols=3)
+    strip_axes(axes)
+    _legend(figure, record)
+    plain_text(figure.suptitle(f"{_title(text)}: entropy of the routing", fontsize=10))
+    return figure
+
+
+def comparison(
+    one: RoutingRecord, other: RoutingRecord, names: Sequence[str] = ("one", "other"), *, sequence: int | None = None
+) -> Figure:
+    """Two mixtures, or two trainings of one, on the same text; below, where they differ.
+
+    Args:
+        one: the record of one.
+        other: the record of the other, of the same tokens.
+        names: what to call them.
+        sequence: the number of the text in `one`; the first one if None.
+
+    Raises:
+        RoutingError: nothing was recorded, or other tokens.
+        UnsupportedOperationError: matplotlib is missing.
+    """
+    same_tokens(one, other)
+    number = one.sequences[0] if sequence is None else sequence
+    if number not in one.sequences:
+        one.sequence(number)
+    first = one_text(one, number)
+    second = one_text(other, other.sequences[one.sequences.index(number)])
+    alike = one.experts == other.experts and one.layers == other.layers
+    records, texts = (one, other), (first, second)
+    heights = [_height(len(record.experts)) for record in records]
+    ratios = [x for h in heights for x in (0.22, h)] + [0.9] * alike
+    figure = new_figure(LEFT_TO_RIGHT, sum(ratios) + 2.4)
+    grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
+    across = A_LINE if len(first) <= A_LINE else RUNS
+    both = [columns_of(text, across)[0] for text in texts]
+    image, most = None, _most(*both)
+    for i, (record, columns) in enumerate(zip(records, both, strict=True)):
+        top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
+        leading_strip(top, record, columns, columns.values.shape[1])
+        plain_text(top.set_title(drawable(names[i]), fontsize=10, loc="left"))
+        image = _weights(below, record, columns, most, 0)
+        if i == 1 and not alike:
+            token_labels(below, columns)
+        else:
+            below.set_xticks([])
+    if alike:
+        axes, columns = figure.add_subplot(grid[4]), both[0]
+        divergence = columns.mean(drift(first, second).divergence)
+        axes.bar(range(len(divergence)), divergence.numpy(), width=1, color="#555555")
+        axes.set_xlim(-0.5, len(divergence) - 0.5)
+        axes.set_ylim(0, max(0.05, float(divergence.max()) * 1.05))
+        axes.set_ylabel("divergence", fontsize=8)
+        strip_axes(axes)
+        token_labels(axes, columns)
+    _scale(figure, image, "weight")
+    plain_text(figure.suptitle(f"{_title(first)}: weight of each expert, mean of the layers", fontsize=11))
+    return figure
+
+
+def one_text(record: RoutingRecord, sequence: int | None) -> RoutingRecord:
+    """A text of a record, by its number or the first one.
+
+    Raises:
+        RoutingError: nothing was recorded, or no such text.
+    """
+    if not record.kept:
+        raise record.nothing()
+    return record.sequence(record.sequences[0] if sequence is None else sequence)
+
+
+def _title(text: RoutingRecord) -> str:
+    return f"Text {text.sequences[0]}" + (", a sample of its tokens" if text.is_sample else "")
+
+
+def _runs(columns: Columns) -> str:
+    return f"; runs of {columns.each} tokens" if columns.each > 1 else ""
+
+
+def _height(experts: int) -> float:
+    """Inches of a row for each expert."""
+    return max(0.5, (0.26 if experts <= 12 else 0.125) * experts)
+
+
+def _lines(text: RoutingRecord, most: int) -> list[Columns]:
+    """Lines of single tokens, or one of runs where there would be too many."""
+    return columns_of(text, A_LINE, most) if len(text) <= A_LINE * most else columns_of(text, RUNS)
+
+
+def _weights(axes: Axes, record: RoutingRecord, columns: Columns, most: float, across: int) -> Any:
+    image = axes.imshow(columns.values.numpy(), cmap=WEIGHTS, aspect="auto", interpolation="nearest", vmin=0, vmax=most)
+    count = columns.values.shape[1]
+    axes.set_xlim(-0.5, (max(across, count) if columns.each == 1 else count) - 0.5)
+    label_experts(axes, record.experts, record.palette, vertical=True)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return image
+
+
+def _most(*several: Columns) -> float:
+    """The weight that is darkest: the largest; twice the even share where it is less, so that evenness looks pale."""
+    return max(max(float(columns.values.max()), min(1.0, 2 / len(columns.values))) for columns in several)
+
+
+def _scale(figure: Figure, image: Any, what: str) -> None:
+    figure.colorbar(image, ax=figure.axes, shrink=0.6, aspect=30, pad=0.01, label=what)
+
+
+def _mean_by_layer(record: RoutingRecord) -> Tensor:
+    """(L, E)."""
+    total = torch.zeros(len(record.layers), len(record.experts), dtype=torch.float64)
+    count = 0
+    for part in record.parts():
+        total += part.scalings.double().sum(0)
+        count += len(part)
+    if not count:
+        raise record.nothing()
+    return (total / count).float()
+
+
+def _colours(record: RoutingRecord) -> list[str]:
+    from loramix.routing.colours import expert_colours
+
+    paint = expert_colours(record.palette)
+    return [paint[name] for name in record.experts]
+
+
+def _legend(figure: Figure, record: RoutingRecord) -> None:
+    from matplotlib.patches import Patch
+
+    marks = [Patch(color=colour, label=drawable(n)) for n, colour in zip(record.experts, _colours(record), strict=True)]
+    shown = figure.legend(
+        handles=marks, loc="outside lower center", ncols=min(8, len(marks)), fontsize=7, frameon=False
+    )
+    for label in shown.get_texts():
+        plain_text(label)

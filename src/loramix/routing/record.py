@@ -1,0 +1,370 @@
+"""What a mixture's routing was, token by token: to slice, to measure, to save.
+
+N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loramix.errors import RoutingError, UnsupportedOperationError
+from loramix.routing.header import Header
+from loramix.routing.metrics import RoutingMeter, RoutingMetrics
+from loramix.routing.parts import Kept, Part, joined
+from loramix.routing.pick import Picked, Tokens, chosen_rows, pick
+from loramix.routing.pieces import one_by_one, pieces_of
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a record's tokens are."""
+
+    @property
+    def kept(self) -> int: ...
+    def parts(self) -> Iterator[Part]: ...
+
+
+class RoutingRecord:
+    """The final scalings of tokens that a mixture has read, as the layers mixed by them: after top-k.
+
+    Made by `record_routing`, or read by `RoutingRecord.load`. A record in several parts reads them one after the
+    other where it can: `metrics`, `select`, `save`; the properties that are tensors hold all of it.
+
+    Attributes:
+        header: what holds for all tokens.
+        source: where they are.
+        tokenizer: for their text; None where it is not known.
+    """
+
+    def __init__(
+        self, header: Header, source: Source, tokenizer: Any = None, pieces: Mapping[int, str] | None = None
+    ) -> None:
+        self.header, self.source, self.tokenizer = header, source, tokenizer
+        self._pieces = dict(pieces or {})
+
+    @property
+    def experts(self) -> list[str]:
+        """The E experts, in the order of the scalings."""
+        return list(self.header.experts)
+
+    @property
+    def palette(self) -> list[str]:
+        """All experts of the mixture, to colour by (`expert_colours`), also where a selection has fewer."""
+        return list(self.header.palette)
+
+    @property
+    def layers(self) -> list[str]:
+        """The L layers; where they share their scalings, which are then kept once, the one name "all layers"."""
+        return list(self.header.layers)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all adapted layers share their scalings."""
+        return self.header.shared
+
+    @property
+    def top_k(self) -> int | None:
+        """How many experts of a token had a scaling; None if all."""
+        return self.header.settings.get("top_k_lora")
+
+    @property
+    def seen(self) -> int:
+        """How many tokens were read."""
+        return self.header.seen
+
+    @property
+    def kept(self) -> int:
+        """How many of them are here: N."""
+        return self.source.kept
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether tokens are missing that were read."""
+        return self.header.sample or self.seen > self.kept
+
+    @property
+    def note(self) -> str:
+        """What is here, in one sentence; and why, if it is nothing."""
+        if not self.seen and not self.kept:
+            return (
+                "Nothing was recorded: no forward made scalings. With adapters disabled, or with fixed scalings, none "
+                "are made."
+            )
+        texts = f"{self.kept} tokens, {len(self.experts)} experts, "
+        texts += (
+            f"one routing for all {len(self.header.adapted)} layers" if self.shared else f"{len(self.layers)} layers"
+        )
+        if self.seen > self.kept:
+            texts += f"; a uniform sample of the {self.seen} tokens that were read"
+        elif self.header.sample:
+            texts += "; of a sample of the tokens that were read"
+        if self.header.changed:
+            texts += "; the mixture's settings changed meanwhile"
+        return texts[0].upper() + texts[1:] + "."
+
+    def __len__(self) -> int:
+        return self.kept
+
+    def __repr__(self) -> str:
+        return f"<RoutingRecord: {self.note}>"
+
+    def parts(self) -> Iterator[Part]:
+        """The tokens, in parts; each in the order of the texts."""
+        yield from self.source.parts()
+
+    @property
+    def part(self) -> Part:
+        """All tokens in one, in the order of the texts."""
+        return joined(self.parts(), len(self.layers), len(self.experts)).by_text()
+
+    @property
+    def scalings(self) -> Float[Tensor, "N L E"]:
+        """s of each token."""
+        return self.part.scalings
+
+    @property
+    def weights(self) -> Float[Tensor, "N E"]:
+        """Mean of s over the layers: how much of each expert a token got."""
+        return self.scalings.mean(1)
+
+    @property
+    def leading(self) -> Int[Tensor, " N"]:
+        """The expert of the largest weight, by its number."""
+        return self.weights.argmax(-1)
+
+    @property
+    def tokens(self) -> Int[Tensor, " N"]:
+        """Token ids; -1 where the model was given embeddings."""
+        return self.part.token
+
+    @property
+    def positions(self) -> Int[Tensor, " N"]:
+        """The place of each token in its text, from 0."""
+        return self.part.position
+
+    @property
+    def sequence_numbers(self) -> Int[Tensor, " N"]:
+        """The number of each token's text."""
+        return self.part.sequence
+
+    @property
+    def sequences(self) -> list[int]:
+        """The texts that tokens are here of."""
+        found = torch.cat([part.sequence.unique() for part in self.parts()] or [torch.zeros(0, dtype=torch.long)])
+        return sorted(set(found.tolist()))
+
+    def select(
+        self,
+        *,
+        tokens: Tokens | None = None,
+        layers: Picked | None = None,
+        experts: Picked | None = None,
+        sequences: int | Sequence[int] | None = None,
+    ) -> RoutingRecord:
+        """Some of it, as a record in memory.
+
+        Args:
+            tokens: positions in their texts, as a number, a slice or a list; a pattern of their text as in file names
+                (`"*ing"`); or (N,), True for the tokens that stay.
+            layers: a number, a name or a pattern (`"*q_proj"`), or a list of such.
+            experts: likewise; scalings stay what they are, so that those of a token need not add up to 1 any more.
+            sequences: numbers of texts.
+
+        Raises:
+            RoutingError: what nothing matches, or layers where all share their scalings.
+        """
+        if layers is not None and self.shared:
+            raise RoutingError(
+                "Layers are told apart where each has its own scalings.",
+                received=f"layers={layers!r}, and one routing that all {len(self.header.adapted)} layers share",
+                remedy="leave layers= out; a mixture with layerwise_scalings=True routes each layer by itself",
+            )
+        rows_of = None if layers is None else pick("layer", self.layers, layers)
+        columns = None if experts is None else pick("expert", self.experts, experts)
+        found: list[Part] = []
+        for part in [self.part] if isinstance(tokens, Tensor) else self.parts():
+            if tokens is not None or sequences is not None:
+                texts = self._texts(part) if isinstance(tokens, str | list | tuple) else None
+                part = part[chosen_rows(part, tokens, sequences, texts)]
+            scalings = part.scalings if rows_of is None else part.scalings[:, rows_of]
+            found.append(replace(part, scalings=scalings if columns is None else scalings[:, :, columns]))
+        header = copy.deepcopy(self.header)
+        header.sample = self.is_sample
+        header.layers = header.layers if rows_of is None else [self.layers[i] for i in rows_of]
+        header.experts = header.experts if columns is None else [self.experts[i] for i in columns]
+        return self._with(header, found)
+
+    def _with(self, header: Header, parts: list[Part]) -> RoutingRecord:
+        header.seen = sum(map(len, parts))
+        return RoutingRecord(header, Kept(parts), self.tokenizer, self._pieces)
+
+    def sequence(self, number: int) -> RoutingRecord:
+        """A whole text: its own tokens, and before them those that it shares with the text that it forked from.
+
+        Raises:
+            RoutingError: no such text.
+        """
+        whole = self.part
+        path = self._path(whole, number)
+        if not len(path):
+            raise RoutingError(
+                "A text is named by its number.",
+                received=f"text {number!r}; the record has {self.sequences[:8]}{' …' * (len(self.sequences) > 8)}",
+                remedy="pass one of record.sequences",
+            )
+        part = whole[path]
+        header = copy.deepcopy(self.header)
+        header.sample, header.forks = self.is_sample, {}
+        return self._with(header, [replace(part, sequence=torch.full_like(part.sequence, number))])
+
+    def following(self, ids: Sequence[int] | Tensor) -> RoutingRecord:
+        """The text that reads these tokens, as `generate` returned them: which of its beams, for example.
+
+        Args:
+            ids: without padding. The last one need not have been read.
+
+        Raises:
+            RoutingError: there is none, or the record is a sample.
+        """
+        wanted = torch.as_tensor(ids, dtype=torch.long).flatten().cpu()
+        whole = self.part
+        if not self.is_sample:
+            for number in whole.sequence.unique().tolist():
+                path = self._path(whole, number)
+                text = whole.token[path][: len(wanted)]
+                begins = len(path) and int(whole.position[path[0]]) == 0
+                if begins and len(text) >= max(1, len(wanted) - 1) and torch.equal(text, wanted[: len(text)]):
+                    return self.sequence(number).select(tokens=slice(0, len(text)))
+        raise RoutingError(
+            "A text is found by all tokens that it begins with.",
+            received=f"{len(wanted)} tokens, in {'a sample' if self.is_sample else 'no text of the record'}",
+            remedy="pass one row of ids without its padding, and record with a larger max_tokens=, or with spill=",
+        )
+
+    def _path(self, whole: Part, number: int) -> Tensor:
+        """The rows of `whole` that a text consists of, from its beginning."""
+        rows, end = list[Tensor](), None
+        while True:
+            own = whole.sequence == number
+            rows.insert(0, torch.nonzero(own if end is None else own & (whole.position < end)).flatten())
+            if number not in self.header.forks:
+                return torch.cat(rows)
+            number, place = self.header.forks[number]
+            end = place if end is None else min(end, place)
+
+    def pieces(self) -> list[str]:
+        """The text of each token. In each run of tokens they add up to its text: a character of several tokens counts
+        with the last of them, and the others are empty. Without a tokenizer, "#id".
+        """
+        return self._texts(self.part)
+
+    def _texts(self, part: Part) -> list[str]:
+        if self.tokenizer is not None:
+            return pieces_of(self.tokenizer, part)
+        return [self._pieces.get(token, f"#{token}") for token in part.token.tolist()]
+
+    def vocabulary(self) -> dict[int, str]:
+        """The text of each token id, on its own."""
+        if self.tokenizer is None:
+            return dict(self._pieces)
+        return one_by_one(self.tokenizer, {id for part in self.parts() for id in part.token.unique().tolist()})
+
+    def metrics(self) -> RoutingMetrics:
+        """The numbers of all tokens and layers.
+
+        Raises:
+            RoutingError: nothing was recorded.
+        """
+        return self._measured(slice(None))
+
+    def metrics_by_layer(self) -> dict[str, RoutingMetrics]:
+        """Those of each layer.
+
+        Raises:
+            RoutingError: nothing was recorded.
+        """
+        return {name: self._measured(slice(i, i + 1)) for i, name in enumerate(self.layers)}
+
+    def _measured(self, layers: slice) -> RoutingMetrics:
+        meter = RoutingMeter()
+        for part in self.parts():
+            meter.add(part.scalings[None, :, layers])
+        found = meter.result()
+        if found is None:
+            raise self.nothing()
+        return found
+
+    def nothing(self) -> RoutingError:
+        """What is raised where tokens are needed."""
+        return RoutingError(
+            "Numbers and pictures need recorded tokens.",
+            received=self.note if not self.seen else "a selection without a token",
+            remedy="run the mixture inside record_routing(model), with its adapters on and its routing not fixed",
+        )
+
+    def to_pandas(self) -> Any:
+        """A table with a row for each token, layer and expert: sequence, position, token, layer, expert, scaling.
+
+        Raises:
+            UnsupportedOperationError: pandas is missing.
+        """
+        try:
+            import pandas  # pyright: ignore[reportMissingTypeStubs]
+        except ImportError as error:
+            raise UnsupportedOperationError(
+                "A table needs pandas.",
+                received="an installation without it",
+                remedy="pip install 'loramix[inspect]'",
+            ) from error
+        whole = self.part
+        count, layers, experts = whole.scalings.shape
+        each = layers * experts
+        category = pandas.Categorical.from_codes
+        layer = torch.arange(layers).repeat_interleave(experts).repeat(count)
+        expert = torch.arange(experts).repeat(count * layers)
+        return pandas.DataFrame(
+            {
+                "sequence": whole.sequence.repeat_interleave(each).numpy(),
+                "position": whole.position.repeat_interleave(each).numpy(),
+                "token": whole.token.repeat_interleave(each).numpy(),
+                "layer": category(layer.numpy(), self.layers),
+                "expert": category(expert.numpy(), self.experts),
+                "scaling": whole.scalings.flatten().numpy(),
+            }
+        )
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Save as `record.json` and `tokens-00000.safetensors` (`loramix.routing.files` has the format).
+
+        Raises:
+            SaveError: the folder could not be written; an earlier record in it is whole.
+        """
+        from loramix.routing.files import save_record
+
+        save_record(self, Path(folder))
+
+    @staticmethod
+    def load(folder: str | PathLike[str], tokenizer: Any = None) -> RoutingRecord:
+        """Read a record that `save` or `record_routing(spill=…)` wrote; its tokens stay on disk until asked for.
+
+        Args:
+            folder: where it lies.
+            tokenizer: of the mixture, for the text of the tokens; without it they have the text of each on its own.
+
+        Raises:
+            CheckpointNotFoundError: no record there, or one that was not finished.
+            CorruptCheckpointError: files that are not what they should be.
+            IncompleteCheckpointError: a file of tokens is missing.
+        """
+        from loramix.routing.files import load_record
+
+        return load_record(Path(folder), tokenizer)

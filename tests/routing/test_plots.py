@@ -1,0 +1,240 @@
+"""The pictures hold the numbers of the record, and say whose they are."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from torch.testing import assert_close
+
+from cli.conftest import byte_tokenizer
+from loramix import RoutingError, UnsupportedOperationError
+from loramix.routing import RoutingRecord, expert_colours, plots
+from loramix.routing.canvas import drawable, short_layers
+from loramix.routing.colours import PALETTE
+from loramix.routing.metrics import entropy_of
+from routing.records import random_record, record_of
+
+ALL: dict[str, Any] = {
+    "tokens": plots.tokens_by_experts,
+    "layers": plots.layers_by_experts,
+    "load": plots.load_bars,
+    "entropy": plots.entropy_along,
+    "comparison": lambda record: plots.comparison(record, record),
+}
+
+
+def heatmaps(figure: Figure) -> list[torch.Tensor]:
+    """The arrays of the images of numbers, as opposed to those of colours."""
+    found = [image.get_array() for axes in figure.axes for image in axes.get_images()]
+    return [torch.tensor(np.asarray(array)).float() for array in found if array is not None and array.ndim == 2]
+
+
+def strips(figure: Figure) -> list[list[str]]:
+    """The colours of the images of colours."""
+    found = [image.get_array() for axes in figure.axes for image in axes.get_images()]
+    return [[to_hex(pixel) for pixel in array[0]] for array in found if array is not None and array.ndim == 3]
+
+
+def labels(figure: Figure, which: str) -> list[str]:
+    """The labels along the axes of each part."""
+    axes = (getattr(one, f"get_{which}ticklabels")() for one in figure.axes)
+    return [label.get_text() for label in itertools.chain(*axes)]
+
+
+def overlapping(figure: Figure, which: str) -> list[str]:
+    """Neighbouring labels of an axis that lie on each other."""
+    figure.draw_without_rendering()
+    found: list[str] = []
+    for axes in figure.axes:
+        boxes = [(label, label.get_window_extent()) for label in getattr(axes, f"get_{which}ticklabels")()]
+        pairs = itertools.pairwise(boxes)
+        found += [one.get_text() for (one, a), (_, b) in pairs if a.overlaps(b) and min(a.width, b.width) > 0]
+    return found
+
+
+def test_tokens_by_experts_holds_the_weights_in_lines() -> None:
+    record = random_record(90, experts=3)
+    figure = plots.tokens_by_experts(record)
+    found = torch.cat(heatmaps(figure), 1)
+    assert_close(found, record.weights.T)
+    paint = expert_colours(record.experts)
+    leading = [paint[record.experts[i]] for i in record.leading.tolist()]
+    assert list(itertools.chain(*strips(figure))) == leading
+    assert [text for text in labels(figure, "x") if text.startswith("#")] == [f"#{i}" for i in range(90)]
+    one = plots.tokens_by_experts(record, layer=1)
+    assert_close(torch.cat(heatmaps(one), 1), record.scalings[:, 1].T)
+
+
+def test_a_long_text_is_shown_in_runs() -> None:
+    record = random_record(1000, experts=4)
+    figure = plots.tokens_by_experts(record)
+    (found,) = heatmaps(figure)
+    assert found.shape == (4, 334)
+    assert_close(found[:, :333], record.weights[:999].reshape(333, 3, 4).mean(1).T)
+    assert_close(found[:, 333], record.weights[999])
+    assert "runs of 3 tokens" in str(figure.get_suptitle())
+
+
+def test_layers_by_experts_holds_the_means_and_single_tokens() -> None:
+    record = random_record(30, layers=6, texts=[10, 20], parts=3)
+    (found,) = heatmaps(plots.layers_by_experts(record))
+    assert_close(found, record.scalings.mean(0))
+    (found,) = heatmaps(plots.layers_by_experts(record, position=4, sequence=1))
+    assert_close(found, record.scalings[14])
+    with pytest.raises(RoutingError, match="from 0 to 9"):
+        plots.layers_by_experts(record, position=10)
+    shared = random_record(30, layers=1, shared=True)
+    figure = plots.layers_by_experts(shared)
+    assert heatmaps(figure)[0].shape == (1, 3)
+    assert "all layers" in labels(figure, "y")
+    assert "one routing for all 4 layers" in figure.axes[0].get_xlabel()
+
+
+def test_load_bars_are_the_load_in_the_experts_colours() -> None:
+    record = random_record(30, experts=5)
+    figure = plots.load_bars(record)
+    bars: list[Any] = list(figure.axes[0].patches)
+    assert [bar.get_height() for bar in bars] == pytest.approx(record.metrics().load)
+    assert [to_hex(bar.get_facecolor()) for bar in bars] == list(PALETTE[:5])
+    some = plots.load_bars(record.select(experts=["e3", "e1"]))
+    assert [to_hex(bar.get_facecolor()) for bar in some.axes[0].patches] == [PALETTE[3], PALETTE[1]]
+
+
+def test_entropy_along_the_text_is_the_entropy() -> None:
+    record = random_record(50)
+    lines = {line.get_label(): line for line in plots.entropy_along(record).axes[1].get_lines()}
+    entropy = entropy_of(record.scalings).mean(1)
+    assert_close(torch.tensor(np.asarray(lines["each token"].get_ydata())), entropy)
+    smooth = torch.tensor(np.asarray(lines["mean of 6 tokens"].get_ydata()))
+    assert_close(smooth[0], entropy[:6].mean())
+    assert len(smooth) == 45
+
+
+def test_a_comparison_holds_both_and_where_they_differ() -> None:
+    one, other = random_record(30, seed=1), random_record(30, seed=2)
+    figure = plots.comparison(one, other, ("before", "after"))
+    found = heatmaps(figure)
+    assert_close(found[0], one.weights.T)
+    assert_close(found[1], other.weights.T)
+    from loramix.routing import drift
+
+    bars = [bar.get_height() for axes in figure.axes for bar in axes.patches]  # pyright: ignore
+    assert bars == pytest.approx(drift(one, other).divergence.tolist(), abs=1e-6)
+    more = plots.comparison(one, random_record(30, experts=5, layers=2))
+    assert [len(array) for array in heatmaps(more)] == [3, 5]
+    with pytest.raises(RoutingError, match="the same tokens"):
+        plots.comparison(one, random_record(31))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 12, 13, 64])
+@pytest.mark.parametrize("kind", ALL)
+def test_labels_stay_apart_and_name_every_expert(kind: str, experts: int) -> None:
+    names = [f"an expert of subject {i}" for i in range(experts)]
+    record = random_record(40, layers=24, experts=experts)
+    record.header.experts = record.header.palette = names
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = ALL[kind](record)
+        assert overlapping(figure, "y") == []
+        if kind in ("layers", "load"):
+            assert overlapping(figure, "x") == []
+    shown = (
+        labels(figure, "x") + labels(figure, "y") + [t.get_text() for one in figure.legends for t in one.get_texts()]
+    )
+    assert {drawable(name) for name in names} <= set(shown)
+    width, height = figure.get_size_inches()
+    assert width <= 11
+    assert height <= 21
+
+
+def test_many_layers_are_labelled_where_there_is_room() -> None:
+    figure = plots.layers_by_experts(random_record(5, layers=200))
+    assert overlapping(figure, "y") == []
+    assert heatmaps(figure)[0].shape == (200, 3)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_nothing_goes_through_pyplot(kind: str) -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    assert isinstance(ALL[kind](random_record()), Figure)
+    assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_empty_records_and_missing_matplotlib_are_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RoutingError, match="recorded tokens"):
+        ALL[kind](random_record(0, texts=[0]))
+    with pytest.raises(RoutingError, match="named by its number"):
+        plots.entropy_along(random_record(), sequence=3)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedOperationError, match=r"pip install 'loramix\[plot\]'"):
+        ALL[kind](random_record())
+
+
+def test_text_of_any_kind_becomes_a_label() -> None:
+    tokenizer = byte_tokenizer()
+    text = "a $x$ \\frac{1} 漢 🙂\x07\n\té _^"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    record = record_of(torch.rand(len(ids), 2, 2), tokens=ids, tokenizer=tokenizer, experts=["$\\bad$", "<b>&"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind in ALL.values():
+            kind(record).draw_without_rendering()
+        figure = plots.tokens_by_experts(record)
+    shown = labels(figure, "x")
+    assert {"a", "·", "$", "\\", "□", "↵", "⇥", "…", "é"} <= set(shown)
+    assert "$\\bad$" in labels(figure, "y")
+
+
+def test_labels_are_short_and_layers_without_what_they_share() -> None:
+    assert drawable("  two words ") == "··two words·"
+    assert drawable("x" * 60) == "xxxxxxxxxx…xxxxxxxxxx"
+    assert short_layers(["model.layers.0.q", "model.layers.1.q"]) == ["0.q", "1.q"]
+    assert short_layers(["all layers"]) == ["all layers"]
+    assert short_layers(["a.b", "a.b.c"]) == ["b", "b.c"]
+
+
+MACHADO = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+TO_CONES = [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566]]
+TO_CONES += [[0.0883024619, 0.2817188376, 0.6299787005]]
+TO_LAB = [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099]]
+TO_LAB += [[0.0259040371, 0.7827717662, -0.8086757660]]
+
+
+def nearest(colours: tuple[str, ...], deficiency: str) -> float:
+    """The least distance of two colours in OKLab, as somebody with the deficiency sees them."""
+    rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(MACHADO[deficiency]).T, 0, 1)
+    lab = np.cbrt(seen @ np.array(TO_CONES).T) @ np.array(TO_LAB).T
+    distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+    return float(distance[np.triu_indices(len(colours), 1)].min())
+
+
+@pytest.mark.parametrize("deficiency", MACHADO)
+def test_colours_are_told_apart_with_any_colour_vision(deficiency: str) -> None:
+    assert len(set(PALETTE)) == 64
+    for count, least in ((7, 0.07), (12, 0.07), (24, 0.06), (32, 0.05), (64, 0.035)):
+        assert nearest(PALETTE[:count], deficiency) > least
+
+
+def test_an_expert_keeps_its_colour_in_a_selection() -> None:
+    record: RoutingRecord = random_record(experts=5)
+    paint = expert_colours(record.select(experts=3).palette)
+    assert paint["e3"] == expert_colours(record.experts)["e3"] == PALETTE[3]
+    assert len(expert_colours([str(i) for i in range(100)])) == 100

@@ -1,0 +1,241 @@
+"""A record is sliced, tabulated, saved and read; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from cli.conftest import byte_tokenizer
+from loramix import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    LoramixError,
+    RoutingError,
+    SaveError,
+    UnsupportedOperationError,
+)
+from loramix.routing import RoutingRecord
+from routing.records import random_record, record_of
+
+
+def equal(one: RoutingRecord, other: RoutingRecord) -> bool:
+    parts = zip(vars(one.part).values(), vars(other.part).values(), strict=True)
+    return vars(one.header) == vars(other.header) and all(torch.equal(a, b) for a, b in parts)
+
+
+def test_a_table_has_a_row_for_each_token_layer_and_expert() -> None:
+    record = random_record(6, texts=[4, 2], tokens=[7, 8, 9, 7, 8, 9])
+    table = record.to_pandas()
+    assert list(table.columns) == ["sequence", "position", "token", "layer", "expert", "scaling"]
+    assert len(table) == 6 * 4 * 3
+    for i in range(6):
+        rows = table[(table.sequence == (0 if i < 4 else 1)) & (table.position == (i if i < 4 else i - 4))]
+        assert set(rows.token) == {7 + i % 3}
+        for layer, name in enumerate(record.layers):
+            for expert, who in enumerate(record.experts):
+                (value,) = rows[(rows.layer == name) & (rows.expert == who)].scaling
+                assert value == float(record.scalings[i, layer, expert])
+    means = table.groupby("expert", observed=True).scaling.mean()
+    assert means.to_list() == pytest.approx(record.metrics().importance, abs=1e-6)
+
+
+def test_a_table_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UnsupportedOperationError, match=r"pip install 'loramix\[inspect\]'"):
+        random_record().to_pandas()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_slices_are_what_indexing_gives(parts: int) -> None:
+    record = random_record(12, texts=[7, 5], parts=parts)
+    scalings = record.scalings
+    assert torch.equal(record.select(experts="e1").scalings, scalings[:, :, 1:2])
+    assert torch.equal(record.select(experts=["e2", 0]).scalings, scalings[:, :, [2, 0]])
+    assert record.select(experts=["e2", 0]).experts == ["e2", "e0"]
+    assert record.select(experts=-1).palette == ["e0", "e1", "e2"]
+    assert record.select(layers="*q_proj").layers == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert torch.equal(record.select(layers=slice(1, 3)).scalings, scalings[:, 1:3])
+    assert torch.equal(record.select(layers=["layers.1.*", 1, "*.v_proj"]).scalings, scalings[:, [2, 3, 1]])
+    assert torch.equal(record.select(sequences=1).scalings, scalings[7:])
+    assert torch.equal(record.select(sequences=[1, 0]).scalings, scalings)
+    assert torch.equal(record.select(tokens=slice(2, 6, 3)).scalings, scalings[[2, 5, 9]])
+    assert torch.equal(record.select(tokens=0).scalings, scalings[[0, 7]])
+    assert torch.equal(record.select(tokens=[0, 6]).scalings, scalings[[0, 6, 7]])
+    chosen = record.tokens % 2 == 0
+    assert torch.equal(record.select(tokens=chosen).scalings, scalings[chosen])
+    both = record.select(tokens=chosen, layers=0, experts=[0, 1], sequences=0)
+    assert torch.equal(both.scalings, scalings[:7][chosen[:7]][:, :1, :2])
+    assert (both.seen, both.kept, both.is_sample) == (4, 4, False)
+
+
+def test_a_selection_of_a_sample_is_a_sample() -> None:
+    record = random_record()
+    record.header.seen = 100
+    assert record.is_sample
+    assert record.select(experts=0).is_sample
+    assert "of a sample" in record.select(experts=0).note
+
+
+def test_what_nothing_matches_is_an_error_that_lists_what_there_is() -> None:
+    record = random_record()
+    for options in ({"experts": "maths"}, {"experts": 3}, {"layers": ["*q_proj", "*k_proj"]}, {"experts": slice(5, 9)}):
+        with pytest.raises(RoutingError, match="picked by its number, its name or a pattern"):
+            record.select(**options)
+    for tokens in (-1, slice(-3, None), [1, -1], slice(None, None, -1)):
+        with pytest.raises(RoutingError, match="from the beginning"):
+            record.select(tokens=tokens)
+    with pytest.raises(RoutingError, match="one value for each recorded token"):
+        record.select(tokens=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(RoutingError, match="named by its number"):
+        record.sequence(5)
+
+
+def test_shared_scalings_have_no_layers_to_tell_apart() -> None:
+    record = random_record(layers=1, shared=True)
+    assert record.layers == ["all layers"]
+    with pytest.raises(RoutingError, match="one routing that all 4 layers share"):
+        record.select(layers=0)
+    assert set(record.to_pandas().layer) == {"all layers"}
+    assert list(record.metrics_by_layer()) == ["all layers"]
+
+
+def test_the_pieces_of_a_run_add_up_also_where_tokens_are_half_a_character() -> None:
+    tokenizer = byte_tokenizer()
+    text = "naïve – 漢字 🙂 x"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > len(text)
+    record = record_of(torch.ones(len(ids), 1, 2), tokens=ids, tokenizer=tokenizer)
+    pieces = record.pieces()
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if piece] == list(text)
+    half = record.select(tokens=slice(0, 3))  # ends in the middle of ï
+    assert half.pieces() == ["n", "a", "�"]
+    assert len(record.select(tokens="[xï]")) == 2
+    assert record.select(tokens="x").tokens.tolist() == [ids[-1]]
+
+
+def test_the_whole_text_follows_its_forks() -> None:
+    record = record_of(torch.ones(9, 1, 2), texts=[4, 3, 2])
+    record.header.forks.update({1: (0, 2), 2: (1, 3)})
+    sequence = record.source.parts().__next__()
+    sequence.position[4:] = torch.tensor([2, 3, 4, 3, 4])
+    assert record.sequence(0).tokens.tolist() == [0, 1, 2, 3]
+    assert record.sequence(1).tokens.tolist() == [0, 1, 4, 5, 6]
+    assert record.sequence(2).tokens.tolist() == [0, 1, 4, 7, 8]
+    assert record.sequence(2).positions.tolist() == [0, 1, 2, 3, 4]
+    assert record.following([0, 1, 4, 7, 8, 99]).tokens.tolist() == [0, 1, 4, 7, 8]
+    assert record.following([0, 1, 4]).tokens.tolist() == [0, 1, 4]
+    for wanted in ([0, 1, 9], [0, 1, 4, 7, 8, 99, 98], [4, 5]):
+        with pytest.raises(RoutingError, match="no text of the record"):
+            record.following(wanted)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_is_saved_is_read_back(tmp_path: Path, parts: int) -> None:
+    tokenizer = byte_tokenizer()
+    record = random_record(9, texts=[5, 4], tokenizer=tokenizer, parts=parts)
+    record.header.forks[1] = (0, 3)
+    record.save(tmp_path / "record")
+    found = RoutingRecord.load(tmp_path / "record")
+    assert equal(found, record)
+    assert found.vocabulary() == record.vocabulary()
+    assert found.metrics() == record.metrics()
+    other = random_record(3, seed=1)
+    other.save(tmp_path / "record")  # over it, with fewer files
+    assert equal(RoutingRecord.load(tmp_path / "record"), other)
+    found = RoutingRecord.load(tmp_path / "record")
+    found.save(tmp_path / "record")  # from where it lies to where it lies
+    assert equal(RoutingRecord.load(tmp_path / "record"), other)
+    assert sorted(path.name for path in (tmp_path / "record").iterdir()) == ["record.json", "tokens-00000.safetensors"]
+
+
+def test_an_empty_record_is_saved_too(tmp_path: Path) -> None:
+    record = random_record(0, texts=[0], parts=1)
+    record.save(tmp_path)
+    assert RoutingRecord.load(tmp_path).kept == 0
+
+
+INDEX: dict[str, Any] = {
+    "another format": {"format": "something"},
+    "a later version": {"version": 2},
+    "no experts": {"experts": []},
+    "names that are none": {"layers": [1, 2]},
+    "another number of experts": {"experts": ["a"]},
+    "a file elsewhere": {"shards": [{"file": "../tokens-00000.safetensors", "tokens": 9}]},
+    "another number of tokens": {"shards": [{"file": "tokens-00000.safetensors", "tokens": 8}]},
+    "no shards": {"shards": None},
+    "forks in a circle": {"forks": {"0": [1, 1], "1": [0, 1]}},
+}
+
+
+@pytest.mark.parametrize("what", INDEX)
+def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, what: str) -> None:
+    random_record(9).save(tmp_path)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | INDEX[what]))
+    with pytest.raises(CorruptCheckpointError, match="remedy"):
+        RoutingRecord.load(tmp_path)
+
+
+def test_files_that_are_damaged_missing_or_foreign_are_refused(tmp_path: Path) -> None:
+    random_record(9).save(tmp_path)
+    shard = tmp_path / "tokens-00000.safetensors"
+    whole = shard.read_bytes()
+    tensors = load_file(shard)
+    for content in (b"", whole[:-8], whole[:20]):
+        shard.write_bytes(content)
+        with pytest.raises(CorruptCheckpointError):
+            RoutingRecord.load(tmp_path)
+    for change in (
+        {"extra": torch.ones(1)},
+        {"scalings": tensors["scalings"].half()},
+        {"scalings": tensors["scalings"][:, 0].contiguous()},
+        {"token": tensors["token"].int()},
+        {"position": tensors["position"][:-1]},
+    ):
+        save_file(tensors | change, shard)
+        with pytest.raises(CorruptCheckpointError):
+            RoutingRecord.load(tmp_path)
+    shard.unlink()
+    with pytest.raises(IncompleteCheckpointError, match="no tokens-00000"):
+        RoutingRecord.load(tmp_path)
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(CorruptCheckpointError):
+        RoutingRecord.load(tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match=r"record\.json"):
+        RoutingRecord.load(tmp_path / "nowhere")
+
+
+def test_a_folder_that_cannot_be_written_is_a_save_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError):
+        random_record().save(tmp_path / "file" / "record")
+
+
+def test_a_save_that_stops_leaves_the_earlier_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = random_record(9)
+    record.save(tmp_path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("loramix.routing.parts.write_tensors", fail)
+    with pytest.raises(LoramixError, match="no room"):
+        random_record(4).save(tmp_path)
+    assert equal(RoutingRecord.load(tmp_path), record)
+
+
+def test_it_says_what_it_holds() -> None:
+    record = random_record(9)
+    assert repr(record) == "<RoutingRecord: 9 tokens, 3 experts, 4 layers.>"
+    assert len(record) == 9
+    assert_close(record.weights, record.scalings.mean(1))
+    assert torch.equal(record.leading, record.weights.argmax(-1))
