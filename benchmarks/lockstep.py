@@ -48,7 +48,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
             *several,
             contender("loramix", model),
         ]
-        times = interleave(contenders, rounds, warm_ups=3)
+        times = interleave(contenders, rounds, warm_ups=2)
         forced, chosen = reports["lockstep"], reports["loramix"]
         limit = models.weights.generate_limit(models.size.prompt, new)
         facts = {

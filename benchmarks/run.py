@@ -65,7 +65,7 @@ ROUNDS = {
     "prefill": 7,
     "decode": 101,
     "generate": 17,
-    "lockstep": 9,
+    "lockstep": 5,
     "demo": 9,
     "growth": 9,
     "length": 41,
