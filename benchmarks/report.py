@@ -129,7 +129,7 @@ Each limit is (base + X) / base, where X is what a mixture has to hold beside th
 - Prefill: X = second cache + 4 · S · (H + 2 R), the scaling pass's last hidden states, and of one layer the low-rank
   activation and its gate.
 - `generate`: X = second cache, of all tokens that are read. In lockstep both caches are rows of one store that grows in
-  chunks of 256 slots, which is what a short text pays for.
+  chunks of 64 slots, which is what a short text pays for.
 
 PEFT keeps no cache, and what stands for its `generate` is its last step alone, over the whole text: a lower bound of
 its peak.

@@ -261,6 +261,24 @@ def test_few_experts_of_many_are_gathered_and_compute_the_same(
         assert_close(found, routed(every, layer, x), **TOLERANCE)
 
 
+@pytest.mark.parametrize("tokens", [3, 3000])
+def test_a_base_layer_that_returns_float32_under_autocast(tokens: int) -> None:
+    class Precise(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(input)
+
+    layer = build(nn.Linear(IN, OUT), residents(nn.Linear(IN, OUT)))
+    layer.base_layer.__class__ = Precise
+    x, routing = torch.randn(1, tokens, IN), TensorRouting(torch.rand(1, tokens, 1, 4))
+    with torch.no_grad():
+        expected = routed(routing, layer, x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = routed(routing, layer, x)
+    assert found.dtype == torch.float32
+    assert_close(found, expected, atol=0.1, rtol=0.05)
+
+
 def test_experts_are_gathered_only_where_most_are_not_weighed() -> None:
     base = nn.Linear(IN, OUT)
     many = [Resident(e, LoraWeights(torch.randn(8, IN), torch.randn(OUT, 8)), 1.0, 0.0) for e in range(16)]

@@ -37,7 +37,7 @@ class FixedMethods(PeftMethods):
             RoutingError: another shape.
         """
         rows = self._checked_scalings(values)
-        return override(self._loramix, lambda: self._loramix.fixed_routing(rows))
+        return override(self._loramix, lambda: self._loramix.routing(rows))
 
     def _checked_scalings(self, values: Tensor | Sequence[float]) -> Tensor:
         shapes = [(len(self.expert_names),), (len(self.adapted_modules), len(self.expert_names))]

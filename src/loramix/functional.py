@@ -31,18 +31,11 @@ def add_up_projection(
 ) -> Float[Tensor, "*tokens out"]:
     """`y + gated Bᵀ`, as one accumulating product into `y` when it may be overwritten."""
     if in_place and y.dtype == gated.dtype == B.dtype and y.is_contiguous():
-        return accumulate_up_projection(y, gated, B)
+        if y.numel() <= SMALL and not torch.is_grad_enabled():
+            return y.add_(F.linear(gated, B))  # fewer calls; a token's time is made of them
+        y.view(-1, y.shape[-1]).addmm_(gated.reshape(-1, gated.shape[-1]), B.t())
+        return y
     return y + F.linear(gated, B).to(y.dtype)
-
-
-def accumulate_up_projection(
-    y: Float[Tensor, "*tokens out"], gated: Float[Tensor, "*tokens R"], B: Float[Tensor, "out R"]
-) -> Float[Tensor, "*tokens out"]:
-    """`y += gated Bᵀ` for a contiguous `y` of the same dtype: without a temporary, unless it is a small one."""
-    if y.numel() <= SMALL and not torch.is_grad_enabled():
-        return y.add_(F.linear(gated, B))  # fewer calls; a token's time is made of them
-    y.view(-1, y.shape[-1]).addmm_(gated.reshape(-1, gated.shape[-1]), B.t())
-    return y
 
 
 def lora_mixture(

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from loramix.eligible import why_not_this_generation
-from loramix.lockstep import Lockstep, LockstepReport, Wanted, check_wanted
+from loramix.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
 from loramix.methods import PeftMethods
 from loramix.sessions import asked, decoding, paused, request, session_of, tell, wanted_by
 
@@ -42,12 +42,14 @@ class LockstepMethods(PeftMethods):
         Raises:
             ConfigurationError: `lockstep` is none of these.
         """
-        check_wanted(lockstep)
-        with asked(lockstep) as call:
-            out = super().generate(*args, **kwargs)  # pyright: ignore
-        report = call.report or LockstepReport(reason="only greedy decoding and sampling can")
-        self._loramix.report = report
-        wanted = wanted_by(kwargs.get("generation_config") or cast(Any, self).generation_config, lockstep)
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        wanted = wanted_by(given or cast(Any, self).generation_config, as_wanted(lockstep))
+        with asked(wanted) as call:
+            try:
+                out = super().generate(*args, **kwargs)  # pyright: ignore
+            finally:
+                report = call.report or LockstepReport(reason="only greedy decoding and sampling can")
+                self._loramix.report = report
         after = self._loramix.fixed_after
         if report.reason is not None and (wanted or after) and self._loramix.single_pass() is None:
             tell(report.reason, f"lockstep={wanted!r}" if wanted else f"fix_routing(after={after})")
@@ -63,7 +65,6 @@ class LockstepMethods(PeftMethods):
         if state.hooks:
             request().pads(input_ids.shape[1], generation_config)
         wanted = wanted_by(generation_config, request().wanted)
-        check_wanted(wanted)
         reason = why_not_this_generation(self, state, wanted, generation_config, cache)
         if reason is not None:
             request().report = LockstepReport(reason=reason)
@@ -72,8 +73,9 @@ class LockstepMethods(PeftMethods):
         seen = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         seen = seen or state.hooks or state.log.enabled
         ends = None if seen else getattr(generation_config, "_eos_token_tensor", None)
-        stop = getattr(generation_config, "max_length", None)
-        session = Lockstep(self, state, wanted, cache, input_ids, stop=stop, ends=ends)
+        longest = getattr(generation_config, "max_length", None)
+        new = None if longest is None else longest - input_ids.shape[1]
+        session = Lockstep(self, state, wanted, cache, input_ids, new=new, ends=ends)
         request().report = session.report
         with decoding(session):
             return call(input_ids, *args, generation_config=generation_config, **kwargs)

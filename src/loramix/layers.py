@@ -22,7 +22,7 @@ from loramix.adapter import LoraWeights
 from loramix.base_layers import dense_weight, device_of, kind_of
 from loramix.classifier import keep_dtype
 from loramix.errors import RoutingError
-from loramix.functional import accumulate_up_projection, add_up_projection, gate
+from loramix.functional import add_up_projection, gate
 from loramix.fused import add_mixture, usable
 from loramix.scalings import Routing, current
 
@@ -310,7 +310,7 @@ class XLoraLinear(XLoraLayer):
         down, up = parameters["lora_A"], parameters["lora_B"]
         if x.is_cuda and usable(y, x, down, up):
             return add_mixture(y, x, down, fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts), up)
-        if not (x.dtype == down.dtype == y.dtype and y.is_contiguous()):
+        if x.dtype != down.dtype:
             return super()._add_experts(y, x, routing)
         weighed = routing.weighed(self)
         if weighed is not None:
@@ -319,7 +319,7 @@ class XLoraLinear(XLoraLayer):
         columns = routing.columns(self, low_rank) if weighed is None else weighed.columns
         if columns.shape != low_rank.shape:
             columns = fit_tokens(columns, low_rank.shape[:-1], self.adapts)
-        return accumulate_up_projection(y, low_rank.mul_(columns), up)
+        return add_up_projection(y, low_rank.mul_(columns), up, in_place=True)
 
     def dora_ratio(self) -> Tensor:
         """(experts with DoRA, out): m / n; the norm is fixed at load and follows experts that are trained."""

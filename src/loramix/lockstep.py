@@ -27,7 +27,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -38,13 +39,33 @@ from loramix.draft_head import DraftHead
 from loramix.eligible import why_not_this_token
 from loramix.errors import ConfigurationError
 from loramix.pace import AHEAD, Pace, Way
-from loramix.passes import MixtureState
-from loramix.row_cache import RowCache
+from loramix.passes import Mixed, MixtureState
+from loramix.row_cache import RowCache, Write
 from loramix.scalings import Routing, TensorRouting, Watched, override
 from loramix.window import Repeats, Window
 
 Wanted = bool | int | Literal["lookup"] | None
-"""How `generate` is to decode: see `LockstepMethods.generate`."""
+"""How `generate` is to decode: see `LockstepMethods.generate`; a number is 2 or more."""
+
+
+def as_wanted(value: object) -> Wanted:
+    """What `lockstep` was set to.
+
+    Raises:
+        ConfigurationError: nothing that it may be.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if value == "lookup":
+        return "lookup"
+    number = value.__index__() if isinstance(value, SupportsIndex) else -1
+    if number < 0:
+        raise ConfigurationError(
+            "lockstep is True, False, None, a number of drafts, or 'lookup'.",
+            received=f"lockstep={value!r}",
+            remedy="leave it out: the cheapest way is found while the text is made",
+        )
+    return bool(number) if number < 2 else number
 
 
 @dataclass
@@ -55,7 +76,7 @@ class LockstepReport:
         tokens: read after the prompt, by each row.
         forwards: of the backbone, for either pass or for both at once.
         drafts: that were compared with the token which was chosen.
-        right: of them, those that were it, in every row.
+        right: of them, those that were it; each row counts.
         rounds: how often each way was taken (`pace.Way`).
         reason: why the two passes went one after the other all along, where they did.
     """
@@ -97,7 +118,7 @@ class _Ahead(NamedTuple):
 
 
 class Lockstep:
-    """One generation's decoding, token by token.
+    """One generation's decoding, token by token; while it is under way, its cache belongs to it.
 
     Args:
         model: the mixture.
@@ -105,7 +126,7 @@ class Lockstep:
         wanted: as `generate` takes it; False: not at all, but the routing may be fixed after some tokens.
         cache: the one that this generation fills; calls with another one are left to the model.
         text: (B, T) the prompt.
-        stop: the number of tokens at which the generation ends; None if that is not known.
+        new: tokens after which the generation ends; None if that is not known.
         ends: token ids after which a row is finished, and what its passes read does not matter any more; None where
             somebody could see it.
     """
@@ -118,14 +139,15 @@ class Lockstep:
         cache: Any,
         text: Tensor,
         *,
-        stop: int | None = None,
+        new: int | None = None,
         ends: Tensor | None = None,
     ) -> None:
         self.model, self.state, self.wanted, self.cache = model, state, wanted, cache
-        self.text, self.stop, self.ends = text, stop, ends
+        self.text, self.new, self.ends = text, new, ends
+        self.after = state.fixed_after
         self.report = LockstepReport()
         self._store: RowCache | None = None
-        self._length = 0
+        self._length = self._stop = 0
         self._ahead: _Ahead | None = None
         self._window: Window | None = None
         self._repeats: Repeats | None = None
@@ -133,7 +155,6 @@ class Lockstep:
         self._kept: TensorRouting | None = None  # their mean, once they are
         self._finished = torch.zeros(())
         self._pace = Pace()
-        self._guess: DraftHead | None = None
         self._began = 0.0  # when the last round began
         self._kind: deque[float] | None = None  # where its seconds belong
 
@@ -149,7 +170,8 @@ class Lockstep:
         tokens = inputs.get("input_ids")
         if inputs.get("past_key_values") is not self.cache or not isinstance(tokens, Tensor):
             return None
-        if tokens.shape[1:] != (1,) or (self._store is None and not self._begin(inputs)):
+        switched = self._store is not None and self.state.single_pass() is not None
+        if switched or tokens.shape[1:] != (1,) or (self._store is None and not self._begin(inputs)):
             self.end()
             return None
         if self._repeats is not None:
@@ -178,6 +200,9 @@ class Lockstep:
         self._store = self._ahead = self._window = self._kind = None
 
     def _begin(self, inputs: Mapping[str, Any]) -> bool:
+        """Take over; not while the prompt is read, in chunks of a token perhaps."""
+        if self.cache.get_seq_length() < self.text.shape[1]:
+            return False
         self.report.reason = why_not_this_token(self.model, self.state, inputs)
         if self.report.reason is not None:
             return False
@@ -186,15 +211,16 @@ class Lockstep:
         padded = mask is not None and not bool(mask.all())
         self._store = RowCache(cache, batch, mask if padded else None)
         self._length = cache.get_seq_length()
+        self._stop = self._length + self.new if self.new is not None else self._length + 2**31
         self._finished = torch.zeros(batch, dtype=torch.bool, device=inputs["input_ids"].device)
-        self._pace = self.state.paces.setdefault(batch, Pace())
-        self._guess = self._draft_head()
+        self._pace = self.state.paces.setdefault((batch, self.model.device, self.model.dtype), Pace())
         if batch == 1 and self.wanted in (None, "lookup"):
             self._repeats = Repeats(self.text[0, : self._length].tolist())
         cache.torn = True
         return True
 
-    def _draft_head(self) -> DraftHead | None:
+    @cached_property
+    def _guess(self) -> DraftHead | None:
         """A cheaper head to guess with, made once for each state of the head's weights."""
         head = self.model.get_output_embeddings()
         weight = getattr(head, "weight", None)
@@ -211,20 +237,21 @@ class Lockstep:
             self._kind.append(now - self._began)
         self._began = now
 
-    def _judge(self, outcomes: deque[bool], right: bool) -> None:
-        """A draft was compared with the token that was chosen."""
-        outcomes.append(right)
-        self.report.drafts += 1
-        self.report.right += right
+    def _judge(self, outcomes: deque[bool], drafts: Tensor, tokens: Tensor) -> list[int]:
+        """Compare drafts (B,) with the tokens (B, 1) that were chosen: the rows whose draft was another one."""
+        wrong = ((drafts != tokens[:, 0]) & ~self._finished).nonzero()[:, 0].tolist()
+        compared = len(drafts) - int(self._finished.sum())
+        outcomes.append(not wrong)
+        self.report.drafts += compared
+        self.report.right += compared - len(wrong)
+        return wrong
 
     def _served(self, tokens: Tensor) -> Any:
         """The answer for tokens that were read ahead; None where they were not."""
         window, self._window = self._window, None
         if window is None or window.settings != self._settings():
             return None
-        right = window.agrees(tokens[:, 0], self._finished)
-        self._judge(window.outcomes, right)
-        if not right:
+        if self._judge(window.outcomes, window.draft, tokens):
             return None
         out, scalings = window.serve()
         self.state.show(scalings)
@@ -260,14 +287,14 @@ class Lockstep:
             return "fixed", ()
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = AHEAD if longest is None else longest - 1 - self._length  # drafts stand before the last position
-        left = room if self.stop is None else min(room, self.stop - 2 - self._length)  # and are not read in vain
+        left = min(room, self._stop - 2 - self._length)  # and are not read in vain
         state, wanted = self.state, self.wanted
-        watched = bool(state.hooks) or state.log.enabled or state.fixed_after is not None
+        watched = bool(state.hooks) or state.log.enabled or self.after is not None
         most = wanted if isinstance(wanted, int) else AHEAD
         count = 0 if watched else max(0, min(left, most))
         repeated = self._repeats.drafts(count) if self._repeats is not None else ()
         if wanted is None:
-            way = self._pace.choose(windows=count > 0, repeats=bool(repeated))
+            way = self._pace.choose(drafts=count, repeats=bool(repeated))
         elif wanted == "lookup":
             way = "lookup" if repeated else "together"
         elif wanted is False:
@@ -299,13 +326,13 @@ class Lockstep:
     def _mix(self, token: _Token, store: RowCache, drafts: Tensor, hidden: Tensor, outcomes: deque[bool]) -> Any:
         """The mixture pass of the token and of the drafts after it."""
         batch = store.batch
-        routing = self._routing(hidden, token.inputs)
+        made = self._made(hidden, token.inputs)
         both = torch.cat([token.ids, drafts], 1)
         out = self._run(
-            token.call, both, _places(token, both), (slice(batch, 2 * batch), self._length), routing=routing
+            token.call, both, _places(token, both), (slice(batch, 2 * batch), self._length), routing=made.routing
         )[1]
         if drafts.shape[1]:
-            self._window = Window(drafts, out, cast(Tensor, self.state.latest), outcomes, self._settings())
+            self._window = Window(drafts, out, made.activated, outcomes, self._settings())
             out, scalings = self._window.serve()
             self.state.show(scalings)
         return out
@@ -315,15 +342,12 @@ class Lockstep:
         batch, slot, known, tokens = store.batch, self._length, self._ahead, token.ids
         if known is not None and known.settings != self._settings():
             known = None
-        right = known is not None and bool(((known.token == tokens[:, 0]) | self._finished).all())
-        if known is not None:
-            self._judge(self._pace.drafts, right)
-        if known is None or not right:
-            reads = token.call if self._guess is None else self.model.base_model
-            hidden, out = self._run(reads, tokens, token.positions, (slice(0, batch), slot))
-            known = _Ahead(self._settings(), tokens[:, 0], hidden, self._next(hidden, out))
-        self._kind = self._pace.right if right else self._pace.wrong
-        made = self._routing(known.hidden, token.inputs)
+        wrong = range(batch) if known is None else self._judge(self._pace.drafts, known.token, tokens)
+        if wrong:
+            known = self._again(token, store, wrong, known)
+        assert known is not None
+        self._kind = self._pace.wrong if wrong else self._pace.right
+        made = self._made(known.hidden, token.inputs).routing
         both = torch.cat([known.next[:, None], tokens])
         places = torch.cat([token.positions + 1, token.positions])
         writes = ((slice(0, batch), slot + 1), (slice(batch, 2 * batch), slot))
@@ -332,6 +356,19 @@ class Lockstep:
         self._ahead = _Ahead(known.settings, known.next, hidden[:batch], self._next(hidden[:batch], out))
         out.logits = out.logits[-batch:]
         return out
+
+    def _again(self, token: _Token, store: RowCache, rows: Sequence[int], known: _Ahead | None) -> _Ahead:
+        """The scaling pass of the token itself, in the rows that have read another one."""
+        every = len(rows) == store.batch
+        chosen = slice(0, store.batch) if every else torch.tensor(rows, device=token.ids.device)
+        reads = token.call if self._guess is None else self.model.base_model
+        hidden, out = self._run(reads, token.ids[chosen], token.positions[chosen], (chosen, self._length))
+        after = self._next(hidden, out)
+        if every or known is None:
+            return _Ahead(self._settings(), token.ids[:, 0], hidden, after)
+        assert isinstance(chosen, Tensor)
+        parts = known.hidden.index_copy(0, chosen, hidden), known.next.index_copy(0, chosen, after)
+        return _Ahead(known.settings, token.ids[:, 0], *parts)
 
     def _next(self, hidden: Tensor, out: Any) -> Tensor:
         """The scaling pass's guess of the token after each of its rows, which are the first in `out`."""
@@ -349,16 +386,19 @@ class Lockstep:
             config.enable_softmax,
             config.enable_softmax_topk,
             config.softmax_temperature,
+            self.state.hooks,
+            self.state.log.enabled,
         )
 
-    def _routing(self, hidden: Tensor, inputs: Mapping[str, Any]) -> TensorRouting:
-        routing = self.state.mixture_pass(hidden, inputs, False)[0]
-        after = self.state.fixed_after
-        if after is not None:
-            self._sum = routing.scalings if self._sum is None else self._sum + routing.scalings
-            if self.report.tokens + 1 == after:
-                self._kept = self.state.routing(self._sum / after)
-        return routing
+    def _made(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Mixed:
+        """The scalings of the mixture pass; their mean is kept, once the routing is to be fixed."""
+        made = self.state.mixture_pass(hidden, inputs, False)
+        if self.after is not None:
+            scalings = made.routing.scalings
+            self._sum = scalings if self._sum is None else self._sum + scalings
+            if self.report.tokens + 1 == self.after:
+                self._kept = self.state.routing(self._sum / self.after)
+        return made
 
     def _beside(self, made: TensorRouting) -> TensorRouting:
         """The scaling pass's rows, with every expert at its value, before the mixture pass's."""
@@ -370,7 +410,7 @@ class Lockstep:
         call: Callable[..., Any],
         tokens: Tensor,
         positions: Tensor,
-        *writes: tuple[slice, int],
+        *writes: Write,
         routing: Routing | None = None,
         to_head: slice | None = None,
     ) -> tuple[Tensor, Any]:
@@ -394,14 +434,3 @@ class Lockstep:
 def _places(token: _Token, ids: Tensor) -> Tensor:
     """(B, n): the positions of the token and of those after it."""
     return token.positions + torch.arange(ids.shape[1], device=ids.device)
-
-
-def check_wanted(wanted: object) -> None:
-    """Raises ConfigurationError: nothing that `lockstep` may be."""
-    if wanted is None or wanted == "lookup" or (isinstance(wanted, int) and wanted >= 0):
-        return
-    raise ConfigurationError(
-        "lockstep is True, False, None, a number of drafts, or 'lookup'.",
-        received=f"lockstep={wanted!r}",
-        remedy="leave it out: the cheapest way is found while the text is made",
-    )

@@ -21,6 +21,7 @@ Way = Literal["apart", "together", "ahead", "lookup"]
 AHEAD = 7  # k: with the token before them, eight rows cost a matrix product little more than two (docs/benchmarks.md)
 SAMPLES = 4  # tokens, or drafts, before a way is judged
 FIRST_WAIT, LONGEST_WAIT = 32, 1024  # tokens between trials
+FRESH = 256  # tokens after which the two passes are measured again: what all else is compared with
 
 
 def _seconds() -> deque[float]:
@@ -90,6 +91,7 @@ class Pace:
         lookup: of the last rounds with `AHEAD` drafts from the text.
         drafts: whether the last drafts of the scaling pass were right.
         found: whether the last drafts from the text were.
+        age: rounds since the two passes were measured.
     """
 
     apart: deque[float] = field(default_factory=_seconds)
@@ -99,25 +101,34 @@ class Pace:
     lookup: deque[float] = field(default_factory=_seconds)
     drafts: deque[bool] = field(default_factory=_drafts)
     found: deque[bool] = field(default_factory=_drafts)
+    age: int = 0
     together_again: Trials = field(default_factory=lambda: Trials(6))
     ahead_again: Trials = field(default_factory=lambda: Trials(2))
     lookup_again: Trials = field(default_factory=lambda: Trials(3))
 
-    def choose(self, *, windows: bool, repeats: bool) -> Way:
+    def choose(self, *, drafts: int, repeats: bool) -> Way:
         """The way to read the next token.
 
         The first tokens measure the ways. One that does not pay is tried again, but less and less often, so that
         trying costs little in the end.
 
         Args:
-            windows: whether several tokens may be read ahead.
+            drafts: how many tokens may be read ahead.
             repeats: whether the text has said before what it says now.
         """
+        way = self._cheapest(drafts, repeats)
+        self.age = 0 if way == "apart" else self.age + 1
+        return way
+
+    def _cheapest(self, drafts: int, repeats: bool) -> Way:
+        if self.age >= FRESH:
+            self.apart.clear()
         if len(self.apart) < SAMPLES:
             return "apart"
-        if windows and repeats and self.lookup_again.go(self._pays(self._lookup()), self.found):
+        lookup, ahead = self._lookup(), self._ahead()
+        if repeats and _is_measured(lookup, drafts) and self.lookup_again.go(self._pays(lookup), self.found):
             return "lookup"
-        if windows and self._promises() and self.ahead_again.go(self._pays(self._ahead())):
+        if self._promises() and _is_measured(ahead, drafts) and self.ahead_again.go(self._pays(ahead)):
             return "ahead"
         return "together" if self.together_again.go(self.pays(), self.drafts) else "apart"
 
@@ -150,6 +161,11 @@ class Pace:
         """Whether drafts are right so often that windows could pay: their scaling passes alone cost k + 1 halves."""
         share = _share(self.drafts)
         return share is not None and expected(share, AHEAD) > (AHEAD + 1) / 2
+
+
+def _is_measured(seconds: float | None, drafts: int) -> bool:
+    """Whether a round with these drafts has a price, or gets one: only full ones are measured."""
+    return drafts == AHEAD or (drafts > 0 and seconds is not None)
 
 
 def _now(values: Iterable[float]) -> list[float]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,20 @@ from loramix.scalings import ConstantRouting, Routing, TensorRouting, Watched, c
 
 CACHES = ("past_key_values", "cache_params")  # what models call the cache among the arguments and in the output
 QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+
+
+class Mixed(NamedTuple):
+    """What a mixture pass runs with.
+
+    Attributes:
+        routing: the final scalings.
+        activated: (B, S, L, E), L 1 where all layers share them: before top-k, detached.
+        losses: the hooks'.
+    """
+
+    routing: TensorRouting
+    activated: Tensor
+    losses: list[Tensor]
 
 
 class MixtureState:
@@ -67,7 +81,7 @@ class MixtureState:
         self.enabled = True
         self.thawed: list[str] = []  # the base model's parameters that required gradients before
         self.log = ScalingsLog()
-        self.paces: dict[int, Any] = {}  # what lockstep has learnt of its speed, by batch size
+        self.paces: dict[object, Any] = {}  # what lockstep has learnt of its speed, by batch, device and dtype
         self.report: Any = None  # of the last generation
         self.draft_head: Any = None  # what lockstep guesses with, made at its first use
         self.fixed: Tensor | None = None  # the same final scalings for every token: (L or 1, E)
@@ -88,17 +102,12 @@ class MixtureState:
         if override is not None:
             return override()
         if self.fixed is not None:
-            return self.fixed_routing(self.fixed)
+            return self.routing(self.fixed)
         return ConstantRouting(1.0) if self.classifier is None else None
 
     def routing(self, scalings: Tensor) -> TensorRouting:
-        """The routing of a mixture pass with these final scalings, its columns computed once a forward."""
+        """The routing of a pass with these final scalings, its columns computed once a forward."""
         return TensorRouting(scalings, cast(XLoraConfig, self.config).global_scaling_weight, self.layouts)
-
-    def fixed_routing(self, scalings: Tensor) -> TensorRouting:
-        """The routing of one pass with the same final scalings for every token."""
-        assert isinstance(self.config, XLoraConfig)
-        return TensorRouting(scalings, self.config.global_scaling_weight)
 
     def scaling_pass(self) -> Routing:
         """The routing of the scaling pass: every expert at `scaling_pass_value`, ungated."""
@@ -115,10 +124,8 @@ class MixtureState:
         for hook in self.hooks:
             hook.keep(inputs, hidden)
 
-    def mixture_pass(
-        self, hidden: Float[Tensor, "B S H"], inputs: Mapping[str, Any], training: bool
-    ) -> tuple[TensorRouting, list[Tensor]]:
-        """The routing of the mixture pass, from the scaling pass's last hidden states, and the hooks' losses."""
+    def mixture_pass(self, hidden: Float[Tensor, "B S H"], inputs: Mapping[str, Any], training: bool) -> Mixed:
+        """What the mixture pass runs with, from the scaling pass's last hidden states."""
         config, classifier = self.config, self.classifier
         assert isinstance(config, XLoraConfig)
         assert classifier is not None
@@ -133,7 +140,7 @@ class MixtureState:
         final = select(scalings, top_k=config.top_k_lora, renormalise=config.enable_softmax_topk)
         made = Made(logits, scalings, final, inputs, training)
         losses = [hook.made(made) for hook in self.hooks]
-        return self.routing(final), [loss for loss in losses if loss is not None]
+        return Mixed(self.routing(final), scalings.detach(), [loss for loss in losses if loss is not None])
 
     def show(self, scalings: Float[Tensor, "B S #L E"]) -> None:
         """Let these be the scalings of the last forward: of tokens that were read ahead, those that are served."""
@@ -287,7 +294,7 @@ def two_passes(forward: Callable[..., Any]) -> Callable[..., Any]:
             if known:
                 state.keep(first, hidden)
         inputs = kwargs if expert_ids is None else kwargs | {EXPERT_IDS: expert_ids}
-        routing, losses = state.mixture_pass(hidden, inputs, self.training)
+        routing, _, losses = state.mixture_pass(hidden, inputs, self.training)
         out = routed(routing, forward, self, **(kwargs | ({"return_dict": True} if "return_dict" in quiet else {})))
         if losses and torch.is_grad_enabled():
             out.last_hidden_state = join_gradient(out.last_hidden_state, torch.stack(losses).sum())

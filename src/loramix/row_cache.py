@@ -20,6 +20,17 @@ from loramix.cache import TwoPassCache
 CHUNK = 64  # slots by which a store grows at least; one in eight where it is long
 
 
+Rows = slice | Tensor
+"""Rows of a store: a run of them, or their numbers."""
+Write = tuple[Rows, int]
+"""Rows that a forward writes, and the slot of their first token."""
+
+
+def count_of(rows: Rows) -> int:
+    """How many they are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
 class RowLayer(CacheLayerMixin):
     """Keys and values of one block for all 2 B rows, the scaling pass's first; grown in chunks, written in place."""
 
@@ -44,7 +55,8 @@ class RowLayer(CacheLayerMixin):
     def _grown(tensor: Tensor) -> Tensor:
         """Room for a chunk more; the rest is zeros, which a mask may hide but not a NaN."""
         slots = tensor.shape[2]
-        grown = tensor.new_zeros(*tensor.shape[:2], slots + max(CHUNK, slots // 8), tensor.shape[3])
+        more = max(CHUNK, slots // 8)
+        grown = tensor.new_zeros(*tensor.shape[:2], slots + more, tensor.shape[3])
         grown[:, :, :slots] = tensor
         return grown
 
@@ -71,11 +83,11 @@ class RowLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         plan = self.plan
-        if plan.stop - self.offset > self.own_keys.shape[-2]:
+        while plan.stop - self.offset > self.own_keys.shape[-2]:
             self._grow()
         given = 0
         for rows, slot in plan.writes:
-            count, slots = rows.stop - rows.start, slice(slot - self.offset, slot - self.offset + plan.tokens)
+            count, slots = count_of(rows), slice(slot - self.offset, slot - self.offset + plan.tokens)
             self.own_keys[rows, :, slots] = key_states[given : given + count]
             self.own_values[rows, :, slots] = value_states[given : given + count]
             given += count
@@ -107,7 +119,7 @@ class Plan:
     """Which rows the next forward has, where they write how many tokens, and which slots they look at.
 
     Attributes:
-        rows: of the store.
+        rows: of the store, in the order of the forward's.
         writes: each run of them, and the slot of its first token.
         tokens: of each row.
         first: the first slot that is written.
@@ -115,8 +127,8 @@ class Plan:
         length: tokens that both passes have read for good.
     """
 
-    rows: slice
-    writes: tuple[tuple[slice, int], ...]
+    rows: Rows
+    writes: tuple[Write, ...]
     tokens: int
     first: int
     stop: int
@@ -140,17 +152,19 @@ class RowCache(Cache):
         )
         super().__init__(layers=[RowLayer(one, other, self.plan) for one, other in pairs])
 
-    def write(self, length: int, tokens: int, *writes: tuple[slice, int]) -> None:
+    def write(self, length: int, tokens: int, *writes: Write) -> None:
         """Say what the next forward writes.
 
         Args:
             length: tokens that both passes have read for good.
             tokens: of each row.
-            *writes: for each run of rows the slot of its first token.
+            *writes: rows and the slot of their first token; the runs of several stand next to each other.
         """
         plan, slots = self.plan, [slot for _, slot in writes]
         plan.length = length
-        plan.writes, plan.rows = writes, slice(writes[0][0].start, writes[-1][0].stop)
+        first, last = writes[0][0], writes[-1][0]
+        plan.writes = writes
+        plan.rows = slice(first.start, last.stop) if isinstance(first, slice) and isinstance(last, slice) else first
         plan.tokens, plan.first, plan.stop = tokens, min(slots), max(slots) + tokens
 
     def masks(self, dtype: torch.dtype, device: torch.device) -> Any:
@@ -163,7 +177,8 @@ class RowCache(Cache):
         kinds = {"full_attention" if layer.window is None else "sliding_attention": layer for layer in layers}
         if kinds.keys() == {"full_attention"} and self.mask is None and len(writes) == self.plan.tokens == 1:
             return None
-        firsts = torch.cat([torch.full((rows.stop - rows.start,), slot, device=device) for rows, slot in writes])
+        firsts = torch.cat([torch.full((count_of(rows),), slot, device=device) for rows, slot in writes])
+        texts = torch.arange(2 * self.batch, device=device)[self.plan.rows] % self.batch
         slots = firsts[:, None, None] + torch.arange(self.plan.tokens, device=device)[:, None]
         found: dict[str, Tensor] = {}
         for kind, layer in kinds.items():
@@ -176,7 +191,7 @@ class RowCache(Cache):
                 padding = (
                     torch.nn.functional.pad(self.mask, (0, stop - self.mask.shape[1]), value=1)[:, start:stop] == 0
                 )
-                hidden = hidden | padding.repeat(len(slots) // self.batch, 1)[:, None]
+                hidden = hidden | padding[texts][:, None]
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
             found[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
         return found if len(found) > 1 else next(iter(found.values()))

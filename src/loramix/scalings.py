@@ -36,7 +36,7 @@ class Stack(Protocol):
     def lora_A(self) -> Tensor: ...
 
 
-FEW_TOKENS = 64
+FEW_TOKENS, FEW_LAYOUTS = 64, 4
 GATHERED_TOKENS = 8  # of few tokens, the experts that any of them weighs are few too
 GATHERED_RANKS = 128  # fewer are multiplied as fast as they are gathered
 
@@ -88,8 +88,8 @@ class TensorRouting:
         weight: the global scaling weight g.
         layouts: one layer of each layout, by the number of the layout. Where all layers share their scalings, the
             columns of each layout are computed here, once; not inside the blocks, which gradient checkpointing
-            recomputes. Where each layer has its own, those of all layers of a layout are computed together if the
-            tokens are few, as in decoding.
+            recomputes. Where each layer has its own, those of all layers are computed together, as if they had one
+            layout, if the tokens are few, as in decoding, and so are the layouts.
     """
 
     silent = False
@@ -100,8 +100,8 @@ class TensorRouting:
         self._shared = scalings.shape[-2] == 1
         self._by_layer = self._weighted.unbind(-2)  # one stack in backward, not a zero-filled tensor for each layer
         self._columns = [self._expand(stack).to(stack.lora_A.dtype) for stack in layouts] if self._shared else []
-        few = scalings.shape[:-2].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
-        self._together = few and not self._shared and bool(layouts) and not torch.compiler.is_compiling()
+        few = scalings.shape[:-2].numel() <= FEW_TOKENS and 0 < len(layouts) <= FEW_LAYOUTS
+        self._together = few and not self._shared and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         self._of_layouts: dict[int, Sequence[Tensor]] = {}
         self._weighed: dict[int, Weighed | None] = {}
         self._sparse = self._is_sparse()

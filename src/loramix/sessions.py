@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from loramix.lockstep import Lockstep, LockstepReport, Wanted
+from loramix.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
 from loramix.passes import MixtureState
 
 
@@ -98,9 +98,13 @@ def request() -> Request:
     return _current.request
 
 
-def wanted_by(generation_config: Any, wanted: Wanted) -> Any:
-    """What the call asked for, else what the generation's configuration says."""
-    return getattr(generation_config, "lockstep", None) if wanted is None else wanted
+def wanted_by(generation_config: Any, wanted: Wanted) -> Wanted:
+    """What the call asked for, else what the generation's configuration says.
+
+    Raises:
+        ConfigurationError: nothing that it may say.
+    """
+    return as_wanted(getattr(generation_config, "lockstep", None)) if wanted is None else wanted
 
 
 _told: set[str] = set()

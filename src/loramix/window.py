@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 GRAM = 3  # tokens that must stand before for a text to be said to repeat
@@ -31,7 +31,7 @@ class Window:
         self,
         drafts: Int[Tensor, "B k"],
         out: Any,
-        scalings: Float[Tensor, "B 1+k L E"],
+        scalings: Float[Tensor, "B 1+k #L E"],
         outcomes: deque[bool],
         settings: tuple[object, ...],
     ) -> None:
@@ -40,15 +40,16 @@ class Window:
         self._next = 0  # of the tokens that were read
 
     @property
+    def draft(self) -> Int[Tensor, " B"]:
+        """The next one."""
+        return self._drafts[:, self._next - 1]
+
+    @property
     def is_used_up(self) -> bool:
         """Whether no draft is left to compare a token with."""
         return self._next > self._drafts.shape[1]
 
-    def agrees(self, token: Int[Tensor, " B"], finished: Bool[Tensor, " B"]) -> bool:
-        """Whether the next draft is the token that was chosen, in every row that is not finished."""
-        return bool(((self._drafts[:, self._next - 1] == token) | finished).all())
-
-    def serve(self) -> tuple[Any, Float[Tensor, "B 1 L E"]]:
+    def serve(self) -> tuple[Any, Float[Tensor, "B 1 #L E"]]:
         """What the model returns for the next token, the known one first, and its scalings."""
         place = slice(self._next, self._next + 1)
         self._next += 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from generation.test_exactness import generated
-from loramix.pace import AHEAD, Pace, Trials, expected
+from loramix.pace import AHEAD, FRESH, Pace, Trials, expected
 from tiny import tokens
 
 
@@ -23,8 +23,13 @@ def pace(apart: float, right: float, wrong: float, share: float, **rounds: float
     return found
 
 
-def choose(found: Pace, **changes: bool) -> str:
-    return found.choose(**({"windows": True, "repeats": False} | changes))
+def the_pace(model: Any) -> Pace:
+    (found,) = model._loramix.paces.values()
+    return found
+
+
+def choose(found: Pace, **changes: Any) -> str:
+    return found.choose(**({"drafts": AHEAD, "repeats": False} | changes))
 
 
 def test_it_pays_where_a_token_is_expected_to_be_cheaper() -> None:
@@ -44,7 +49,7 @@ def test_the_cheapest_way_is_taken() -> None:
     assert choose(Pace()) == "apart"
     assert choose(pace(2.0, 1.2, 2.4, 0.9, ahead=20.0)) == "together"
     assert choose(pace(2.0, 1.2, 2.4, 1.0, ahead=8.0)) == "ahead"  # a second a token
-    assert choose(pace(2.0, 1.2, 2.4, 1.0, ahead=8.0), windows=False) == "together"
+    assert choose(pace(2.0, 1.2, 2.4, 1.0, ahead=8.0), drafts=0) == "together"
     assert choose(pace(2.0, 1.2, 2.4, 0.6, ahead=4.0)) == "together"  # drafts are wrong too often to be worth a trial
     assert choose(pace(1.0, 1.2, 2.4, 1.0, ahead=20.0)) == "apart"
 
@@ -61,6 +66,27 @@ def test_a_text_that_repeats_itself_is_read_so_while_that_is_right() -> None:
 def test_a_way_that_is_not_known_is_tried() -> None:
     assert choose(pace(2.0, 1.2, 2.4, 0.9)) == "ahead"
     assert choose(pace(2.0, 1.2, 2.4, 0.9, ahead=20.0), repeats=True) == "lookup"
+
+
+def test_windows_that_are_too_short_to_be_measured_are_not_tried() -> None:
+    assert choose(pace(2.0, 1.2, 2.4, 1.0), drafts=AHEAD) == "ahead"
+    assert choose(pace(2.0, 1.2, 2.4, 1.0), drafts=AHEAD - 1, repeats=True) == "together"
+    assert choose(pace(2.0, 1.2, 2.4, 1.0, ahead=8.0), drafts=AHEAD - 1) == "ahead"
+
+
+def test_what_all_is_compared_with_is_measured_again() -> None:
+    """The two passes were measured in bad moments; now they are cheaper than what seemed to pay."""
+    found = pace(9.0, 1.2, 2.4, 0.9, ahead=20.0)
+    ways = []
+    for _ in range(2 * FRESH):
+        ways.append(choose(found))
+        if ways[-1] == "apart":
+            found.apart.append(1.0)
+        else:
+            found.right.append(1.2)
+            found.drafts.append(True)
+    assert ways.count("apart") > FRESH / 2
+    assert ways.index("apart") == FRESH
 
 
 def test_trials_become_rare_where_they_fail_and_frequent_where_they_do_not() -> None:
@@ -98,7 +124,7 @@ def test_by_itself_it_is_tried_less_and_less_where_it_does_not_pay(
     for _ in range(4):
         generated(of_llama, input_ids=tokens(1), max_new_tokens=61)
         ways.append(of_llama.lockstep_report.drafts)
-    assert of_llama._loramix.paces[1].together_again.wait == 128
+    assert the_pace(of_llama).together_again.wait == 128
     assert ways == [4 + 5, 5, 0, 0]  # until enough is known, and a trial after 32 tokens; one after 64; then 128
 
 
@@ -113,7 +139,7 @@ def test_by_itself_it_reads_ahead_where_that_is_cheapest(
     known = pace(2.0, 1.2, 2.4, 1.0)
     known.found.extend([True] * 9)
     monkeypatch.setattr(Pace, f"_{way}", lambda self: 0.0)
-    monkeypatch.setattr(of_llama._loramix, "paces", {1: known})
+    monkeypatch.setattr(of_llama._loramix, "paces", {(1, of_llama.device, of_llama.dtype): known})
     found = generated(of_llama, **inputs)
     of_llama.set_global_scaling_weight(1.0)
     assert found.tolist() == expected_ids.tolist()
