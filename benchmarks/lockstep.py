@@ -2,7 +2,8 @@
 
 The experts here are random, so how often the base model's draft is the mixture's token is set by the global scaling
 weight: 0 makes all drafts right, 1 nearly none. Several drafts a round are measured where half of them are right: that
-shows from which share on they are cheaper than one.
+shows from which share on they are cheaper than one. Random models repeat themselves; a last case samples, so hot that
+no draft is right and nothing comes again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.models import Models
 from loramix.pace import AHEAD
@@ -28,11 +30,13 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
     for value in WEIGHTS:
         model.set_global_scaling_weight(value)
         model._loramix.paces.clear()
-        reports: dict[str, Any] = {}
+        reports, texts = dict[str, Any](), dict[str, Tensor]()
 
-        def contender(name: str, net: Any, reports: dict[str, Any] = reports, **how: Any) -> Contender:
+        def contender(
+            name: str, net: Any, reports: dict[str, Any] = reports, texts: dict[str, Tensor] = texts, **how: Any
+        ) -> Contender:
             def call() -> None:
-                _generate(net, models.prompt, new, **how)
+                texts[name] = _generate(net, models.prompt, new, **how)
                 reports[name] = getattr(net, "lockstep_report", None)
 
             return Contender(name, call)
@@ -53,7 +57,9 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
         limit = models.weights.generate_limit(models.size.prompt, new)
         facts = {
             "new": new,
-            "tokens in common": new,
+            "tokens in common": min(
+                in_common(text, texts["two passes"]) for name, text in texts.items() if name != "base"
+            ),
             "accepted": round(forced.accepted, 3),
             "forwards per token": round(forced.forwards_per_token, 3),
             "forwards per token, by itself": round(chosen.forwards_per_token, 3),
@@ -62,9 +68,49 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
         }
         found.append(Measurement(f"generate {new} tokens, experts × {value:g}", times, limit, facts=facts))
     model.set_global_scaling_weight(weight)
-    return found
+    return [*found, _sampled(models, rounds, new)]
+
+
+def _sampled(models: Models, rounds: int, new: int) -> Measurement:
+    """What finding out that nothing pays costs: no way but the two passes is worth while."""
+    model, reports, texts = models.loramix, list[Any](), dict[str, Tensor]()
+    model._loramix.paces.clear()
+
+    def contender(name: str, net: Any, **how: Any) -> Contender:
+        def call() -> None:
+            torch.manual_seed(0)
+            texts[name] = _generate(net, models.prompt, new, do_sample=True, temperature=100.0, **how)
+            if name == "loramix":
+                reports.append(net.lockstep_report)
+
+        return Contender(name, call)
+
+    contenders = [
+        contender("base", models.base),
+        contender("two passes", model, lockstep=False),
+        contender("loramix", model),
+    ]
+    times = interleave(contenders, 3 * rounds, warm_ups=2)
+    tokens, forwards, drafts, right = (
+        sum(getattr(report, name) for report in reports) for name in ("tokens", "forwards", "drafts", "right")
+    )
+    facts = {
+        "new": new,
+        "tokens in common": in_common(texts["loramix"], texts["two passes"]),
+        "accepted": round(right / max(1, drafts), 3),
+        "forwards per token": round(forwards / tokens, 3),
+        "against": "two passes",
+    }
+    return Measurement(f"sample {new} tokens at temperature 100", times, facts=facts)
 
 
 @torch.no_grad()
-def _generate(model: Any, prompt: torch.Tensor, new: int, **how: Any) -> None:
-    model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, **how)
+def _generate(model: Any, prompt: torch.Tensor, new: int, *, do_sample: bool = False, **how: Any) -> Tensor:
+    mask = torch.ones_like(prompt)
+    ids = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=new, do_sample=do_sample, **how)
+    return ids[0, prompt.shape[1] :]
+
+
+def in_common(one: Tensor, other: Tensor) -> int:
+    """How many tokens two texts have in common before they part."""
+    return int((one == other).int().cumprod(0).sum())

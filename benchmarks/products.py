@@ -1,24 +1,27 @@
 """How a mixture layer's products are best made on a CPU: `python -m benchmarks.products` writes docs/products.md.
 
 Two choices of the layer stand on these figures: experts that no token weighs are left out where they are most of all
-(`loramix.scalings.gathered_share`), and layers with one input keep down projections of their own.
+(`loramix.scalings.gathered_share`), and layers with one input keep down projections of their own. A third table says
+where the time of a decoded token goes in a layer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from loramix.scalings import GATHERED_RANKS, GATHERED_TOKENS, gathered_share
+from loramix.adapter import LoraWeights
+from loramix.layers import Resident, XLoraLinear
+from loramix.scalings import GATHERED_RANKS, GATHERED_TOKENS, TensorRouting, gathered_share, routed
 from loramix.speed import describe_machine
 
-RANK, TOP_K = 8, 2
+RANK, TOP_K, EXPERTS = 8, 2, 8
 CACHE = 64 * 2**20  # bytes of weights that are gone through, as a model's layers are
 PAGE = """# Products of a mixture layer
 
@@ -40,6 +43,14 @@ products, the rest of the layers included. Around 1 where it matters, so each la
 have to be views of a common tensor, which copies, devices and shards take apart.
 
 {shared}
+
+## Where a token's time goes in a layer
+
+One token, {experts} experts of rank {rank}, layers H → H, microseconds a layer: the base layer as the model calls it,
+with the bare products and the gate after it, and the whole mixture layer. What the last column adds to the one before
+are calls in Python: of the layer itself, of the routing, of what is checked.
+
+{profile}
 """
 
 
@@ -108,7 +119,38 @@ def _add(y: Tensor, low_rank: Tensor, B: Tensor) -> None:
     y.view(-1, y.shape[-1]).addmm_(low_rank.reshape(-1, low_rank.shape[-1]), B.t())
 
 
-def table(heads: list[str], rows: Iterator[list[str]]) -> str:
+def profile(hidden: int, rounds: int) -> list[float]:
+    """Microseconds of a base layer, with the products of its experts, and as a mixture layer."""
+    made = layers(hidden, EXPERTS * RANK, torch.float32)
+    residents = [
+        [
+            Resident(e, LoraWeights(a, b), 1.0, 0.0)
+            for e, (a, b) in enumerate(zip(A.split(RANK), B.split(RANK, 1), strict=True))
+        ]
+        for A, B in made
+    ]
+    mixtures = [XLoraLinear(nn.Linear(hidden, hidden, bias=False), r, i) for i, r in enumerate(residents)]
+    routing = TensorRouting(torch.rand(1, 1, 1, EXPERTS), 1.0, mixtures[:1])
+    x, columns = torch.randn(1, 1, hidden), torch.rand(1, 1, EXPERTS * RANK)
+
+    def base() -> None:
+        for layer in mixtures:
+            layer.base_layer(x)
+
+    def bare() -> None:
+        for layer in mixtures:
+            layer.base_layer(x).add_(F.linear(F.linear(x, layer.lora_A).mul_(columns), layer.lora_B))
+
+    def whole() -> None:
+        for layer in mixtures:
+            layer(x)
+
+    calls = (base, bare, lambda: routed(routing, whole))
+    times = [[seconds(call) for call in calls] for _ in range(rounds + 1)][1:]
+    return [1e6 * median(column) / len(mixtures) for column in zip(*times, strict=True)]
+
+
+def table(heads: list[str], rows: Iterable[list[str]]) -> str:
     """In Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
@@ -118,14 +160,14 @@ def page(rounds: int, hiddens: tuple[int, ...] = (512, 1024), largest: int = 64)
     """The whole page."""
     counts = [E for E in (8, 16, 32, 64) if largest >= E]
 
-    def gathered_rows() -> Iterator[list[str]]:
+    def gathered_rows() -> Iterable[list[str]]:
         for dtype in (torch.float32, torch.bfloat16):
             for hidden in hiddens:
                 for tokens in (1, 2, 8):
                     found = [f"{gathered(hidden, E, tokens, dtype, rounds):.2f}" for E in counts]
                     yield [str(dtype).removeprefix("torch."), str(hidden), str(tokens), *found]
 
-    def shared_rows() -> Iterator[list[str]]:
+    def shared_rows() -> Iterable[list[str]]:
         for hidden in hiddens:
             for tokens in (1, 2, 64, 256):
                 found = [f"{shared(hidden, E * RANK, tokens, rounds):.2f}" for E in counts]
@@ -143,6 +185,11 @@ def page(rounds: int, hiddens: tuple[int, ...] = (512, 1024), largest: int = 64)
         ranks=GATHERED_RANKS,
         gathered=table(["dtype", "H", "tokens", *(f"E {E}" for E in counts)], gathered_rows()),
         shared=table(["H", "tokens", *(f"R {E * RANK}" for E in counts)], shared_rows()),
+        experts=EXPERTS,
+        profile=table(
+            ["H", "base layer", "with bare products", "mixture layer"],
+            ([str(hidden), *(f"{found:.0f}" for found in profile(hidden, 4 * rounds))] for hidden in hiddens),
+        ),
     )
 
 

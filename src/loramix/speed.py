@@ -148,6 +148,18 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds of the CPU; on another device those of the wall, once it has done what it was given."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def clock() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
 def generation_times(model: Any, ids: torch.Tensor, tokens: int, rounds: int) -> Measurement:
     """Greedy generation in turns: the base model, two passes, as `generate` decides, and with fixed routing.
 
@@ -185,10 +197,11 @@ def generation_times(model: Any, ids: torch.Tensor, tokens: int, rounds: int) ->
         Contender("generate", chosen),
         Contender("fixed routing", fixed),
     ]
-    times = interleave(contenders, rounds, warm_ups=2)
+    times = interleave(contenders, rounds, warm_ups=2, clock=clock_of(ids.device))
     report = reports[-1]
     facts = {
         "tokens": tokens,
+        "clock": "CPU time" if ids.device.type == "cpu" else f"time, {ids.device.type} included",
         "forwards per token": report.forwards_per_token,
         "accepted": report.accepted if report.drafts else None,
     }

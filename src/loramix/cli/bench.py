@@ -17,7 +17,7 @@ PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
 WAYS = {
     "base model": "experts off",
     "two passes": "the scaling pass, then the mixture pass",
-    "generate": "as it decides by itself: two passes, or one forward for both",
+    "generate": "as it decides by itself, by what it measures to be the cheapest",
     "fixed routing": "one pass, the same scalings for every token",
 }
 
@@ -32,7 +32,7 @@ def bench(
     device: Annotated[str, typer.Option(help="A torch device; `auto` is the accelerator where there is one.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
-    """Time greedy generation with a mixture and with its base model, in turns, in CPU time.
+    """Time greedy generation with a mixture and with its base model, in turns.
 
     [bold]Examples[/bold]
 
@@ -78,7 +78,7 @@ def _document(measured: Measurement) -> dict[str, Any]:
 
 def _show(measured: Measurement, machine: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    table = Table(title=f"{measured.work}, CPU time", title_justify="left")
+    table = Table(title=f"{measured.work}, {measured.facts['clock']}", title_justify="left")
     for title in ("", "ms a token", "× base model (quartiles)"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
     new = measured.facts["tokens"]
