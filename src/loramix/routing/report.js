@@ -282,8 +282,10 @@
     const span = tokenAt(event);
     if (!span) return;
     become(span.token);
+    const top = span.getBoundingClientRect().top;
     open(span.token);
-    span.scrollIntoView({ block: "nearest" });
+    scrollBy({ top: span.getBoundingClientRect().top - top, behavior: "instant" });   // the page has become narrower
+    span.scrollIntoView({ block: "nearest", behavior: "instant" });
   });
   text.addEventListener("keydown", (event) => {
     const span = tokenAt(event);

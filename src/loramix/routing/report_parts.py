@@ -89,7 +89,7 @@ def numbers_table(record: RoutingRecord) -> str:
         f'<tr><th scope="row">{name}</th><td>{value}</td><td class="faint">{meaning}</td></tr>'
         for name, value, meaning in explained(record.metrics())
     ]
-    return f"<table>{''.join(rows)}</table>"
+    return f'<table class="numbers">{"".join(rows)}</table>'
 
 
 def worth_table(inspection: Inspection) -> str:

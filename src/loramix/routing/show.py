@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -36,7 +37,7 @@ def shown(inspection: Inspection, console: Console) -> RenderableType:
 def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
     """The first tokens, each in the colour of its leading expert: bold where it leads clearly, dim where hardly."""
     record = inspection.record
-    whole = record.select(tokens=_first(record.kept, most)) if record.kept > most else record
+    whole = record.select(tokens=torch.arange(record.kept) < most) if record.kept > most else record
     weights, numbers = whole.weights, whole.sequence_numbers.tolist()
     leaders = [whole.experts[i] for i in weights.argmax(-1).tolist()]
     rows = list(zip(numbers, whole.pieces(), leaders, confidence_of(weights).tolist(), strict=True))
@@ -49,15 +50,10 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
             for _, piece, leader, confidence in run:
                 text.append(visible(piece), style=f"{_strength(confidence)} {paint[leader]}")
         else:
-            for leader, tokens in itertools.groupby(run, key=lambda row: row[2]):
+            written = (row for row in run if row[1])  # what a character's earlier tokens are is in its last one
+            for leader, tokens in itertools.groupby(written, key=lambda row: row[2]):
                 text.append(f"⟨{visible(leader)}⟩" + "".join(visible(row[1]) for row in tokens))
     return text
-
-
-def _first(count: int, most: int):  # noqa: ANN202 - a mask
-    import torch
-
-    return torch.arange(count) < most
 
 
 def _strength(confidence: float) -> str:
