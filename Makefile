@@ -39,6 +39,8 @@ docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
 	$(BIN)/python -m benchmarks.report docs/benchmarks.json
 	$(BIN)/python -m docs.make_speed
 	$(BIN)/python docs/make_memory.py
+	$(BIN)/python docs/make_routing.py
+	$(BIN)/python docs/make_notebook.py
 
 readme: $(VENV)/.installed-dev ## run the demo and put what it printed into README.md
 	$(BIN)/python docs/make_demo.py

@@ -8,7 +8,8 @@
   const weights = bytes(data.weights), layerWeights = bytes(data.layerWeights);
   const layerTokens = new Int32Array(bytes(data.layerTokens).buffer);
   const scaling = (byte) => data.low + (byte / 255) * (data.high - data.low);
-  const MOST = 12;          // experts in a list or a table; the others are told as a sum
+  const MOST = 12;          // experts in a list; the others are told as a sum
+  const ACROSS = 8;         // experts beside each other in a table of layers, where there are more than MOST
   const AHEAD = "1200px";   // how far outside the window tokens are elements
 
   const byId = (id) => document.getElementById(id);
@@ -178,7 +179,9 @@
         cell.title = `${data.layers[l]}, ${data.experts[e]}: ${number(values[e])}`;
         line.append(cell);
       }
-      line.append(make("td", "leads", data.experts[ordered(values)[0]]));
+      const first = ordered(values)[0];
+      line.append(make("td", "leads", make("i", `mark ${colour(first)}`), " ", make("bdi", "", data.experts[first])));
+      line.lastChild.title = data.experts[first];
       rows.append(line);
     }
     return make("table", "layers", make("thead", "", head), rows);
@@ -195,9 +198,13 @@
       jump.addEventListener("click", () => { go(nearest); open(nearest); });
       return [...found, make("p", "", "Layers are here for a sample of the tokens, and this is none of them."), jump];
     }
-    const columns = E <= MOST ? data.experts.map((_, e) => e) : ordered(weightsOf(token)).slice(0, MOST);
-    if (E > MOST) found.push(make("p", "faint", `${MOST} of ${E} experts: those with the largest weight in this token.`));
-    return [...found, layerTable(row, columns)];
+    const columns = E <= MOST ? data.experts.map((_, e) => e) : ordered(weightsOf(token)).slice(0, ACROSS);
+    if (E > MOST) found.push(make("p", "faint", `${ACROSS} of ${E} experts: those with the largest weight in this token.`));
+    const around = make("div", "across", layerTable(row, columns));
+    around.tabIndex = 0;
+    around.setAttribute("role", "region");
+    around.setAttribute("aria-label", "Scalings by layer and expert");
+    return [...found, around];
   };
   const open = (token) => {
     const before = opened;

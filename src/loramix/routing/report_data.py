@@ -91,7 +91,8 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
     low, high = min(0.0, float(part.scalings.min())), max(float(part.scalings.max()), 1e-9)
     follows = (part.sequence.diff() == 0) & (part.position.diff() == 1)
     starts = [0, *(torch.nonzero(~follows).flatten() + 1).tolist()]
-    levels = (confidence_of(weights) * LEVELS).long().clamp(max=LEVELS - 1)
+    levels = (confidence_of(weights).sqrt() * LEVELS).long()  # of many experts none has much
+    levels = levels.clamp(max=LEVELS - 1)
     return {
         "experts": experts,
         "colours": [record.palette.index(name) % 64 for name in experts],

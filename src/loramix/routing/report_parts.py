@@ -23,7 +23,7 @@ from loramix.routing.show import explained
 COLUMNS = 240
 LIGHT, DARK = ("#ffffff", "#1b1c20"), ("#15161a", "#ececf0")
 """Paper and ink."""
-CONTRAST = 6.0
+CONTRAST = 5.5
 """Least contrast of a token's text with its own background; WCAG 2.2 asks for 4.5."""
 
 
@@ -33,7 +33,7 @@ def colour_rules(classes: Iterable[int]) -> str:
         f".e{i}{{--c:{PALETTE[i]};--light:{strongest(PALETTE[i], *LIGHT):.2f};--dark:{strongest(PALETTE[i], *DARK):.2f}}}"
         for i in sorted(set(classes))
     ]
-    rules += [f".s{level}{{--s:{0.1 + 0.9 * level / (LEVELS - 1):.2f}}}" for level in range(LEVELS)]
+    rules += [f".s{level}{{--s:{0.2 + 0.8 * level / (LEVELS - 1):.2f}}}" for level in range(LEVELS)]
     return "\n".join(rules)
 
 
@@ -68,12 +68,17 @@ def experts_list(record: RoutingRecord) -> str:
     metrics = record.metrics()
     most = max(metrics.load)
     items = [
-        f'<li><i class="mark e{record.palette.index(name) % len(PALETTE)}"></i><bdi class="name">{escape(name)}</bdi>'
+        f'<li><i class="mark e{record.palette.index(name) % len(PALETTE)}"></i><bdi class="name" title="{escape(name)}">{escape(name)}</bdi>'
         f"{_bar(load / most, record.palette.index(name) % len(PALETTE))}"
         f'<span class="number">{load:.1%}</span><span class="number faint">{importance:.3f}</span></li>'
         for name, load, importance in zip(record.experts, metrics.load, metrics.importance, strict=True)
     ]
-    return f'<ul class="experts">{"".join(items)}</ul>'
+    return _within(f'<ul class="experts">{"".join(items)}</ul>', len(items), "Experts")
+
+
+def _within(content: str, rows: int, label: str) -> str:
+    """What is long scrolls by itself, with the keyboard too."""
+    return content if rows <= 12 else f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
 
 
 def _bar(share: float, colour: int) -> str:
@@ -103,7 +108,7 @@ def worth_table(inspection: Inspection) -> str:
     rows = [_worth_row(record, name, worth, most) for name in worth.differences]
     return (
         f"<p>The loss on {worth.tokens} tokens is {worth.loss:.4f} nats a token. Without the expert it changes by:</p>"
-        f'<table class="worth">{"".join(rows)}</table>'
+        + _within(f'<table class="worth">{"".join(rows)}</table>', len(rows), "Loss without each expert")
     )
 
 
@@ -112,7 +117,7 @@ def _worth_row(record: RoutingRecord, name: str, worth: LeaveOneOut, most: float
     width = 50 * abs(difference) / most
     verdict = "hurts here" if difference < 0 else "helps" if difference > 0 else "no matter"
     return (
-        f'<tr><th scope="row"><i class="mark e{colour}"></i><bdi class="name">{escape(name)}</bdi></th>'
+        f'<tr><th scope="row"><i class="mark e{colour}"></i><bdi class="name" title="{escape(name)}">{escape(name)}</bdi></th>'
         '<td class="wide"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="fill e{colour}" x="{50 - width if difference < 0 else 50:.1f}" width="{width:.1f}" height="8"/>'
         '<rect class="axis" x="49.8" width="0.4" height="8"/></svg></td>'
