@@ -35,9 +35,7 @@ def run_cell(source: str, names: dict[str, Any], number: int) -> list[dict[str, 
     if printed.getvalue():
         found.append({"name": "stdout", "output_type": "stream", "text": printed.getvalue().splitlines(keepends=True)})
     if value is not None:
-        found.append(
-            {"data": shown(value), "execution_count": number, "metadata": {}, "output_type": "execute_result"}
-        )
+        found.append({"data": shown(value), "execution_count": number, "metadata": {}, "output_type": "execute_result"})
     return found
 
 

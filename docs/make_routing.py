@@ -66,7 +66,7 @@ SECTION = """### My router ignores its input
 `information` is near 0: the mean of all tokens is as undecided as each token by itself, and one picture of tokens ×
 experts looks the same from left to right. A router that was never trained is so, above; the demo's, below, is not.
 
-![Weights of the experts along a text: even in the untrained router, changing with the text in the trained one](routing_ignores.png)
+![Weights of the experts along a text: alike in the untrained router, changing in the trained one](routing_ignores.png)
 
 | router | information | entropy of a token | effective experts |
 |---|---|---|---|
@@ -78,8 +78,9 @@ objective `supervised`; look whether the training text holds more than one kind 
 
 ### One expert takes all
 
-MaxVio is near E − 1, `effective_experts` near 1, and the others are dead. On text of one kind that is right. On mixed
-text it is a router that collapsed: here a new one, after {steps} steps on code alone, on the three texts of the report.
+MaxVio is near E − 1, `effective_experts` near 1, and the others hardly ever lead. On text of one kind that is right. On
+mixed text it is a router that collapsed: here a new one, after {steps} steps on code alone, on the three texts of the
+report.
 
 ![Load and importance of each expert: one leads nearly everywhere](routing_one.png)
 
@@ -125,8 +126,9 @@ def main() -> None:
         worth = leave_one_out(model, [passage.ids for passage in heldout_passages(tokenizer, domain, 16)])
         worths[domain] = worth.differences
         tokens += worth.tokens
+    routers = {"untrained": untrained, "the demo's": found, "trained on code alone": collapsed}
     section = SECTION.format(
-        routers="\n".join(map(router_row, ("untrained", "the demo's", "trained on code alone"), (untrained, found, collapsed))),
+        routers="\n".join(router_row(name, found) for name, found in routers.items()),
         steps=steps,
         tokens=tokens,
         heads=" | ".join(f"without {name}" for name in corpus.DOMAINS),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import loramix
 from loramix.errors import RoutingError, SaveError
 from loramix.routing.ablation import LeaveOneOut
 from loramix.routing.colours import PALETTE
@@ -23,6 +24,8 @@ from loramix.routing.report_data import choose, embedded
 from loramix.routing.report_parts import CONTRAST, DARK, LIGHT, contrast, strongest
 from routing.records import random_record, record_of
 
+DOCS = Path(__file__).parents[2] / "docs"
+SOURCE = Path(loramix.__file__).parent / "routing"
 EVIL = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \" ' & \u2028 ]]>"
 ADDRESS = re.compile(r"https?:|//\w|\burl\(|\bsrc=|\bhref=|@import|\bimport\s*\(|fetch\(|XMLHttpRequest", re.IGNORECASE)
 
@@ -174,6 +177,14 @@ def test_text_keeps_its_contrast_on_every_colour(colour: str, theme: tuple[str, 
     ]
     assert contrast(tuple(mixed), tuple(int(ink[i : i + 2], 16) / 255 for i in (1, 3, 5))) >= CONTRAST
     assert share >= 0.15
+
+
+def test_the_report_among_the_documents_is_a_page_of_this_version() -> None:
+    page = (DOCS / "routing_report.html").read_text(encoding="utf-8")
+    for part in ("report.css", "report.js"):
+        assert (SOURCE / part).read_text(encoding="utf-8") in page, "run `make docs`"
+    assert len(page) < 500_000
+    assert (DOCS / "routing_report.png").is_file()
 
 
 def test_an_empty_record_is_an_error() -> None:

@@ -33,9 +33,9 @@ class _Words:
     """A tokenizer of words; the fourth token is half of the character that the fifth one ends."""
 
     def decode(self, ids: list[int], **_: Any) -> str:
-        return "".join(
-            EVIL if i == 7 else "\n" if i % 12 == 11 else "�" if i == 3 else f" w{i}" for i in ids
-        ).replace("� w4", " é")
+        return "".join(EVIL if i == 7 else "\n" if i % 12 == 11 else "�" if i == 3 else f" w{i}" for i in ids).replace(
+            "� w4", " é"
+        )
 
 
 @pytest.fixture(scope="module")

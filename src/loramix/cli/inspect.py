@@ -26,7 +26,7 @@ def inspect(
     ] = False,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens that are read at once.")] = None,
     limit: Annotated[int, typer.Option(min=2, help="Tokens to read, at most.")] = 10_000,
-    device: Annotated[str, typer.Option(help="A torch device; auto takes the accelerator where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="A torch device; auto: the accelerator where there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
 ) -> None:
     """Look at a mixture's routing of a text: which expert leads each token, and the numbers of all of them.

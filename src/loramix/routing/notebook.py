@@ -39,5 +39,5 @@ def _token(piece: str, experts: list[str], row: list[float], confidence: float, 
     title = ", ".join(f"{experts[i]} {row[i]:.2f}" for i in order[:6])
     strength = round(255 * (0.08 + 0.37 * confidence))  # whatever the notebook's ink, text stays readable
     colour = f"{paint[experts[order[0]]]}{strength:02x}"
-    mark = piece.replace("\n", "↵\n") if not piece.strip(" ") == "" else piece or "▫"
+    mark = piece.replace("\n", "↵\n") or "▫"
     return f'<span title="{escape(title)}" style="background-color:{colour}">{escape(mark)}</span>'

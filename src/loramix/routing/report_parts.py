@@ -29,9 +29,11 @@ CONTRAST = 5.5
 
 def colour_rules(classes: Iterable[int]) -> str:
     """CSS: a class for each colour, with how much of it a token's background may hold, and one for each confidence."""
+    chosen = set(classes)
     rules = [
-        f".e{i}{{--c:{PALETTE[i]};--light:{strongest(PALETTE[i], *LIGHT):.2f};--dark:{strongest(PALETTE[i], *DARK):.2f}}}"
-        for i in sorted(set(classes))
+        f".e{i}{{--c:{colour};--light:{strongest(colour, *LIGHT):.2f};--dark:{strongest(colour, *DARK):.2f}}}"
+        for i, colour in enumerate(PALETTE)
+        if i in chosen
     ]
     rules += [f".s{level}{{--s:{0.2 + 0.8 * level / (LEVELS - 1):.2f}}}" for level in range(LEVELS)]
     return "\n".join(rules)
@@ -68,17 +70,30 @@ def experts_list(record: RoutingRecord) -> str:
     metrics = record.metrics()
     most = max(metrics.load)
     items = [
-        f'<li><i class="mark e{record.palette.index(name) % len(PALETTE)}"></i><bdi class="name" title="{escape(name)}">{escape(name)}</bdi>'
-        f"{_bar(load / most, record.palette.index(name) % len(PALETTE))}"
+        f"<li>{_named(record, name)}{_bar(load / most, _colour(record, name))}"
         f'<span class="number">{load:.1%}</span><span class="number faint">{importance:.3f}</span></li>'
         for name, load, importance in zip(record.experts, metrics.load, metrics.importance, strict=True)
     ]
     return _within(f'<ul class="experts">{"".join(items)}</ul>', len(items), "Experts")
 
 
+def _colour(record: RoutingRecord, name: str) -> int:
+    return record.palette.index(name) % len(PALETTE)
+
+
+def _named(record: RoutingRecord, name: str) -> str:
+    """An expert's mark and name."""
+    text = escape(name)
+    return f'<i class="mark e{_colour(record, name)}"></i><bdi class="name" title="{text}">{text}</bdi>'
+
+
 def _within(content: str, rows: int, label: str) -> str:
     """What is long scrolls by itself, with the keyboard too."""
-    return content if rows <= 12 else f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
+    return (
+        content
+        if rows <= 12
+        else f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
+    )
 
 
 def _bar(share: float, colour: int) -> str:
@@ -113,11 +128,11 @@ def worth_table(inspection: Inspection) -> str:
 
 
 def _worth_row(record: RoutingRecord, name: str, worth: LeaveOneOut, most: float) -> str:
-    difference, colour = worth.differences[name], record.palette.index(name) % len(PALETTE)
+    difference, colour = worth.differences[name], _colour(record, name)
     width = 50 * abs(difference) / most
     verdict = "hurts here" if difference < 0 else "helps" if difference > 0 else "no matter"
     return (
-        f'<tr><th scope="row"><i class="mark e{colour}"></i><bdi class="name" title="{escape(name)}">{escape(name)}</bdi></th>'
+        f'<tr><th scope="row">{_named(record, name)}</th>'
         '<td class="wide"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="fill e{colour}" x="{50 - width if difference < 0 else 50:.1f}" width="{width:.1f}" height="8"/>'
         '<rect class="axis" x="49.8" width="0.4" height="8"/></svg></td>'
@@ -157,7 +172,7 @@ def _stacked(runs: tuple[Tensor, ...], record: RoutingRecord) -> str:
                 parts[expert].append(f"M{x} {y:.2f}h1v{height:.2f}h-1z")
                 y += height
     return "".join(
-        f'<path class="fill e{record.palette.index(name) % len(PALETTE)}" d="{"".join(shapes)}"/>'
+        f'<path class="fill e{_colour(record, name)}" d="{"".join(shapes)}"/>'
         for name, shapes in zip(record.experts, parts, strict=True)
         if shapes
     )
