@@ -34,8 +34,7 @@ def test_its_cells_run_and_show_what_it_shows(tmp_path: Path, monkeypatch: pytes
 
 
 def test_it_is_executed_and_small() -> None:
-    assert [cell["execution_count"] for cell in SCRIPT["code_cells"](NOTEBOOK)] == list(
-        range(1, len(kinds(NOTEBOOK)) + 1)
-    )
+    counts = [cell["execution_count"] for cell in SCRIPT["code_cells"](NOTEBOOK)]
+    assert counts == list(range(1, len(counts) + 1))
     assert {"text/html", "image/png"} <= {kind for cell in kinds(NOTEBOOK) for kind in cell}
     assert len(json.dumps(NOTEBOOK)) < 200_000

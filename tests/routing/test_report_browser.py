@@ -224,8 +224,10 @@ def test_text_has_contrast_in_light_and_dark(load: Open, name: str, scheme: str)
     colours = page.evaluate(
         """const drawn = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
         [...document.querySelectorAll('.t')].slice(0, 60).map((span) => {
-            for (const fill of [getComputedStyle(document.body).backgroundColor, getComputedStyle(span).backgroundColor])
-                { drawn.fillStyle = fill; drawn.fillRect(0, 0, 1, 1); }
+            for (const element of [document.body, span]) {
+                drawn.fillStyle = getComputedStyle(element).backgroundColor;
+                drawn.fillRect(0, 0, 1, 1);
+            }
             const paper = [...drawn.getImageData(0, 0, 1, 1).data].slice(0, 3);
             drawn.fillStyle = getComputedStyle(span).color; drawn.fillRect(0, 0, 1, 1);
             return [paper, [...drawn.getImageData(0, 0, 1, 1).data].slice(0, 3)];

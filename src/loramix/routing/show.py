@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from rich.console import Console, Group, RenderableType
@@ -18,8 +19,8 @@ from loramix.routing.inspection import Inspection
 from loramix.routing.metrics import RoutingMetrics, confidence_of
 
 TOKENS = 600  # shown of a long text
-_CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-_CONTROL |= {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "�")
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_CONTROL = _PICTURES | {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "�")
 
 
 def shown(inspection: Inspection, console: Console) -> RenderableType:
@@ -42,7 +43,7 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
     leaders = [whole.experts[i] for i in weights.argmax(-1).tolist()]
     rows = list(zip(numbers, whole.pieces(), leaders, confidence_of(weights).tolist(), strict=True))
     paint, text = expert_colours(record.palette), Text()
-    for number, run in itertools.groupby(rows, key=lambda row: row[0]):
+    for number, run in itertools.groupby(rows, key=itemgetter(0)):
         if text:
             text.append("\n")
         text.append(f"── {visible(inspection.name_of(number))}\n", style="dim")
@@ -51,7 +52,7 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
                 text.append(visible(piece), style=f"{_strength(confidence)} {paint[leader]}")
         else:
             written = (row for row in run if row[1])  # what a character's earlier tokens are is in its last one
-            for leader, tokens in itertools.groupby(written, key=lambda row: row[2]):
+            for leader, tokens in itertools.groupby(written, key=itemgetter(2)):
                 text.append(f"⟨{visible(leader)}⟩" + "".join(visible(row[1]) for row in tokens))
     return text
 
