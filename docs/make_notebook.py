@@ -64,7 +64,7 @@ def main() -> None:
     """Run and write."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         notebook = executed(json.loads(NOTEBOOK.read_text(encoding="utf-8")))
-    NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

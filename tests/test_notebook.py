@@ -15,7 +15,7 @@ NOTEBOOK = json.loads((ROOT / "examples" / "routing.ipynb").read_text(encoding="
 
 def kinds(notebook: dict) -> list[list[str]]:
     return [
-        [kind for output in cell["outputs"] for kind in output.get("data", {"text": ""})]
+        [kind for output in cell["outputs"] for kind in sorted(output.get("data", {"text": ""}))]
         for cell in SCRIPT["code_cells"](notebook)
     ]
 

@@ -186,6 +186,7 @@ def test_the_keyboard_alone_is_enough(load: Open) -> None:
     heading = page.locator("#panel h2").inner_text()
     page.keyboard.press("ArrowRight")
     assert page.locator("#panel h2").inner_text() != heading
+    assert page.locator("#tip").is_hidden(), "the panel has the same already"
     here = focused(page)
     page.keyboard.press("Escape")
     assert page.locator("#panel").is_hidden()

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from loramix.errors import DataError
+from loramix.errors import DataError, RoutingError
 from loramix.model import XLoraModel
 from loramix.routing.ablation import LeaveOneOut, leave_one_out, pad
 from loramix.routing.metrics import confidence_of
@@ -117,7 +117,7 @@ def inspect_texts(
 
     Raises:
         DataError: no text has a token, or a window that is longer than the base model's positions.
-        RoutingError, UnsupportedOperationError: as `record_routing`.
+        RoutingError: scalings that are no finite numbers; and as `record_routing`.
     """
     positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 2**31
     if window is not None and not 2 <= window <= positions:
@@ -131,6 +131,12 @@ def inspect_texts(
     ids = [ids for _, ids in pieces]
     with record_routing(model, tokenizer, max_tokens=max(1, sum(map(len, ids)))) as record:
         _read(model, ids, size)
+    if not all(bool(part.scalings.isfinite().all()) for part in record.parts()):
+        raise RoutingError(
+            "Scalings are finite numbers.",
+            received=f"nan or inf among those of {title}",
+            remedy="look for such numbers in the weights of its router and its base model",
+        )
     worth = None
     if leave_out and len(record.experts) > 1:
         worth = leave_one_out(model, ids, batch=max(1, _AT_ONCE // size))

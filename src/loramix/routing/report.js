@@ -246,8 +246,7 @@
     const span = element(token);
     span.scrollIntoView({ block: "nearest", behavior: "instant" });
     span.focus({ preventScroll: true });
-    showTip(span);
-    if (!panel.hidden) open(token);
+    if (panel.hidden) showTip(span); else open(token);
   };
   /** The token of the line above or below whose middle is nearest to the one of this token. */
   const beside = (token, step) => {
@@ -282,7 +281,7 @@
     const span = tokenAt(event);
     if (!span) return;
     become(span.token);
-    if (span.matches(":focus-visible")) showTip(span);
+    if (panel.hidden && span.matches(":focus-visible")) showTip(span);
   });
   text.addEventListener("focusout", hideTip);
   text.addEventListener("click", (event) => {
@@ -312,7 +311,8 @@
   }
   window.addEventListener("scroll", () => {
     const span = document.activeElement, at = span.getBoundingClientRect();
-    if (span.matches(".t:focus-visible") && at.bottom > 0 && at.top < innerHeight) showTip(span); else hideTip();
+    const inside = at.bottom > 0 && at.top < innerHeight;
+    if (panel.hidden && inside && span.matches(".t:focus-visible")) showTip(span); else hideTip();
   }, { passive: true });
   element(current).tabIndex = 0;
 })();
