@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from transformers import Trainer
 
 from loramix import XLoraModel, demo, get_peft_model
@@ -150,6 +151,7 @@ def router_row(name: str, found: Inspection) -> str:
 
 def new_mixture() -> XLoraModel:
     """The demo's experts under a router that was never trained."""
+    torch.manual_seed(0)
     base = demo.base()
     model = get_peft_model(base, router_config(base.config.hidden_size, demo.experts()))
     assert isinstance(model, XLoraModel)

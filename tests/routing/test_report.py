@@ -200,7 +200,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         check_place(tmp_path)
     with pytest.raises(SaveError):
         check_place(tmp_path / "missing" / "out.html")
-    write_report(random_record(), tmp_path / "out.html")
+    assert write_report(random_record(), tmp_path / "out.html") == ["12 tokens, 3 experts, 4 layers."]
     assert (tmp_path / "out.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 

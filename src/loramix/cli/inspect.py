@@ -69,14 +69,11 @@ def inspect(
             window=window,
             limit=limit,
         )
-        if html is not None:
-            write_report(found, html)
+        notes = [] if html is None else write_report(found, html)
     if as_json:
         print_json(found.to_dict())
     elif html is not None:
-        typer.echo(f"{html}: {found.record.note}")
-        for note in found.all_notes[1:]:
-            typer.echo(note)
+        typer.echo(f"{html}: " + "\n".join(notes))
     else:
         console = Console(highlight=False)
         console.print(shown(found, console))

@@ -35,11 +35,17 @@ def report_html(inspection: Inspection | RoutingRecord, *, tokens: int = TOKENS)
     Raises:
         RoutingError: nothing was recorded.
     """
+    return _page(inspection, tokens)[0]
+
+
+def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, list[str]]:
+    """The page, and the notes in it."""
     found = Inspection(inspection) if isinstance(inspection, RoutingRecord) else inspection
     record = found.record
     if not record.kept:
         raise record.nothing()
     shown = choose(record, tokens)
+    notes = [*found.all_notes, *shown.notes]
     data = document(found, shown)
     style = _file("report.css") + _theme() + colour_rules(data["colours"])
     script = _file("report.js")
@@ -49,7 +55,7 @@ def report_html(inspection: Inspection | RoutingRecord, *, tokens: int = TOKENS)
         "policy": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
         "base-uri 'none'; form-action 'none'",
         "style": style,
-        "notes": "".join(f"<li>{escape(note)}</li>" for note in [*found.all_notes, *shown.notes]),
+        "notes": "".join(f"<li>{escape(note)}</li>" for note in notes),
         "experts": experts_list(record),
         "numbers": numbers_table(record),
         "strips": strips(record),
@@ -57,21 +63,33 @@ def report_html(inspection: Inspection | RoutingRecord, *, tokens: int = TOKENS)
         "data": embedded(data),
         "script": script,
     }
-    return _SLOT.sub(lambda slot: slots[slot[1]], _file("report.html"))
+    return _SLOT.sub(lambda slot: slots[slot[1]], _file("report.html")), notes
 
 
-def write_report(inspection: Inspection | RoutingRecord, path: str | PathLike[str], *, tokens: int = TOKENS) -> None:
+def write_report(
+    inspection: Inspection | RoutingRecord, path: str | PathLike[str], *, tokens: int = TOKENS
+) -> list[str]:
     """Write the page as a file.
+
+    Args:
+        inspection: what to show; a record alone does too.
+        path: the file; its folder exists.
+        tokens: as in `report_html`.
+
+    Returns:
+        What the page says is in it, and what is not, a sentence each.
 
     Raises:
         RoutingError: nothing was recorded.
         SaveError: the file cannot be written.
     """
-    page, place = report_html(inspection, tokens=tokens), Path(path)
+    page, notes = _page(inspection, tokens)
+    place = Path(path)
     try:
         place.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
         raise _unwritable(place, str(error)) from error
+    return notes
 
 
 def check_place(path: Path) -> None:
