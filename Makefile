@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev ## style, types, one-way imports, public names, do
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_public_names.py tests/test_imports.py \
-	    tests/test_architecture.py tests/test_readme.py tests/test_examples.py tests/cli/test_help_page.py
+	    tests/test_architecture.py tests/test_readme.py tests/test_examples.py tests/test_notebook.py tests/cli/test_help_page.py
 
 format: $(VENV)/.installed-dev ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
@@ -39,6 +39,8 @@ docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
 	$(BIN)/python -m benchmarks.report docs/benchmarks.json
 	$(BIN)/python -m docs.make_speed
 	$(BIN)/python docs/make_memory.py
+	$(BIN)/python docs/make_routing.py
+	$(BIN)/python docs/make_notebook.py
 
 readme: $(VENV)/.installed-dev ## run the demo and put what it printed into README.md
 	$(BIN)/python docs/make_demo.py

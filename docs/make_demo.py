@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from loramix.demo import DemoResult, run_demo
-from loramix.demo.show import legend, routed_panel
+from loramix.demo.show import routed_panel
+from loramix.routing.show import legend
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"

@@ -31,7 +31,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("--version",), *((c, "--help") for c in ("demo", "generate", "info"))]
+    "arguments", [("--help",), ("--version",), *((c, "--help") for c in ("demo", "generate", "info", "inspect"))]
 )
 def test_help_loads_no_torch(arguments: tuple[str, ...]) -> None:
     assert modules_after(run_cli(*arguments)).isdisjoint(set(HEAVY) - set(LOADED_BY_THE_CLI))

@@ -123,6 +123,7 @@ def test_the_public_names_of_training_are_locked() -> None:
 ROUTING = {
     "Confusion": "compare",
     "Drift": "compare",
+    "Inspection": "inspection",
     "LeaveOneOut": "ablation",
     "RoutingMeter": "metrics",
     "RoutingMetrics": "metrics",
@@ -131,8 +132,11 @@ ROUTING = {
     "confusion": "compare",
     "drift": "compare",
     "expert_colours": "colours",
+    "inspect_texts": "inspection",
     "leave_one_out": "ablation",
     "record_routing": "recorder",
+    "report_html": "report",
+    "write_report": "report",
 }
 
 

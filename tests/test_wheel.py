@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
+REPORT = {f"loramix/routing/report.{ending}" for ending in ("html", "css", "js")}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: zipfile.ZipFile) -> No
     }
     packed = {name for name in wheel.namelist() if name.startswith("loramix/")}
     assert packed == expected
-    assert {"loramix/py.typed", "loramix/demo/data/base/model.safetensors"} <= packed
+    assert {"loramix/py.typed", "loramix/demo/data/base/model.safetensors", *REPORT} <= packed
 
 
 def test_the_wheel_is_small_enough_to_install_anywhere(wheel: zipfile.ZipFile) -> None:

@@ -11,8 +11,9 @@ from rich.console import Console, RenderableType
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.picture import draw
 from loramix.demo.routed import RoutedText
-from loramix.demo.show import comparison_table, explanation, legend, routed_panel, verdict
+from loramix.demo.show import comparison_table, explanation, routed_panel, verdict
 from loramix.routing.colours import expert_colours
+from loramix.routing.show import legend
 from loramix.training.evaluation import BASE, ORACLE, UNIFORM
 
 EXPERTS = ["code", "math"]

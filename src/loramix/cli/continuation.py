@@ -27,12 +27,13 @@ from loramix.base_files import load_base, load_tokenizer, one_line
 from loramix.cli.shipped import is_shipped
 from loramix.config import PeftConfig
 from loramix.demo.routed import RoutedText, route
-from loramix.demo.show import legend, routed_panel
+from loramix.demo.show import routed_panel
 from loramix.errors import (
     ConfigurationError,
     UnsupportedOperationError,
 )
 from loramix.model import PeftModel, XLoraModel
+from loramix.routing.show import legend
 
 _CPU = torch.device("cpu")
 

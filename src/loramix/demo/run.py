@@ -26,10 +26,11 @@ from loramix.demo.compare import Comparison, compare, heldout_columns
 from loramix.demo.picture import can_draw, draw
 from loramix.demo.routed import RoutedText, route, write
 from loramix.demo.router import router_arguments, router_config, router_windows
-from loramix.demo.show import comparison_table, explanation, legend, routed_panel, verdict
+from loramix.demo.show import comparison_table, explanation, routed_panel, verdict
 from loramix.demo.text import causal_batch, encode, start_token
 from loramix.errors import LoramixError, SaveError
 from loramix.model import PeftModel, XLoraModel, get_peft_model
+from loramix.routing.show import legend
 
 PROMPTS = {
     "code": "def read_lines(path):\n    with open(path) as file:\n",

@@ -1,4 +1,4 @@
-"""How the demo looks in a terminal: the table, the coloured text and its legend.
+"""How the demo looks in a terminal: the table and the coloured text.
 
 Where there is no colour (a pipe, NO_COLOR), text says by marks what colour says elsewhere.
 """
@@ -15,14 +15,8 @@ from rich.text import Text
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.routed import RoutedText
 from loramix.routing.colours import expert_colours
+from loramix.routing.show import has_colour
 from loramix.training.evaluation import BASE, ORACLE, UNIFORM
-
-
-def legend(experts: list[str], console: Console) -> Text:
-    """The experts in their colours; where there are none, how text is marked instead."""
-    if not _has_colour(console):
-        return Text("⟨name⟩ stands where another expert takes the lead: " + ", ".join(experts))
-    return Text("  ").join(Text(f"■ {name}", style=colour) for name, colour in expert_colours(experts).items())
 
 
 def comparison_table(result: Comparison) -> Table:
@@ -69,7 +63,7 @@ def routed_panel(routed: RoutedText, console: Console) -> Panel:
     text = Text("".join(routed.tokens[: routed.prompt]), style="dim")
     written = list(zip(routed.tokens, routed.leaders, strict=True))[routed.prompt :]
     paint = expert_colours(routed.experts)
-    if _has_colour(console):
+    if has_colour(console):
         for token, leader in written:
             text.append(token, style=f"not dim {paint[leader]}")
     else:
@@ -86,7 +80,3 @@ def _row_title(row: str) -> str:
 
 def _figure(value: float, best: bool) -> Text:
     return Text(f"{value:.3f}{'*' if best else ' '}", style="bold" if best else "")
-
-
-def _has_colour(console: Console) -> bool:
-    return console.color_system is not None and not console.no_color

@@ -9,13 +9,16 @@ if TYPE_CHECKING:
     from loramix.routing.ablation import LeaveOneOut, leave_one_out
     from loramix.routing.colours import expert_colours
     from loramix.routing.compare import Confusion, Drift, agreement, confusion, drift
+    from loramix.routing.inspection import Inspection, inspect_texts
     from loramix.routing.metrics import RoutingMeter, RoutingMetrics
     from loramix.routing.record import RoutingRecord
     from loramix.routing.recorder import record_routing
+    from loramix.routing.report import report_html, write_report
 
 __all__ = [
     "Confusion",
     "Drift",
+    "Inspection",
     "LeaveOneOut",
     "RoutingMeter",
     "RoutingMetrics",
@@ -24,17 +27,22 @@ __all__ = [
     "confusion",
     "drift",
     "expert_colours",
+    "inspect_texts",
     "leave_one_out",
     "record_routing",
+    "report_html",
+    "write_report",
 ]
 
 _HOMES = {
     **dict.fromkeys(("LeaveOneOut", "leave_one_out"), "ablation"),
     "expert_colours": "colours",
     **dict.fromkeys(("Confusion", "Drift", "agreement", "confusion", "drift"), "compare"),
+    **dict.fromkeys(("Inspection", "inspect_texts"), "inspection"),
     **dict.fromkeys(("RoutingMeter", "RoutingMetrics"), "metrics"),
     "RoutingRecord": "record",
     "record_routing": "recorder",
+    **dict.fromkeys(("report_html", "write_report"), "report"),
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loramix.errors import UnsupportedOperationError
 from loramix.routing.colours import expert_colours
+from loramix.routing.header import without_shared_part
 from loramix.routing.record import RoutingRecord
 
 if TYPE_CHECKING:
@@ -144,13 +145,7 @@ def token_labels(axes: Axes, columns: Columns) -> None:
 
 def short_layers(names: Sequence[str]) -> list[str]:
     """Names of layers without the modules that all of them lie in."""
-    split = [name.split(".") for name in names]
-    shared = 0
-    while len(names) > 1 and all(len(parts) > shared + 1 for parts in split):
-        if len({parts[shared] for parts in split}) > 1:
-            break
-        shared += 1
-    return [drawable(".".join(parts[shared:]), 40) for parts in split]
+    return [drawable(name, 40) for name in without_shared_part(names)]
 
 
 def strip_axes(axes: Axes) -> None:

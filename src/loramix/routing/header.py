@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,17 @@ _SETTINGS = (
     *("enable_softmax", "enable_softmax_topk", "top_k_lora", "softmax_temperature", "scaling_pass_value"),
     "global_scaling_weight",
 )
+
+
+def without_shared_part(names: Sequence[str]) -> list[str]:
+    """Names of layers without the modules that all of them lie in."""
+    split = [name.split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(parts) > shared + 1 for parts in split):
+        if len({parts[shared] for parts in split}) > 1:
+            break
+        shared += 1
+    return [".".join(parts[shared:]) for parts in split]
 
 
 @dataclass

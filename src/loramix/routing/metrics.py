@@ -145,6 +145,12 @@ def entropy_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N"]:
     return torch.special.entr(shares_of(scalings)).sum(-1) / math.log(max(2, scalings.shape[-1]))
 
 
+def confidence_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N"]:
+    """(max_e p_e − 1/E) / (1 − 1/E) of the shares p: 0 where all experts have the same, 1 where one has all."""
+    even = 1 / max(2, scalings.shape[-1])
+    return ((shares_of(scalings).amax(-1) - even) / (1 - even)).clamp(min=0)
+
+
 def _cv(values: tuple[float, ...]) -> float:
     mean = sum(values) / len(values)
     if mean == 0:

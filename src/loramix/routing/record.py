@@ -117,6 +117,12 @@ class RoutingRecord:
     def __repr__(self) -> str:
         return f"<RoutingRecord: {self.note}>"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from loramix.routing.notebook import record_html
+
+        return record_html(self)
+
     def parts(self) -> Iterator[Part]:
         """The tokens, in parts; each in the order of the texts."""
         yield from self.source.parts()

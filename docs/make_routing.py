@@ -1,0 +1,189 @@
+"""Writes the pictures and figures of docs/routing.md, and the report of the demo mixture: `make docs`.
+
+docs/routing_report.html and .png are the report and a picture of it (that needs Debian's chromium; without one the
+picture stays as it is). What the questions in routing.md are answered with is measured here: an untrained router, the
+demo's own, one that was trained on code alone, and what each expert is worth on held-out text of each domain.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+
+from loramix import XLoraModel, demo, get_peft_model
+from loramix.demo import corpus
+from loramix.demo.router import router_arguments, router_config
+from loramix.demo.text import Windows, causal_batch, heldout_passages, windows
+from loramix.routing import Inspection, inspect_texts, leave_one_out, plots, write_report
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "routing.md"
+BEGIN, END = "<!-- questions -->\n", "<!-- /questions -->\n"
+TEXTS = (
+    (
+        "A module, its manual, a sum",
+        '''def total(prices, discount=0):
+    """Add up prices, less a discount."""
+    if not prices:
+        raise ValueError("no prices")
+    return sum(prices) - discount
+
+The function returns the sum of all prices. If the list is empty, an exception is raised; the caller has to
+handle it. The argument discount is optional, and its default is zero.
+
+Question: Ada has 57 books and gets 68 more. How many books does Ada have now?
+57 + 68 = 125
+Answer: 125
+''',
+    ),
+    (
+        "Records, code that reads them, a sum",
+        """{"code": "03B1", "name": "GREEK SMALL LETTER ALPHA", "category": "Ll", "direction": "L"}
+{"code": "03B2", "name": "GREEK SMALL LETTER BETA", "category": "Ll", "direction": "L"}
+{"code": "03B3", "name": "GREEK SMALL LETTER GAMMA", "category": "Ll", "direction": "L"}
+
+def read_records(path):
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+Question: A box holds 12 pens. How many pens do 7 boxes hold?
+12 * 7 = 84
+Answer: 84
+""",
+    ),
+    (
+        "Letters of several bytes",
+        "The name of the café is written naïve: é, ï and 😀 take several bytes, and several tokens.\n"
+        'print("Grüße", 3 * "é")\n',
+    ),
+)
+SECTION = """### My router ignores its input
+
+`information` is near 0: the mean of all tokens is as undecided as each token by itself, and one picture of tokens ×
+experts looks the same from left to right. A router that was never trained is so, above; the demo's, below, is not.
+
+![Weights of the experts along a text: alike in the untrained router, changing in the trained one](routing_ignores.png)
+
+| router | information | entropy of a token | effective experts |
+|---|---|---|---|
+{routers}
+
+What to do: train the router (a load that forgot it starts from random weights, and loramix refuses such a file); give
+it a start that looks at words, `init_router(model, "prompts", …)`; name the expert of each text in the data and add the
+objective `supervised`; look whether the training text holds more than one kind of text. See [training.md](training.md).
+
+### One expert takes all
+
+MaxVio is near E − 1, `effective_experts` near 1, and the others hardly ever lead. On text of one kind that is right. On
+mixed text it is a router that collapsed: here a new one, after {steps} steps on code alone, on the three texts of the
+report.
+
+![Load and importance of each expert: one leads nearly everywhere](routing_one.png)
+
+What to do: put text of all kinds into the training data; the objective `entropy_floor` keeps the mean over a batch from
+collapsing and costs less than `load_balance`, which wants the same load for all; a higher `softmax_temperature`, or one
+that is annealed, keeps a choice open while the router learns. What each of them gives is measured in
+[router.md](router.md).
+
+### Which expert hurts
+
+The loss without an expert, less the loss with all: below 0, the text is predicted better without it. Measured on
+held-out text of each domain ({tokens} tokens), in thousandths of a nat a token:
+
+| text | {heads} |
+|---|{rule}
+{worths}
+
+`loramix inspect mixture --data test.jsonl --leave-one-out` prints the same for any text, and its HTML shows it.
+
+Each expert is worth most on its own domain. Code would be predicted better without the math expert: the router gives
+it weight there that it does not earn.
+
+What to do where a difference is below 0: look in the report for the tokens that the expert leads; on that text, train
+the router with labels (`supervised`), or longer; an expert that helps nowhere can go, `adapters={{…}}` without it. A
+difference of a few thousandths on some hundred tokens is noise: measure on more text before acting on it.
+"""
+
+
+def main() -> None:
+    """Measure, draw and write."""
+    model, tokenizer = demo.load()
+    found = inspect_texts(model, tokenizer, TEXTS, title="The mixture that ships with loramix", leave_out=True)
+    write_report(found, DOCS / "routing_report.html")
+    photograph(DOCS / "routing_report.html", DOCS / "routing_report.png")
+    untrained = inspect_texts(new_mixture(), tokenizer, TEXTS)
+    names = ("untrained", "trained")
+    plots.comparison(untrained.record, found.record, names).savefig(DOCS / "routing_ignores.png", dpi=80)
+    steps = 30
+    collapsed = inspect_texts(trained_on_code(steps), tokenizer, TEXTS)
+    plots.load_bars(collapsed.record).savefig(DOCS / "routing_one.png", dpi=90)
+    worths, tokens = {}, 0
+    for domain in corpus.DOMAINS:
+        worth = leave_one_out(model, [passage.ids for passage in heldout_passages(tokenizer, domain, 16)])
+        worths[domain] = worth.differences
+        tokens += worth.tokens
+    routers = {"untrained": untrained, "the demo's": found, "trained on code alone": collapsed}
+    section = SECTION.format(
+        routers="\n".join(router_row(name, found) for name, found in routers.items()),
+        steps=steps,
+        tokens=tokens,
+        heads=" | ".join(f"without {name}" for name in corpus.DOMAINS),
+        rule="---|" * len(corpus.DOMAINS),
+        worths="\n".join(
+            f"| {domain} | {' | '.join(f'{1000 * value:+.1f}' for value in row.values())} |"
+            for domain, row in worths.items()
+        ),
+    )
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + section + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def router_row(name: str, found: Inspection) -> str:
+    """A row of the table of routers."""
+    metrics = found.record.metrics()
+    return f"| {name} | {metrics.information:.3f} | {metrics.mean_entropy:.3f} | {metrics.effective_experts:.2f} |"
+
+
+def new_mixture() -> XLoraModel:
+    """The demo's experts under a router that was never trained."""
+    torch.manual_seed(0)
+    base = demo.base()
+    model = get_peft_model(base, router_config(base.config.hidden_size, demo.experts()))
+    assert isinstance(model, XLoraModel)
+    return model
+
+
+def trained_on_code(steps: int) -> XLoraModel:
+    """A new router after some steps on text of one domain."""
+    model, tokenizer = new_mixture(), demo.tokenizer()
+    rows = Windows(windows(tokenizer, corpus.train_text("code", 300_000), count=8 * steps))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = router_arguments(Path(folder), steps, 8)
+        Trainer(model, arguments, train_dataset=rows, data_collator=causal_batch).train()
+    return model.eval()
+
+
+def photograph(report: Path, picture: Path) -> None:
+    """The report in a browser, with one token opened."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        print(f"no chromium: {picture.name} stays as it is")
+        return
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.goto(report.as_uri())
+        page.locator(".t").nth(40).hover()
+        page.screenshot(path=picture)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

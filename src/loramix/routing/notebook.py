@@ -1,0 +1,43 @@
+"""A record in a notebook: static HTML without a script, since notebooks take scripts out of what they do not trust."""
+
+from __future__ import annotations
+
+from html import escape
+
+import torch
+
+from loramix.routing.colours import expert_colours
+from loramix.routing.metrics import confidence_of
+from loramix.routing.record import RoutingRecord
+
+TOKENS = 300
+
+
+def record_html(record: RoutingRecord) -> str:
+    """The note, the experts, and the first tokens in the colours of the leading ones; pointing shows the weights."""
+    if not record.kept:
+        return f"<p>{escape(record.note)}</p>"
+    first = record.select(tokens=torch.arange(record.kept) < TOKENS)
+    paint, weights = expert_colours(record.palette), first.weights
+    rows = zip(first.pieces(), weights.tolist(), confidence_of(weights).tolist(), strict=True)
+    tokens = "".join(_token(piece, record.experts, row, sure, paint) for piece, row, sure in rows)
+    metrics = record.metrics()
+    experts = " ".join(
+        f'<span style="white-space:nowrap"><span style="color:{paint[name]}">■</span> {escape(name)} {load:.0%}</span>'
+        for name, load in zip(record.experts, metrics.load, strict=True)
+    )
+    rest = f"<p>… the first {TOKENS} of {record.kept} tokens</p>" if record.kept > TOKENS else ""
+    return (
+        f"<div><p>{escape(record.note)} Effective experts {metrics.effective_experts:.1f}, information "
+        f"{metrics.information:.3f}.</p><p>{experts}</p>"
+        f'<div style="white-space:pre-wrap;font-family:monospace;line-height:1.7">{tokens}</div>{rest}</div>'
+    )
+
+
+def _token(piece: str, experts: list[str], row: list[float], confidence: float, paint: dict[str, str]) -> str:
+    order = sorted(range(len(row)), key=row.__getitem__, reverse=True)
+    title = ", ".join(f"{experts[i]} {row[i]:.2f}" for i in order[:6])
+    strength = round(255 * (0.08 + 0.37 * confidence))  # whatever the notebook's ink, text stays readable
+    colour = f"{paint[experts[order[0]]]}{strength:02x}"
+    mark = piece.replace("\n", "↵\n") or "▫"
+    return f'<span title="{escape(title)}" style="background-color:{colour}">{escape(mark)}</span>'

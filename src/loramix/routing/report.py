@@ -1,0 +1,124 @@
+"""One HTML file that shows a routing, and needs nothing else: no other file, no address, no server.
+
+Its parts lie beside this module: `report.html` is the frame, `report.css` and `report.js` go into it as they are. The
+text and its weights are data in the page (`loramix.routing.report_data`); the script makes elements of them for what is
+near the window alone, so that a long text stays light. The page's policy allows this one script and this one style, by
+their hashes, and nothing from anywhere else: text cannot become code in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html import escape
+from os import PathLike
+from pathlib import Path
+
+from loramix.errors import SaveError
+from loramix.routing.inspection import Inspection
+from loramix.routing.record import RoutingRecord
+from loramix.routing.report_data import TOKENS, choose, document, embedded
+from loramix.routing.report_parts import DARK, LIGHT, colour_rules, experts_list, numbers_table, strips, worth_table
+
+_HERE = Path(__file__).parent
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+def report_html(inspection: Inspection | RoutingRecord, *, tokens: int = TOKENS) -> str:
+    """The page.
+
+    Args:
+        inspection: what to show; a record alone does too.
+        tokens: at most so many are shown; where there are more, runs of them at even distances, and the page says so.
+
+    Raises:
+        RoutingError: nothing was recorded.
+    """
+    return _page(inspection, tokens)[0]
+
+
+def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, list[str]]:
+    """The page, and the notes in it."""
+    found = Inspection(inspection) if isinstance(inspection, RoutingRecord) else inspection
+    record = found.record
+    if not record.kept:
+        raise record.nothing()
+    shown = choose(record, tokens)
+    notes = [*found.all_notes, *shown.notes]
+    data = document(found, shown)
+    style = _file("report.css") + _theme() + colour_rules(data["colours"])
+    script = _file("report.js")
+    slots = {
+        "title": escape(f"{found.title}: routing"),
+        "heading": escape(found.title),
+        "policy": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'",
+        "style": style,
+        "notes": "".join(f"<li>{escape(note)}</li>" for note in notes),
+        "experts": experts_list(record),
+        "numbers": numbers_table(record),
+        "strips": strips(record),
+        "worth": worth_table(found),
+        "data": embedded(data),
+        "script": script,
+    }
+    return _SLOT.sub(lambda slot: slots[slot[1]], _file("report.html")), notes
+
+
+def write_report(
+    inspection: Inspection | RoutingRecord, path: str | PathLike[str], *, tokens: int = TOKENS
+) -> list[str]:
+    """Write the page as a file.
+
+    Args:
+        inspection: what to show; a record alone does too.
+        path: the file; its folder exists.
+        tokens: as in `report_html`.
+
+    Returns:
+        What the page says is in it, and what is not, a sentence each.
+
+    Raises:
+        RoutingError: nothing was recorded.
+        SaveError: the file cannot be written.
+    """
+    page, notes = _page(inspection, tokens)
+    place = Path(path)
+    try:
+        place.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise _unwritable(place, str(error)) from error
+    return notes
+
+
+def check_place(path: Path) -> None:
+    """Raises SaveError: a file cannot be written there; better known before a model is loaded."""
+    if path.is_dir():
+        raise _unwritable(path, "a folder")
+    if not path.parent.is_dir():
+        raise _unwritable(path, f"{str(path.parent)!r} is no folder")
+
+
+def _unwritable(path: Path, reason: str) -> SaveError:
+    return SaveError(
+        "A report is written as a file into a folder that exists.",
+        received=f"{str(path)!r}: {reason}",
+        remedy="name another file, or make its folder",
+    )
+
+
+def _theme() -> str:
+    (paper, ink), (dark_paper, dark_ink) = LIGHT, DARK
+    return (
+        f":root{{--paper:{paper};--ink:{ink}}}\n"
+        f"@media (prefers-color-scheme: dark){{:root{{--paper:{dark_paper};--ink:{dark_ink}}}}}\n"
+    )
+
+
+def _file(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
