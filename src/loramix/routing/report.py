@@ -15,6 +15,7 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
+from loramix.checkpoint.atomic import save_files
 from loramix.errors import SaveError
 from loramix.routing.inspection import Inspection
 from loramix.routing.record import RoutingRecord
@@ -85,11 +86,13 @@ def write_report(
     """
     page, notes = _page(inspection, tokens)
     place = Path(path)
-    try:
-        place.write_text(page, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise _unwritable(place, str(error)) from error
+    check_place(place)
+    save_files(place.parent, {place.name: lambda path: _write(path, page)})
     return notes
+
+
+def _write(path: Path, page: str) -> None:
+    path.write_text(page, encoding="utf-8", newline="\n")
 
 
 def check_place(path: Path) -> None:
