@@ -55,7 +55,7 @@ class TwoPassCache(Cache):
         if isinstance(cache, TwoPassCache) and cache.owner != owner and cache.is_empty:
             cache.owner = owner
         if not isinstance(cache, TwoPassCache):
-            if _tokens_in(cache) > 0:
+            if tokens_in(cache) > 0:
                 raise _foreign("a cache that a model without these experts filled")
             return TwoPassCache.pair(cache, _empty_copy(cache), owner)
         if cache.owner != owner:
@@ -65,7 +65,7 @@ class TwoPassCache(Cache):
                 "Both halves of a two-pass cache hold the same tokens.",
                 received="a cache that an interrupted forward left half filled"
                 if cache.torn
-                else f"{_tokens_in(cache)} tokens of the mixture pass, {_tokens_in(cache.base)} of the scaling pass",
+                else f"{tokens_in(cache)} tokens of the mixture pass, {tokens_in(cache.base)} of the scaling pass",
                 remedy="reset() it or pass an empty one, and change it through its own methods, not through its layers",
             )
         return cache
@@ -73,7 +73,7 @@ class TwoPassCache(Cache):
     @property
     def is_empty(self) -> bool:
         """Whether neither half holds a token, as after `reset`."""
-        return not self.torn and not _tokens_in(self) and not _tokens_in(self.base)
+        return not self.torn and not tokens_in(self) and not tokens_in(self.base)
 
     @property
     def mixed(self) -> Cache:
@@ -136,12 +136,12 @@ def _lengths_differ(cache: TwoPassCache) -> bool:
     """Whether the halves hold different numbers of tokens; not asked where the answer would wait for a device."""
     if torch.compiler.is_compiling():
         return False
-    mixed, base = _tokens_in(cache), _tokens_in(cache.base)
+    mixed, base = tokens_in(cache), tokens_in(cache.base)
     waits = isinstance(mixed, Tensor) and mixed.device.type != "cpu"
     return not waits and bool(mixed != base)
 
 
-def _tokens_in(cache: Cache) -> int | Tensor:
+def tokens_in(cache: Cache) -> int | Tensor:
     """How many tokens a cache holds; one that keeps states only, as Mamba's does, knows no more than none or some."""
     try:
         return cache.get_seq_length()

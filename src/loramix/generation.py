@@ -62,8 +62,7 @@ class LockstepMethods(PeftMethods):
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         call, state, cache = super()._sample, self._loramix, kwargs.get("past_key_values")  # pyright: ignore
-        if state.hooks:
-            request().pads(input_ids.shape[1], generation_config)
+        request().pads(input_ids.shape[1], generation_config)
         wanted = wanted_by(generation_config, request().wanted)
         reason = why_not_this_generation(self, state, wanted, generation_config, cache)
         if reason is not None:

@@ -30,7 +30,7 @@ from loramix.adapter import Adapter
 from loramix.cache import TwoPassCache
 from loramix.classifier import XLoraClassifier
 from loramix.config import LoraConfig, XLoraConfig
-from loramix.errors import CacheError, ConfigurationError, UnsupportedOperationError
+from loramix.errors import CacheError, ConfigurationError, RoutingError, UnsupportedOperationError
 from loramix.gating import activate, select
 from loramix.hooks import EXPERT_IDS, Made, RoutingHook, given_expert_ids, join_gradient, takes_expert_ids
 from loramix.layers import XLoraLayer
@@ -190,6 +190,17 @@ def attach(model: nn.Module, hook: RoutingHook, *, alone: bool = False) -> Calla
             state.hooks = tuple(other for other in state.hooks if other is not hook)
 
     return detach
+
+
+def require_routing(model: nn.Module) -> None:
+    """Raises RoutingError: a mixture that makes no scalings now."""
+    state = model.__dict__.get("_loramix")
+    if isinstance(state, MixtureState) and state.single_pass() is not None:
+        raise RoutingError(
+            "Only a mixture that routes each token makes scalings.",
+            received="a model whose routing is fixed, or whose adapters are disabled",
+            remedy="call unfix_routing(), and leave fixed_scalings(…) and disable_adapter() first",
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loramix.routing.metrics import RoutingMeter, RoutingMetrics
+from loramix.routing.metrics import RoutingMeter, RoutingMetrics, leading_of
 
 
 def measured(scalings: torch.Tensor, real: torch.Tensor | None = None) -> RoutingMetrics:
@@ -83,3 +83,14 @@ def test_a_single_expert_has_nothing_to_say() -> None:
     assert measured(torch.ones(1, 4, 1, 1)).scalars() == pytest.approx(
         dict.fromkeys(RoutingMetrics((1.0,), (1.0,), 0, 0, 1).scalars(), 0.0) | {"effective_experts": 1.0}
     )
+
+
+def test_an_expert_that_was_not_selected_leads_nothing() -> None:
+    """In hard routing the selected scalings are logits, and may all be below the 0 of the others."""
+    scalings = torch.tensor([[[-1.0, 0.0, -0.5]], [[2.0, 0.0, -3.0]], [[0.0, 0.0, 0.0]]])
+    assert leading_of(scalings).flatten().tolist() == [2, 0, 0]
+    meter = RoutingMeter()
+    meter.add(scalings[None, :2])
+    found = meter.result()
+    assert found is not None
+    assert found.load == (0.5, 0.0, 0.5)

@@ -422,3 +422,61 @@ def test_one_expert_and_sixty_four(tmp_path: Any, direct: Direct) -> None:
         assert_holds(record, model, [tokens(1)[0]], direct)
         assert record.experts == some
         assert record.metrics().tokens == 9
+
+
+@torch.no_grad()
+def test_a_cache_that_becomes_a_plain_one_is_let_go(experts: Callable[[str], dict[str, str]]) -> None:
+    model = mixture(experts("llama"))
+    with record_routing(model) as record:
+        cache = model(tokens(1), use_cache=True).past_key_values
+        cache.reset()
+        with model.disable_adapter():
+            model(tokens(1), past_key_values=cache)
+    assert record.kept == 9
+    model.fix_routing(after=3)
+    with record_routing(model) as record:
+        out = model.generate(tokens(1), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    assert out.past_key_values.get_seq_length() == 16
+    assert record.kept == 9 + 3
+    assert not model._loramix.hooks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lockstep", [True, 5, "lookup", False])
+def test_a_record_that_begins_within_a_generation_counts_from_its_prompt(routed: Any, lockstep: Any) -> None:
+    from contextlib import ExitStack
+
+    records: list[RoutingRecord] = []
+    with ExitStack() as stack:
+
+        def begin(ids: Tensor, scores: Tensor) -> Tensor:
+            if ids.shape[1] == 13:
+                records.append(stack.enter_context(record_routing(routed)))
+            return scores
+
+        routed.generate(tokens(1), max_new_tokens=12, do_sample=False, lockstep=lockstep, logits_processor=[begin])
+    assert records[0].positions.tolist() == list(range(13, 20))
+
+
+@torch.no_grad()
+def test_what_a_user_crops_has_been_read(routed: Any) -> None:
+    for look in (False, True):
+        with record_routing(routed) as record:
+            cache = routed(tokens(1), use_cache=True).past_key_values
+            routed(tokens(1, 5, seed=1), past_key_values=cache)
+            if look:
+                assert record.kept == 14
+            cache.crop(-5)
+            routed(tokens(1, 5, seed=2), past_key_values=cache)
+        assert record.seen == record.kept == 19
+        assert record.header.forks == {1: (0, 9)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wanted", [5, "lookup"])
+def test_nothing_is_read_ahead_of_a_record(routed: Any, direct: Direct, wanted: Any) -> None:
+    with record_routing(routed) as record, record_routing(routed) as other:
+        out = routed.generate(tokens(1), max_new_tokens=12, do_sample=False, lockstep=wanted)
+    assert set(routed.lockstep_report.rounds) == {"together"}
+    for found in (record, other):
+        assert_holds(found, routed, [out[0, :-1]], direct)

@@ -212,3 +212,11 @@ def test_a_notebook_gets_static_html_with_everything_escaped() -> None:
     assert ADDRESS.findall(page.replace("&lt;img src=x", "")) == []
     assert "Nothing was recorded" in record_html(record_of(torch.zeros(0, 2, 2)))
     assert len(record_html(random_record(count=5000))) < 100_000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scalings_that_are_no_numbers_are_refused(value: float) -> None:
+    scalings = torch.softmax(torch.randn(4, 2, 3), -1)
+    scalings[1, 0, 2] = value
+    with pytest.raises(RoutingError, match="finite numbers"):
+        report_html(record_of(scalings))

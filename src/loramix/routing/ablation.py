@@ -5,6 +5,7 @@ B: batch. S: tokens of a text. V: vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loramix.config import XLoraConfig
-from loramix.errors import DataError
+from loramix.errors import DataError, RoutingError
 from loramix.hooks import RoutingHook
 from loramix.model import XLoraModel
-from loramix.passes import attach
+from loramix.passes import attach, require_routing
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: i
         batch: texts in one forward.
 
     Raises:
-        DataError: no token to predict.
+        DataError: no token to predict, or a loss that is no number.
+        RoutingError: a mixture that makes no scalings, or one of whose experts none can be left out.
     """
+    require_routing(model)
     chosen = [list(map(int, text)) for text in texts if len(text) > 1]
     if not chosen:
         raise DataError(
@@ -65,6 +68,12 @@ def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: i
     names = model.expert_names
     loss, tokens = _loss(model, chosen, None, batch)
     without = {name: _loss(model, chosen, name, batch)[0] for name in names} if len(names) > 1 else {}
+    if not all(map(math.isfinite, (loss, *without.values()))):
+        raise DataError(
+            "A loss is a number.",
+            received=f"{loss} with all experts, " + ", ".join(f"{value} without {n}" for n, value in without.items()),
+            remedy="look for nan or inf in the weights of the base model, the experts and the router",
+        )
     return LeaveOneOut(loss, without, tokens)
 
 
@@ -101,8 +110,19 @@ def pad(texts: Sequence[list[int]], padding: int = 0) -> tuple[Int[Tensor, "B S"
 
 @contextmanager
 def without_expert(model: XLoraModel, expert: str) -> Generator[None]:
-    """Inside, the router cannot choose one of the experts; the others share its weight as the softmax has it."""
+    """Inside, the router cannot choose one of the experts; the others share its weight as the softmax has it.
+
+    Raises:
+        RoutingError: a softmax of a softmax, which gives each expert a weight whatever its logit.
+    """
     config = cast(XLoraConfig, model.peft_config["default"])
+    kept = config.top_k_lora is not None and config.top_k_lora < len(model.expert_names)
+    if config.enable_softmax and config.enable_softmax_topk and not kept:
+        raise RoutingError(
+            "An expert can be left out where the router can give it no weight.",
+            received="enable_softmax and enable_softmax_topk without a top_k_lora below the number of experts",
+            remedy="set one of the two softmaxes to False, as is better anyway, or top_k_lora",
+        )
     detach = attach(model, _Without(config, model.expert_names.index(expert)))
     try:
         yield

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loramix.errors import RoutingError
-from loramix.routing.metrics import shares_of
+from loramix.routing.metrics import leading_of, shares_of
 from loramix.routing.parts import Part
 from loramix.routing.record import RoutingRecord
 
@@ -39,7 +39,7 @@ def agreement(record: RoutingRecord) -> Float[Tensor, "L L"]:
     layers = len(record.layers)
     same, count = torch.zeros(layers, layers, dtype=torch.float64), 0
     for part in record.parts():
-        leading = torch.nn.functional.one_hot(part.scalings.argmax(-1), len(record.experts)).double()
+        leading = torch.nn.functional.one_hot(leading_of(part.scalings), len(record.experts)).double()
         same += torch.einsum("nle,nme->lm", leading, leading)
         count += len(part)
     if not count:
@@ -180,7 +180,7 @@ def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) 
             remedy="pass a label, or None, for each token of record.tokens, or {number: label} for record.sequences",
         )
     names = sorted({str(label) for label in column if label is not None})
-    leading = whole.scalings.mean(1).argmax(-1)
+    leading = leading_of(whole.scalings.mean(1))
     counts = torch.zeros(len(names), len(record.experts), dtype=torch.long)
     rows = torch.tensor([-1 if label is None else names.index(str(label)) for label in column])
     labelled = rows >= 0

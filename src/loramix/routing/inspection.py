@@ -11,7 +11,7 @@ import torch
 from loramix.errors import DataError, RoutingError
 from loramix.model import XLoraModel
 from loramix.routing.ablation import LeaveOneOut, leave_one_out, pad
-from loramix.routing.metrics import confidence_of
+from loramix.routing.metrics import confidence_of, leading_of
 from loramix.routing.record import RoutingRecord
 from loramix.routing.recorder import MAX_TOKENS, record_routing
 
@@ -61,7 +61,7 @@ class Inspection:
             "position": part.position.tolist(),
             "id": part.token.tolist(),
             "token": record.pieces(),
-            "leader": [record.experts[i] for i in weights.argmax(-1).tolist()],
+            "leader": [record.experts[i] for i in leading_of(weights).tolist()],
             "confidence": _rounded(confidence_of(weights)),
             "weights": _rounded(weights),
         }
@@ -131,15 +131,13 @@ def inspect_texts(
     ids = [ids for _, ids in pieces]
     with record_routing(model, tokenizer, max_tokens=max(1, sum(map(len, ids)))) as record:
         _read(model, ids, size)
-    if not all(bool(part.scalings.isfinite().all()) for part in record.parts()):
-        raise RoutingError(
-            "Scalings are finite numbers.",
-            received=f"nan or inf among those of {title}",
-            remedy="look for such numbers in the weights of its router and its base model",
-        )
+    require_numbers(record, title)
     worth = None
     if leave_out and len(record.experts) > 1:
-        worth = leave_one_out(model, ids, batch=max(1, _AT_ONCE // size))
+        if any(len(text) > 1 for text in ids):
+            worth = leave_one_out(model, ids, batch=max(1, _AT_ONCE // size))
+        else:
+            notes.append("What each expert is worth was not measured: no text has two tokens.")
     return Inspection(record, title, [name for name, _ in pieces], notes, worth)
 
 
@@ -192,3 +190,13 @@ def _read(model: XLoraModel, texts: Sequence[list[int]], size: int) -> None:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def require_numbers(record: RoutingRecord, title: str) -> None:
+    """Raises RoutingError: scalings that are no numbers; nothing that is said of them would be true."""
+    if not all(bool(part.scalings.isfinite().all()) for part in record.parts()):
+        raise RoutingError(
+            "Scalings are finite numbers.",
+            received=f"nan or inf among those of {title}",
+            remedy="look for such numbers in the weights of its router and its base model",
+        )

@@ -2,7 +2,7 @@
 
 N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
 
-    load_e        share of the (token, layer) pairs whose largest scaling is expert e's
+    load_e        share of the (token, layer) pairs whose largest scaling is expert e's, among those that top-k left
     importance_e  mean scaling of expert e                       (Shazeer et al., arXiv 1701.06538, section 4)
     CV            standard deviation / mean over the experts; 0 when all are alike
     MaxVio        max_e load_e · E − 1; 0 when balanced          (arXiv 2408.15664, section 4)
@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _DEAD = 0.01
@@ -110,7 +110,7 @@ class RoutingMeter:
         if not values.numel():
             return
         shares = shares_of(values)
-        leading = torch.zeros_like(values).scatter(-1, values.argmax(-1, keepdim=True), 1.0)
+        leading = torch.zeros_like(values).scatter(-1, leading_of(values).unsqueeze(-1), 1.0)
         entropy = torch.special.entr(shares).sum(-1).mean(-1).sum()
         added = (leading.sum((0, 1)), values.sum((0, 1)), shares.sum(0), entropy)
         self._sums = tuple(map(torch.add, self._sums, added)) if self._tokens else added
@@ -132,6 +132,11 @@ class RoutingMeter:
             mean_entropy=float(entropy / self._tokens / most),
             tokens=self._tokens,
         )
+
+
+def leading_of(scalings: Float[Tensor, "*N E"]) -> Int[Tensor, "*N"]:
+    """argmax_e s_e among the experts that have a scaling: 0 is what top-k gives those that it did not select."""
+    return scalings.masked_fill(scalings == 0, -torch.inf).argmax(-1)
 
 
 def shares_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:

@@ -12,7 +12,24 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from loramix.cache import tokens_in
 from loramix.sessions import Request
+
+
+def held_before(cache: Any, inputs: Mapping[str, Any], length: int) -> int:
+    """How many slots a cache held before a forward over `length` tokens.
+
+    The mask says so; without one there is no padding, and positions do. The cache itself may lag behind in lockstep.
+    """
+    if not tokens_in(cache) and not getattr(cache, "torn", False):
+        return 0
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
+        return mask.shape[1] - length
+    positions = inputs.get("position_ids")
+    if mask is None and isinstance(positions, Tensor) and positions.dim() == 2:
+        return int(positions[:, 0].max())
+    return int(tokens_in(cache))
 
 
 def real_slots(mask: Any, batch: int, length: int, before: int) -> Bool[Tensor, "B S"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.routing.header import Header
-from loramix.routing.metrics import RoutingMeter, RoutingMetrics
+from loramix.routing.metrics import RoutingMeter, RoutingMetrics, leading_of
 from loramix.routing.parts import Kept, Part, joined
 from loramix.routing.pick import Picked, Tokens, chosen_rows, pick
 from loramix.routing.pieces import one_by_one, pieces_of
@@ -145,7 +145,7 @@ class RoutingRecord:
     @property
     def leading(self) -> Int[Tensor, " N"]:
         """The expert of the largest weight, by its number."""
-        return self.weights.argmax(-1)
+        return leading_of(self.weights)
 
     @property
     def tokens(self) -> Int[Tensor, " N"]:

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from loramix.cache import TwoPassCache
 from loramix.config import XLoraConfig
-from loramix.errors import ConfigurationError, RoutingError
+from loramix.errors import ConfigurationError
 from loramix.hooks import CacheFollower, Made, RoutingHook
-from loramix.passes import CACHES, MixtureState, attach
+from loramix.passes import CACHES, MixtureState, attach, require_routing
 from loramix.routing.files import finish_folder, new_folder
 from loramix.routing.followed import Followed, Place, Uncached
 from loramix.routing.header import Header
 from loramix.routing.parts import Part, Reservoir, Shards, Store
-from loramix.routing.reading import packed_starts, real_slots, unfinished
+from loramix.routing.reading import held_before, packed_starts, real_slots, unfinished
 from loramix.routing.record import RoutingRecord
 from loramix.sessions import request
 
@@ -60,8 +60,8 @@ def record_routing(
     """Record the final scalings of every token that a mixture reads inside: in forwards, `generate`, an evaluation.
 
     A token is recorded once for each text, in whichever forward the text's cache took it in. Padding is left out, what
-    `generate` pads finished rows with too, and so are candidates that were read and then cropped (prompt lookup, an
-    assistant). In a beam search each beam is a text of its own that forks where beams part; beams that were given up
+    `generate` pads finished rows with too, and so are candidates that `generate` read and then cropped (prompt lookup,
+    an assistant). In a beam search each beam is a text of its own that forks where beams part; beams that were given up
     stay. Tokens that a cache held before are not recorded; positions count them.
 
     A model that was compiled with `fullgraph=True` cannot be recorded: the recording runs between graphs.
@@ -97,12 +97,7 @@ def record_routing(
     vars(hook)["made"] = torch.compiler.disable(hook.made)  # a compiled model calls it between its graphs
     detach = attach(model, hook)
     try:
-        if hook.state.single_pass() is not None:
-            raise RoutingError(
-                "Only a mixture that routes each token makes scalings to record.",
-                received="a model whose routing is fixed, or whose adapters are disabled",
-                remedy="call unfix_routing(), and record outside fixed_scalings(…) and disable_adapter()",
-            )
+        require_routing(model)
         hook.store = Reservoir(max_tokens, seed) if spill is None else Shards(new_folder(spill), max_tokens)
         yield hook.record
     finally:
@@ -132,7 +127,7 @@ class Recorder(RoutingHook):
         self._lengths: list[int] = []  # of each text
         self._waiting: dict[int, _Waiting] = {}  # by thread
         self._uncached: dict[int, Uncached] = {}  # by thread
-        self._caches: weakref.WeakSet[TwoPassCache] = weakref.WeakSet()
+        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.header = Header() if state is None else Header.of(state)
         self.record = RoutingRecord(self.header, self, tokenizer)
 
@@ -170,9 +165,10 @@ class Recorder(RoutingHook):
                 elif self.store is not None:
                     self.record.source = self.store
             finally:
-                for cache in self._caches:
-                    cache.followers = tuple(other for other in cache.followers if not self._owns(other))
                 self.store = None
+                for cache in self._caches:
+                    if isinstance(cache, TwoPassCache):  # one that was separated is a plain one by now
+                        cache.followers = tuple(other for other in cache.followers if not self._owns(other))
 
     def _owns(self, follower: CacheFollower) -> bool:
         return isinstance(follower, Followed) and follower.recorder is self
@@ -206,7 +202,7 @@ class Recorder(RoutingHook):
         ids = inputs.get("input_ids")
         tokens = torch.full((batch, length), -1) if ids is None else ids.detach().cpu().long()
         call = request()
-        rows = self._rows_of(cache, batch, inputs)
+        rows = self._rows_of(cache, batch, length, inputs)
         before = rows.real.shape[1]
         real = real_slots(inputs.get("attention_mask"), batch, length, before)
         if call.running:
@@ -232,7 +228,7 @@ class Recorder(RoutingHook):
         use = inputs.get("use_cache")
         return not (getattr(self._model.config.get_text_config(), "use_cache", False) if use is None else use)
 
-    def _rows_of(self, cache: Any, batch: int, inputs: Any) -> Followed:
+    def _rows_of(self, cache: Any, batch: int, length: int, inputs: Any) -> Followed:
         """How far the rows of a forward have come before it."""
         if not isinstance(cache, TwoPassCache):
             return Followed(self, batch)
@@ -241,7 +237,7 @@ class Recorder(RoutingHook):
         if isinstance(own, Followed) and own.batch == batch:
             return own
         rows = Followed(self, batch)
-        held = 0 if own is not None else int(cache.get_seq_length())
+        held = 0 if own is not None else held_before(cache, inputs, length)
         if held:  # filled before the record was there
             rows.real = real_slots(inputs.get("attention_mask"), batch, held, 0)
             rows.places = [self._new(count) for count in rows.real.sum(1).tolist()]
@@ -293,7 +289,8 @@ class Recorder(RoutingHook):
         with self._lock:
             gone = rows.real[:, -tokens:].sum(1).tolist()
             rows.real = rows.real[:, :-tokens]
-            waiting = next((wait for wait in self._waiting.values() if wait.rows is rows), None)
+            mine = request().running  # only `generate` crops what it has read in vain; who else does has read it
+            waiting = next((wait for wait in self._waiting.values() if mine and wait.rows is rows), None)
             for row, place in enumerate(rows.places):
                 if place is None or not gone[row]:
                     continue

@@ -7,6 +7,7 @@
   const level = bytes(data.level), confidence = bytes(data.confidence), entropy = bytes(data.entropy);
   const weights = bytes(data.weights), layerWeights = bytes(data.layerWeights);
   const layerTokens = new Int32Array(bytes(data.layerTokens).buffer);
+  const layerLeading = new Int16Array(bytes(data.layerLeading).buffer);
   const scaling = (byte) => data.low + (byte / 255) * (data.high - data.low);
   const MOST = 12;          // experts in a list; the others are told as a sum
   const ACROSS = 8;         // experts beside each other in a table of layers, where there are more than MOST
@@ -117,9 +118,12 @@
   // --- weights ------------------------------------------------------------------------------------------------------
   const number = (value) => value.toFixed(2);
   const weightsOf = (token) => Array.from({ length: E }, (_, e) => scaling(weights[token * E + e]));
-  const ordered = (values) => values.map((_, e) => e).sort((a, b) => values[b] - values[a]);
+  const ordered = (values, first) => {  // weights are rounded: the leading expert is known exactly
+    const order = values.map((_, e) => e).sort((a, b) => values[b] - values[a]);
+    return [first, ...order.filter((e) => e !== first)];
+  };
   const weightList = (token, most) => {
-    const values = weightsOf(token), order = ordered(values), list = make("div", "weights");
+    const values = weightsOf(token), order = ordered(values, leading[token]), list = make("div", "weights");
     for (const e of order.slice(0, most)) {
       const fill = make("i", colour(e));
       fill.style.width = `${(100 * Math.max(0, values[e])) / data.high}%`;
@@ -134,7 +138,7 @@
   const shownPiece = (piece) => piece === "" ? "▫ (part of a character)" : JSON.stringify(piece).slice(1, -1);
   const spoken = (token) => {
     const values = weightsOf(token);
-    return `${shownPiece(data.pieces[token])}: ` + ordered(values).slice(0, 4).map((e) => `${data.experts[e]} ${number(values[e])}`).join(", ");
+    return `${shownPiece(data.pieces[token])}: ` + ordered(values, leading[token]).slice(0, 4).map((e) => `${data.experts[e]} ${number(values[e])}`).join(", ");
   };
 
   const showTip = (span) => {
@@ -179,7 +183,7 @@
         cell.title = `${data.layers[l]}, ${data.experts[e]}: ${number(values[e])}`;
         line.append(cell);
       }
-      const first = ordered(values)[0];
+      const first = layerLeading[row * L + l];
       line.append(make("td", "leads", make("i", `mark ${colour(first)}`), " ", make("bdi", "", data.experts[first])));
       line.lastChild.title = data.experts[first];
       rows.append(line);
@@ -198,7 +202,7 @@
       jump.addEventListener("click", () => { go(nearest); open(nearest); });
       return [...found, make("p", "", "Layers are here for a sample of the tokens, and this is none of them."), jump];
     }
-    const columns = E <= MOST ? data.experts.map((_, e) => e) : ordered(weightsOf(token)).slice(0, ACROSS);
+    const columns = E <= MOST ? data.experts.map((_, e) => e) : ordered(weightsOf(token), leading[token]).slice(0, ACROSS);
     if (E > MOST) found.push(make("p", "faint", `${ACROSS} of ${E} experts: those with the largest weight in this token.`));
     const around = make("div", "across", layerTable(row, columns));
     around.tabIndex = 0;

@@ -18,8 +18,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from loramix.routing.header import without_shared_part
-from loramix.routing.inspection import Inspection
-from loramix.routing.metrics import confidence_of, entropy_of
+from loramix.routing.inspection import Inspection, require_numbers
+from loramix.routing.metrics import confidence_of, entropy_of, leading_of
 from loramix.routing.record import RoutingRecord
 
 TOKENS = 100_000
@@ -84,8 +84,13 @@ def _evenly(count: int, most: int) -> Tensor:
 
 
 def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
-    """What the page's script reads; arrays are base64."""
+    """What the page's script reads; arrays are base64, weights rounded to 1/255 of their range.
+
+    Raises:
+        RoutingError: scalings that are no numbers.
+    """
     record = shown.record
+    require_numbers(record, inspection.title)
     part, experts = record.part, record.experts
     weights, pieces = part.scalings.mean(1), record.pieces()
     low, high = min(0.0, float(part.scalings.min())), max(float(part.scalings.max()), 1e-9)
@@ -104,12 +109,13 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
         "pieces": pieces,
         "low": low,
         "high": high,
-        "leading": _base64(weights.argmax(-1).short()),
+        "leading": _base64(leading_of(weights).short()),
         "level": _base64(levels.byte()),
         "confidence": _base64(_bytes(confidence_of(weights), 0, 1)),
         "entropy": _base64(_bytes(entropy_of(part.scalings).mean(1), 0, 1)),
         "weights": _base64(_bytes(weights, low, high)),
         "layerTokens": _base64(shown.with_layers.int()),
+        "layerLeading": _base64(leading_of(part.scalings[shown.with_layers]).short()),
         "layerWeights": _base64(_bytes(part.scalings[shown.with_layers], low, high)),
     }
 

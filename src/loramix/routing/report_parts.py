@@ -15,7 +15,7 @@ from torch import Tensor
 from loramix.routing.ablation import LeaveOneOut
 from loramix.routing.colours import PALETTE
 from loramix.routing.inspection import Inspection
-from loramix.routing.metrics import entropy_of
+from loramix.routing.metrics import entropy_of, leading_of
 from loramix.routing.record import RoutingRecord
 from loramix.routing.report_data import LEVELS
 from loramix.routing.show import explained
@@ -143,7 +143,7 @@ def _worth_row(record: RoutingRecord, name: str, worth: LeaveOneOut, most: float
 def strips(record: RoutingRecord) -> str:
     """Along the whole record: which experts lead, and how undecided the routing is."""
     part = record.part
-    leading, entropy = part.scalings.mean(1).argmax(-1), entropy_of(part.scalings).mean(1)
+    leading, entropy = leading_of(part.scalings.mean(1)), entropy_of(part.scalings).mean(1)
     each = -(-len(part) // COLUMNS)
     runs, means = leading.split(each), [float(run.mean()) for run in entropy.split(each)]
     width = len(runs)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from loramix.routing.colours import expert_colours
 from loramix.routing.inspection import Inspection
-from loramix.routing.metrics import RoutingMetrics, confidence_of
+from loramix.routing.metrics import RoutingMetrics, confidence_of, leading_of
 
 TOKENS = 600  # shown of a long text
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -40,7 +40,7 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
     record = inspection.record
     whole = record.select(tokens=torch.arange(record.kept) < most) if record.kept > most else record
     weights, numbers = whole.weights, whole.sequence_numbers.tolist()
-    leaders = [whole.experts[i] for i in weights.argmax(-1).tolist()]
+    leaders = [whole.experts[i] for i in leading_of(weights).tolist()]
     rows = list(zip(numbers, whole.pieces(), leaders, confidence_of(weights).tolist(), strict=True))
     paint, text = expert_colours(record.palette), Text()
     for number, run in itertools.groupby(rows, key=itemgetter(0)):
