@@ -90,7 +90,7 @@ def _sampled(models: Models, rounds: int, new: int) -> Measurement:
         contender("two passes", model, lockstep=False),
         contender("loramix", model),
     ]
-    times = interleave(contenders, 3 * rounds, warm_ups=2)
+    times = interleave(contenders, rounds, warm_ups=2)
     tokens, forwards, drafts, right = (
         sum(getattr(report, name) for report in reports) for name in ("tokens", "forwards", "drafts", "right")
     )
@@ -101,7 +101,8 @@ def _sampled(models: Models, rounds: int, new: int) -> Measurement:
         "forwards per token": round(forwards / tokens, 3),
         "against": "two passes",
     }
-    return Measurement(f"sample {new} tokens at temperature 100", times, facts=facts)
+    limit = models.weights.generate_limit(models.size.prompt, new)
+    return Measurement(f"sample {new} tokens at temperature 100", times, limit, facts=facts)
 
 
 @torch.no_grad()

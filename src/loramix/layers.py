@@ -304,12 +304,16 @@ class XLoraLinear(XLoraLayer):
         dropping = self.training and any(self.dropouts)
         return not (self.dora or self.biased or dropping or _is_watched(cast(nn.Module, self._modules["base_layer"])))
 
+    def _add_fused(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        columns = fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts)
+        return add_mixture(y, x, self.lora_A, columns, self.lora_B)
+
     def _add_plainly(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """The same in as few steps as there can be, into `y` itself: a token's time is made of them."""
         parameters = cast("dict[str, Tensor]", self._parameters)
         down, up = parameters["lora_A"], parameters["lora_B"]
         if x.is_cuda and usable(y, x, down, up):
-            return add_mixture(y, x, down, fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts), up)
+            return self._add_fused(y, x, routing)
         if x.dtype != down.dtype:
             return super()._add_experts(y, x, routing)
         weighed = routing.weighed(self)
