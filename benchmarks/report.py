@@ -88,6 +88,10 @@ tokens of a text are read; below, one token with a cache, which PEFT does not ha
 ![Ratios to the base model's CPU time over E, R, S and batch, with their limits]({plot})
 """
 NOTES = {
+    "generate": """By itself: several tokens at once where that is measured to be cheaper. Models of random weights, as
+these, repeat themselves, so that their own text is what they are made to guess: the best case.
+
+""",
     "prefill": """A prompt is read with a cache and logits at its last token only; PEFT has no cache. In a long text
 attention counts: a token sees (S + 1) / 2 of them on the mean, which is A = H · (S + 1) multiplications a block and
 pass, so the limit is (2 (ΣW + A) + ΣR(in + out) + head / S) / (ΣW + A + head / S). The second table has forwards

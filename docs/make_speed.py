@@ -17,7 +17,9 @@ SECTION = """| CPU time (or memory), in units of the base model's | loramix | ar
 
 Llama, H {hidden}, {blocks} blocks, vocabulary {vocabulary}; {experts} experts of rank {rank} on all seven linear
 layers; float32, {processor}, one thread; medians of interleaved rounds, quartiles in brackets. The limit counts
-multiplications; where the tokens of a prompt take less time each than a generated one, `generate` can lie below it.
+multiplications of two passes for each token. `generate` lies below it: it reads several tokens at once where it can,
+and a model of random weights, as this one, repeats itself, which is the best case; the demo's experts below are
+trained.
 How, and more figures: [docs/benchmarks.md](docs/benchmarks.md).
 
 | lockstep, on the demo mixture | right guesses | forwards a token | time / two passes |
