@@ -36,6 +36,7 @@ WHAT = {
     "lockstep": "both passes in one forward per token",
     "pace": "which way of decoding is cheapest",
     "window": "tokens read ahead",
+    "lazy": "public names, imported at first use",
     "sessions": "the generation that a thread is in",
     "row_cache": "keys and values of both passes, by row",
     "log": "the scalings of past forwards",

@@ -5,8 +5,9 @@ The public names are imported when they are first used: `import loramix` itself 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from loramix.lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
     from loramix.auto import (
@@ -95,13 +96,7 @@ _HOMES = {
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loaded_at_first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

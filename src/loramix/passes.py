@@ -204,17 +204,26 @@ def require_routing(model: nn.Module) -> None:
 
 
 @contextmanager
-def observing(model: nn.Module, hook: RoutingHook) -> Generator[None]:
-    """Inside, the hook takes part, and the model is in evaluation mode; then each module is in its own again."""
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Inside, the model is in evaluation mode; then each module is in its own again."""
     modes = [(module, module.training) for module in model.modules()]
-    detach = attach(model, hook)
     model.eval()
     try:
         yield
     finally:
-        detach()
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def observing(model: nn.Module, hook: RoutingHook) -> Generator[None]:
+    """Inside, the hook takes part, and the model is in evaluation mode."""
+    detach = attach(model, hook)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        detach()
 
 
 class RoutedCheckpointing:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from loramix.lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
     from loramix.routing.ablation import LeaveOneOut, leave_one_out
@@ -45,10 +46,4 @@ _HOMES = {
     **dict.fromkeys(("report_html", "write_report"), "report"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loaded_at_first_use(__name__, _HOMES)

@@ -19,7 +19,7 @@ from loramix.config import XLoraConfig
 from loramix.errors import DataError, RoutingError
 from loramix.hooks import RoutingHook
 from loramix.model import XLoraModel
-from loramix.passes import attach, require_routing
+from loramix.passes import attach, evaluating, require_routing
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,13 @@ def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: i
 
 def _loss(model: XLoraModel, texts: Sequence[list[int]], without: str | None, batch: int) -> tuple[float, int]:
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     nats, count = 0.0, 0
-    model.eval()
-    try:
-        with nullcontext() if without is None else without_expert(model, without):
-            for i in range(0, len(texts), batch):
-                ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
-                found = token_nats(model(input_ids=ids, attention_mask=real, use_cache=False).logits, ids)
-                nats += float((found * real[:, 1:]).double().sum())
-                count += int(real[:, 1:].sum())
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), nullcontext() if without is None else without_expert(model, without):
+        for i in range(0, len(texts), batch):
+            ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
+            found = token_nats(model(input_ids=ids, attention_mask=real, use_cache=False).logits, ids)
+            nats += float((found * real[:, 1:]).double().sum())
+            count += int(real[:, 1:].sum())
     return nats / count, count
 
 

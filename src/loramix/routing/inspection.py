@@ -10,6 +10,7 @@ import torch
 
 from loramix.errors import DataError, RoutingError
 from loramix.model import XLoraModel
+from loramix.passes import evaluating
 from loramix.routing.ablation import LeaveOneOut, leave_one_out, pad
 from loramix.routing.metrics import confidence_of, leading_of
 from loramix.routing.record import RoutingRecord
@@ -180,16 +181,11 @@ def _cut(
 
 def _read(model: XLoraModel, texts: Sequence[list[int]], size: int) -> None:
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     batch = max(1, _AT_ONCE // size)
-    model.eval()
-    try:
+    with evaluating(model):
         for i in range(0, len(texts), batch):
             ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
             model(input_ids=ids, attention_mask=real, use_cache=False)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def require_numbers(record: RoutingRecord, title: str) -> None:

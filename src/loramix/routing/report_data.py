@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loramix.routing.colours import PALETTE
 from loramix.routing.header import without_shared_part
 from loramix.routing.inspection import Inspection, require_numbers
 from loramix.routing.metrics import confidence_of, entropy_of, leading_of
@@ -100,7 +101,7 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
     levels = levels.clamp(max=LEVELS - 1)
     return {
         "experts": experts,
-        "colours": [record.palette.index(name) % 64 for name in experts],
+        "colours": [record.palette.index(name) % len(PALETTE) for name in experts],
         "layers": [] if record.shared else without_shared_part(record.layers),
         "adapted": len(record.header.adapted),
         "shared": record.shared,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from loramix.lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
     from loramix.training.data import ExpertLabels, Row, read_rows
@@ -34,10 +35,4 @@ _HOMES = {
     **dict.fromkeys(("ScalingPassCache", "required_bytes"), "recall"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loaded_at_first_use(__name__, _HOMES)
