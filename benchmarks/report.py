@@ -26,6 +26,7 @@ TITLES = {
     "batch": "Growth with the batch",
     "compiled": "Compiled",
     "fixed": "Fixed routing",
+    "record": "Recording the routing",
     "training": "Training step",
     "memory": "Memory",
     "start": "Import and load",
@@ -121,6 +122,10 @@ the compiler saves is in it. PEFT's X-LoRA sets hooks in its forward, which cann
 """,
     "fixed": """One pass with the experts costs (ΣW + ΣR(in + out) + head) / (ΣW + head), a merged one what the base
 model costs. PEFT cannot fix its routing: what stands here is its forward of two passes.
+
+""",
+    "record": """Two passes, one after the other. loramix is a mixture that was never recorded; beside it one whose
+record has ended, and one inside a record, which keeps the scalings of every token and layer.
 
 """,
     "memory": """A peak is the most bytes that a call holds at once, beyond parameters, from the allocator's events.

@@ -32,6 +32,7 @@ from benchmarks import (
     memory,
     prefill,
     ranks,
+    record,
     start,
     training,
 )
@@ -55,6 +56,7 @@ WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "batch": batch.measure,
     "compiled": compiled.measure,
     "fixed": fixed.measure,
+    "record": record.measure,
     "training": training.measure,
     "memory": memory.measure,
     "start": start.measure,
@@ -74,6 +76,7 @@ ROUNDS = {
     "batch": 21,
     "compiled": 41,
     "fixed": 61,
+    "record": 21,
     "training": 9,
     "memory": 1,
     "start": 7,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
@@ -101,8 +102,7 @@ held-out text of each domain ({tokens} tokens), in thousandths of a nat a token:
 
 `loramix inspect mixture --data test.jsonl --leave-one-out` prints the same for any text, and its HTML shows it.
 
-Each expert is worth most on its own domain. Code would be predicted better without the math expert: the router gives
-it weight there that it does not earn.
+{verdict}
 
 What to do where a difference is below 0: look in the report for the tokens that the expert leads; on that text, train
 the router with labels (`supervised`), or longer; an expert that helps nowhere can go, `adapters={{…}}` without it. A
@@ -127,6 +127,7 @@ def main() -> None:
         worth = leave_one_out(model, [passage.ids for passage in heldout_passages(tokenizer, domain, 16)])
         worths[domain] = worth.differences
         tokens += worth.tokens
+    require_what_is_said(untrained, found, collapsed)
     routers = {"untrained": untrained, "the demo's": found, "trained on code alone": collapsed}
     section = SECTION.format(
         routers="\n".join(router_row(name, found) for name, found in routers.items()),
@@ -134,6 +135,7 @@ def main() -> None:
         tokens=tokens,
         heads=" | ".join(f"without {name}" for name in corpus.DOMAINS),
         rule="---|" * len(corpus.DOMAINS),
+        verdict=verdict(worths),
         worths="\n".join(
             f"| {domain} | {' | '.join(f'{1000 * value:+.1f}' for value in row.values())} |"
             for domain, row in worths.items()
@@ -141,6 +143,30 @@ def main() -> None:
     )
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + section + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def require_what_is_said(untrained: Inspection, trained: Inspection, collapsed: Inspection) -> None:
+    """Raises SystemExit: the numbers are not those that the sentences of `SECTION` go with."""
+    numbers = [found.record.metrics() for found in (untrained, trained, collapsed)]
+    experts = len(corpus.DOMAINS)
+    ignores = numbers[0].information < 0.05 < 0.3 < numbers[1].information
+    if not ignores or numbers[2].effective_experts > 2 or numbers[2].max_violation < 0.8 * (experts - 1):
+        raise SystemExit(f"these numbers need other sentences: {numbers}")
+
+
+def verdict(worths: dict[str, dict[str, float]]) -> str:
+    """What the table says: whether each expert is worth most at home, and where one hurts."""
+    strays = [domain for domain, row in worths.items() if max(row, key=row.__getitem__) != domain]
+    told = "Each expert is worth most on its own domain."
+    if strays:
+        told = f"Not worth most on its own domain is the expert of {', '.join(strays)}."
+    least, domain, expert = min((value, domain, name) for domain, row in worths.items() for name, value in row.items())
+    if least < 0:
+        told += (
+            f" What costs most: {domain} would be predicted better by {-1000 * least:.1f} thousandths without the "
+            f"{expert} expert. The router gives it weight there that it does not earn."
+        )
+    return textwrap.fill(told, 120)
 
 
 def router_row(name: str, found: Inspection) -> str:

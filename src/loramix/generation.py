@@ -9,7 +9,7 @@ from torch import Tensor
 from loramix.eligible import why_not_this_generation
 from loramix.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
 from loramix.methods import PeftMethods
-from loramix.sessions import asked, decoding, paused, request, session_of, tell, wanted_by
+from loramix.sessions import WatchedCriteria, asked, decoding, paused, request, session_of, tell, wanted_by
 
 
 class LockstepMethods(PeftMethods):
@@ -61,8 +61,8 @@ class LockstepMethods(PeftMethods):
         return self._loramix.report
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+        kwargs["stopping_criteria"] = WatchedCriteria(kwargs["stopping_criteria"], request())
         call, state, cache = super()._sample, self._loramix, kwargs.get("past_key_values")  # pyright: ignore
-        request().pads(input_ids.shape[1], generation_config)
         wanted = wanted_by(generation_config, request().wanted)
         reason = why_not_this_generation(self, state, wanted, generation_config, cache)
         if reason is not None:

@@ -43,7 +43,12 @@ class RoutingHook:
     """Takes part in every forward that makes scalings; `attach` puts one on a model.
 
     The methods are called in this order. Here, each leaves everything as it is.
+
+    Attributes:
+        unrecorded: whether forwards are left out of records while it takes part, as those of an experiment.
     """
+
+    unrecorded = False
 
     def recall(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """The scaling pass's last hidden states (B, S, H), where they are known without running it."""

@@ -39,7 +39,7 @@ from loramix.draft_head import DraftHead
 from loramix.eligible import why_not_this_token
 from loramix.errors import ConfigurationError
 from loramix.pace import AHEAD, Pace, Way
-from loramix.passes import Mixed, MixtureState
+from loramix.passes import Mixed, MixtureState, positions_of
 from loramix.row_cache import RowCache, Write
 from loramix.scalings import Routing, TensorRouting, Watched, override
 from loramix.window import Repeats, Window
@@ -285,7 +285,7 @@ class Lockstep:
         """How to read the next token, and with which drafts; where the model makes them only their number counts."""
         if self._kept is not None:
             return "fixed", ()
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = positions_of(self.model.config)
         room = AHEAD if longest is None else longest - 1 - self._length  # drafts stand before the last position
         left = min(room, self._stop - 2 - self._length)  # and are not read in vain
         state, wanted = self.state, self.wanted

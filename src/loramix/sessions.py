@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
 from loramix.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
 from loramix.passes import MixtureState
 
@@ -21,30 +24,35 @@ class Request:
         wanted: what its argument `lockstep` was.
         report: how it decodes; None where transformers takes a way of its own, such as beams.
         running: whether it is under way; not so for what stands in where no call is.
-        prompt: tokens of each row that it was given; those after them it makes, and pads rows that have finished.
-        padding: the token that it pads with; None where no row can finish before the others.
-        ends: tokens after which a row has finished.
+        finished: (B,), True for rows that it only pads any more; None where there is none so far.
     """
 
     wanted: Wanted = None
     report: LockstepReport | None = None
     running: bool = False
-    prompt: int = 0
-    padding: int | None = None
-    ends: frozenset[int] = frozenset()
+    finished: Tensor | None = None
 
-    def pads(self, prompt: int, generation_config: Any) -> None:
-        """Note how rows that have finished are padded.
 
-        Args:
-            prompt: tokens of each row that were given.
-            generation_config: transformers', complete.
-        """
-        ends = getattr(generation_config, "_eos_token_tensor", None)
-        padding = getattr(generation_config, "_pad_token_tensor", None)
-        self.prompt = prompt
-        if ends is not None and padding is not None:
-            self.padding, self.ends = int(padding), frozenset(ends.flatten().tolist())
+class WatchedCriteria(StoppingCriteriaList):
+    """The criteria of a call, which tell it which of its rows have finished.
+
+    Args:
+        criteria: all of them.
+        call: the call.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, call: Request) -> None:
+        super().__init__(criteria)
+        self.call = call
+        self.pads = any(hasattr(one, "eos_token_id") for one in criteria)  # without an end, rows go on all the same
+        self._done: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        done = super().__call__(*args, **kwargs)
+        if self.pads:
+            self.call.finished = self._done  # what a row finished with is still to be read
+            self._done = done if self._done is None else self._done | done
+        return done
 
 
 class _Current(threading.local):
@@ -87,9 +95,11 @@ def paused() -> Generator[None]:
 def asked(wanted: Wanted) -> Generator[Request]:
     """Inside, in this thread, `generate` runs, and was asked for lockstep or not."""
     outer, _current.request = _current.request, Request(wanted, running=True)
+    call = _current.request
     try:
-        yield _current.request
+        yield call
     finally:
+        call.running = False
         _current.request = outer
 
 

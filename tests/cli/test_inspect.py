@@ -166,3 +166,5 @@ def test_text_and_names_do_not_steer_the_terminal() -> None:
     assert "\x1b" not in printed
     assert "[bold]b" in printed
     assert visible("a\x1b[31m\x9b\x7f\n\t") == "a␛[31m�␡\n\t"
+    assert visible("\u202eabc\u2066\u200b\u2028") == "�abc���"
+    assert visible("\U0001f469\u200d\U0001f4bb שלום") == "\U0001f469\u200d\U0001f4bb שלום"

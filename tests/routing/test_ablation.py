@@ -25,6 +25,14 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def test_what_cannot_be_left_out_or_read_is_told(routed: Any) -> None:
+    with pytest.raises(RoutingError, match="which none of the 3 matches"), without_expert(routed, "nobody"):
+        pass
+    longest = routed.config.max_position_embeddings
+    with pytest.raises(DataError, match=f"{longest + 1} tokens with {longest} positions"):
+        leave_one_out(routed, [[5] * (longest + 1)])
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:enable_softmax_topk is set without")
 @pytest.mark.parametrize("mode", MODES)

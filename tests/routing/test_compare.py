@@ -51,6 +51,13 @@ def test_drift_of_a_record_with_itself_is_nothing_and_with_the_opposite_all() ->
     assert_close(drift(one, other).divergence, torch.ones(3))
 
 
+def test_drift_goes_by_the_experts_names() -> None:
+    one, other = random_record(seed=1), random_record(seed=2)
+    turned = drift(one, other.select(experts=["e2", "e0", "e1"]))
+    assert_close(turned.divergence, drift(one, other).divergence)
+    assert turned.importance == pytest.approx(drift(one, other).importance)
+
+
 def test_drift_is_what_its_equation_says() -> None:
     one, other = random_record(seed=1), random_record(seed=2)
     found, back = drift(one, other), drift(other, one)
@@ -94,10 +101,11 @@ def test_confusion_counts_leading_experts_by_label() -> None:
     by_text = confusion(record, {0: "math", 1: "code"})
     assert by_text.counts.tolist() == [[0, 2, 1], [2, 1, 0]]
     assert confusion(record, ["x"] * 6).accuracy is None
+    assert confusion(record, ["math", float("nan"), None, *"abc"]).labels == ["a", "b", "c", "math"]
     order = [2, 0, 1]
     permuted = confusion(record.select(experts=order), {0: "math", 1: "code"})
     assert permuted.counts.tolist() == by_text.counts[:, order].tolist()
-    for labels in ([], ["math"] * 5, [None] * 6, {7: "math"}):
+    for labels in ([], ["math"] * 5, [None] * 6, [float("nan")] * 6, {7: "math"}):
         with pytest.raises(RoutingError, match="one label for each recorded token"):
             confusion(record, labels)
 

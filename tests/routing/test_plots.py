@@ -128,6 +128,16 @@ def test_a_comparison_holds_both_and_where_they_differ() -> None:
 
     bars = [bar.get_height() for axes in figure.axes for bar in axes.patches]  # pyright: ignore
     assert bars == pytest.approx(drift(one, other).divergence.tolist(), abs=1e-6)
+    turned = other.select(experts=[2, 0, 1])
+    turned.header.palette = ["e2", "e0", "e1"]
+    again = plots.comparison(one, turned)  # the same experts in another order
+    assert_close(heatmaps(again)[1], other.weights.T)
+    assert strips(again) == strips(figure)
+    assert [bar.get_height() for axes in again.axes for bar in axes.patches] == pytest.approx(bars)  # pyright: ignore
+    renamed = record_of(other.scalings, experts=["e1", "x", "y"])
+    mixed = strips(plots.comparison(one, renamed))
+    paint = expert_colours(["e0", "e1", "e2", "x", "y"])
+    assert mixed[1] == [paint[renamed.experts[i]] for i in renamed.leading.tolist()]
     more = plots.comparison(one, random_record(30, experts=5, layers=2))
     assert [len(array) for array in heatmaps(more)] == [3, 5]
     with pytest.raises(RoutingError, match="the same tokens"):

@@ -157,6 +157,21 @@ def test_what_is_saved_is_read_back(tmp_path: Path, parts: int) -> None:
     assert sorted(path.name for path in (tmp_path / "record").iterdir()) == ["record.json", "tokens-00000.safetensors"]
 
 
+def test_another_mixtures_tokenizer_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    record = random_record(4, tokens=tokenizer("abcd")["input_ids"], tokenizer=tokenizer)
+    record.save(tmp_path)
+    assert RoutingRecord.load(tmp_path, tokenizer).pieces() == record.pieces()
+    path = tmp_path / "record.json"
+    content = json.loads(path.read_text())
+    token = next(iter(content["pieces"]))
+    content["pieces"][token] = " another word"
+    path.write_text(json.dumps(content))
+    with pytest.raises(RoutingError, match=f"to which token {token} is .* ' another word'"):
+        RoutingRecord.load(tmp_path, tokenizer)
+    assert RoutingRecord.load(tmp_path).pieces()[0] == " another word"
+
+
 def test_an_empty_record_is_saved_too(tmp_path: Path) -> None:
     record = random_record(0, texts=[0], parts=1)
     record.save(tmp_path)
@@ -172,6 +187,8 @@ INDEX: dict[str, Any] = {
     "a file elsewhere": {"shards": [{"file": "../tokens-00000.safetensors", "tokens": 9}]},
     "another number of tokens": {"shards": [{"file": "tokens-00000.safetensors", "tokens": 8}]},
     "no shards": {"shards": None},
+    "an expert without a colour": {"palette": ["e0", "e1"]},
+    "fewer tokens than none": {"seen": -1},
     "forks in a circle": {"forks": {"0": [1, 1], "1": [0, 1]}},
 }
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import DynamicCache, StoppingCriteria, Trainer, TrainingArguments
 
 import loramix
 from laws.mixtures import mixture
 from loramix import ConfigurationError, RoutingError, UnsupportedOperationError
-from loramix.routing import RoutingRecord, record_routing
+from loramix.routing import RoutingRecord, leave_one_out, record_routing
 from tiny import ARCHITECTURES, llama, save_expert, tokens
 
 Direct = Callable[[Any, Any], Tensor]
@@ -480,3 +480,90 @@ def test_nothing_is_read_ahead_of_a_record(routed: Any, direct: Direct, wanted: 
     assert set(routed.lockstep_report.rounds) == {"together"}
     for found in (record, other):
         assert_holds(found, routed, [out[0, :-1]], direct)
+
+
+class _Marks(StoppingCriteria):
+    """A row finishes once it holds so many tokens: other rows at other lengths."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.lengths
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_rows_finish_by_what_generate_knows_not_by_their_tokens(
+    routed: Any, direct: Direct, cached: bool, lockstep: bool
+) -> None:
+    ids = tokens(3)
+    free = routed.generate(ids, max_new_tokens=10, do_sample=False)
+    padding = int(free[0, 9 + 2])  # row 0 chooses the padding in the middle of its text
+    assert padding not in free[1, 9:14].tolist()
+    options: dict[str, Any] = {"do_sample": False, "lockstep": lockstep and cached, "use_cache": cached}
+    with record_routing(routed) as record:
+        out = routed.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=10,
+            eos_token_id=127,
+            pad_token_id=padding,
+            stopping_criteria=[_Marks([99, 13, 99])],  # and row 1 is stopped by another criterion
+            **options,
+        )
+    assert out[1, 13:].tolist() == [padding] * 6
+    assert_holds(record, routed, [out[0, :-1], out[1, :13], out[2, :-1]], direct)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_reading_within_a_generation_shows_only_what_stays(routed: Any, direct: Direct, cached: bool) -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    seen: list[int] = []
+
+    def look(ids: Tensor, scores: Tensor) -> Tensor:
+        assert not record.is_sample
+        assert record.tokens.tolist() == ids[0, : record.kept].tolist()
+        seen.append(record.seen)
+        return scores
+
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 3} if cached else {"use_cache": False}
+    with record_routing(routed) as record:
+        out = routed.generate(ids, max_new_tokens=16, do_sample=False, logits_processor=[look], **options)
+        assert record.kept == record.seen
+    assert seen == sorted(seen)
+    assert seen[-1] > 10
+    assert_is(record, routed, out[0, : record.seen], direct)
+
+
+@torch.no_grad()
+def test_copies_of_a_cache_keep_no_record_alive(routed: Any) -> None:
+    with record_routing(routed) as record:
+        cache = routed(tokens(1), use_cache=True).past_key_values
+        twin = copy.deepcopy(cache)
+    gone = weakref.ref(record)
+    del record
+    gc.collect()
+    assert gone() is None
+    twin.crop(-2)
+    twin.batch_repeat_interleave(2)
+    assert routed(tokens(2, 3), past_key_values=twin).logits.shape[:2] == (2, 3)
+
+
+def test_an_experiment_is_not_recorded(routed: Any, direct: Direct) -> None:
+    text = tokens(1)[0]
+    with record_routing(routed) as record:
+        worth = leave_one_out(routed, [text.tolist()])
+    assert len(worth.without) == 3
+    assert_holds(record, routed, [text], direct)
+
+
+@torch.no_grad()
+def test_a_model_that_is_copied_or_moved_within_a_record(routed: Any, direct: Direct) -> None:
+    with record_routing(routed) as record:
+        twin = copy.deepcopy(routed)
+        twin(tokens(1, seed=3))
+        routed.to("cpu")
+        routed(tokens(1))
+    assert twin._loramix.hooks == ()
+    assert_holds(record, routed, [tokens(1)[0]], direct)

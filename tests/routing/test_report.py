@@ -143,6 +143,18 @@ def test_the_worth_of_experts_is_shown_where_it_was_measured() -> None:
     assert "+0.2500</td><td>helps" in page
 
 
+def test_losses_of_another_mixture_are_refused() -> None:
+    with pytest.raises(RoutingError, match="with the mixture of the record"):
+        Inspection(random_record(experts=2), worth=LeaveOneOut(1.5, {"e0": 1.4, "other": 1.75}, 11))
+    some = Inspection(
+        random_record(experts=3).select(experts=["e2"]), worth=LeaveOneOut(1.5, {"e0": 1.4, "e1": 1.75, "e2": 1.5}, 11)
+    )
+    assert some.differences == {"e2": 0.0}
+    alone = Inspection(record_of(torch.ones(3, 2, 1)), worth=LeaveOneOut(1.5, {}, 2))
+    assert alone.differences == {}
+    assert "there is none to leave out" in report_html(alone)
+
+
 def test_a_long_record_is_sampled_in_runs_and_says_so() -> None:
     record = random_record(count=3000, layers=2, experts=2)
     page = report_html(record, tokens=512)

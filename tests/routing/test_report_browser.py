@@ -132,6 +132,8 @@ def test_pointing_shows_the_weights(load: Open, pages: dict[str, Path]) -> None:
     )
     assert found == pytest.approx(dict(zip(NAMES, weights.tolist(), strict=True)), abs=0.011)
     assert list(found.values()) == sorted(found.values(), reverse=True)
+    first = page.locator("#tip .mark").first.get_attribute("class").split()[1]
+    assert first in token(page, 20).get_attribute("class").split(), "the first one has the token's colour"
     page.mouse.move(2, 2)
     assert page.locator("#tip").is_hidden()
 
@@ -195,7 +197,13 @@ def test_the_keyboard_alone_is_enough(load: Open) -> None:
     assert page.locator("#tip").is_hidden()
     page.keyboard.press("End")
     assert focused(page) == TOKENS - 1
+    page.keyboard.press("PageUp")
+    assert focused(page) == TOKENS - 51
     page.keyboard.press("Home")
+    assert focused(page) == 0
+    page.keyboard.press("PageDown")
+    assert focused(page) == 50
+    page.keyboard.press("PageUp")
     assert focused(page) == 0
 
 

@@ -19,7 +19,8 @@ from loramix.config import XLoraConfig
 from loramix.errors import DataError, RoutingError
 from loramix.hooks import RoutingHook
 from loramix.model import XLoraModel
-from loramix.passes import attach, evaluating, require_routing
+from loramix.passes import attach, evaluating, positions_of, require_routing
+from loramix.routing.pick import pick
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: i
         batch: texts in one forward.
 
     Raises:
-        DataError: no token to predict, or a loss that is no number.
+        DataError: no token to predict, a text beyond the base model's positions, or a loss that is no number.
         RoutingError: a mixture that makes no scalings, or one of whose experts none can be left out.
     """
     require_routing(model)
@@ -64,6 +65,13 @@ def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: i
             "A loss needs a text of at least two tokens.",
             received=f"{len(texts)} texts, none of them so long",
             remedy="Give longer text.",
+        )
+    longest, most = max(map(len, chosen)), positions_of(model.config)
+    if most is not None and longest > most:
+        raise DataError(
+            "A text is no longer than the base model has positions.",
+            received=f"{longest} tokens with {most} positions",
+            remedy="cut it into pieces, as inspect_texts(…, leave_out=True) does",
         )
     names = model.expert_names
     loss, tokens = _loss(model, chosen, None, batch)
@@ -80,7 +88,7 @@ def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: i
 def _loss(model: XLoraModel, texts: Sequence[list[int]], without: str | None, batch: int) -> tuple[float, int]:
     device = next(model.parameters()).device
     nats, count = 0.0, 0
-    with evaluating(model), nullcontext() if without is None else without_expert(model, without):
+    with evaluating(model), nullcontext() if without is None else without_expert(model, without, recorded=False):
         for i in range(0, len(texts), batch):
             ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
             found = token_nats(model(input_ids=ids, attention_mask=real, use_cache=False).logits, ids)
@@ -103,12 +111,18 @@ def pad(texts: Sequence[list[int]], padding: int = 0) -> tuple[Int[Tensor, "B S"
 
 
 @contextmanager
-def without_expert(model: XLoraModel, expert: str) -> Generator[None]:
+def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> Generator[None]:
     """Inside, the router cannot choose one of the experts; the others share its weight as the softmax has it.
 
+    Args:
+        model: the mixture.
+        expert: its name.
+        recorded: whether records under way take in what is routed so.
+
     Raises:
-        RoutingError: a softmax of a softmax, which gives each expert a weight whatever its logit.
+        RoutingError: no such expert, or a softmax of a softmax, which gives each expert a weight whatever its logit.
     """
+    place = pick("expert", model.expert_names, expert)[0]
     config = cast(XLoraConfig, model.peft_config["default"])
     kept = config.top_k_lora is not None and config.top_k_lora < len(model.expert_names)
     if config.enable_softmax and config.enable_softmax_topk and not kept:
@@ -117,7 +131,7 @@ def without_expert(model: XLoraModel, expert: str) -> Generator[None]:
             received="enable_softmax and enable_softmax_topk without a top_k_lora below the number of experts",
             remedy="set one of the two softmaxes to False, as is better anyway, or top_k_lora",
         )
-    detach = attach(model, _Without(config, model.expert_names.index(expert)))
+    detach = attach(model, _Without(config, place, not recorded))
     try:
         yield
     finally:
@@ -125,9 +139,10 @@ def without_expert(model: XLoraModel, expert: str) -> Generator[None]:
 
 
 class _Without(RoutingHook):
-    def __init__(self, config: XLoraConfig, expert: int) -> None:
+    def __init__(self, config: XLoraConfig, expert: int, unrecorded: bool) -> None:
         self.config = config
         self.expert = expert
+        self.unrecorded = unrecorded
 
     def logits(self, logits: Tensor, training: bool) -> Tensor:
         config, index = self.config, torch.tensor([self.expert], device=logits.device)

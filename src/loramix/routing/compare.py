@@ -17,6 +17,7 @@ from torch import Tensor
 from loramix.errors import RoutingError
 from loramix.routing.metrics import leading_of, shares_of
 from loramix.routing.parts import Part
+from loramix.routing.pick import some
 from loramix.routing.record import RoutingRecord
 
 
@@ -76,17 +77,18 @@ def drift(one: RoutingRecord, other: RoutingRecord) -> Drift:
 
     Args:
         one: the record before.
-        other: the record after.
+        other: the record after; its experts may be in another order.
 
     Raises:
         RoutingError: nothing was recorded; other experts, layers or tokens.
     """
+    other = in_order_of(one, other)
     for what in ("experts", "layers"):
         mine, theirs = getattr(one, what), getattr(other, what)
         if mine != theirs:
             raise RoutingError(
                 "A routing drifts between records of the same experts and layers.",
-                received=f"{what} {_short(mine)} and {_short(theirs)}",
+                received=f"{what} {some(mine)} and {some(theirs)}",
                 remedy="record both with the same mixture, or with two trainings of it",
             )
     first, second = same_tokens(one, other)
@@ -99,6 +101,12 @@ def drift(one: RoutingRecord, other: RoutingRecord) -> Drift:
         divergence.mean(1),
         dict(zip(one.layers, divergence.mean(0).tolist(), strict=True)),
     )
+
+
+def in_order_of(one: RoutingRecord, other: RoutingRecord) -> RoutingRecord:
+    """`other` with its experts in the order of `one`, where they are the same experts; else as it is."""
+    moved = other.experts != one.experts and sorted(other.experts) == sorted(one.experts)
+    return other.select(experts=one.experts) if moved else other
 
 
 def same_tokens(one: RoutingRecord, other: RoutingRecord) -> tuple[Part, Part]:
@@ -162,7 +170,8 @@ def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) 
 
     Args:
         record: the record.
-        labels: one for each recorded token, in the record's order; or by the number of the text. None leaves out.
+        labels: one for each recorded token, in the record's order; or by the number of the text. None leaves out, and
+            so does nan, which tables hold where nothing is known.
 
     Raises:
         RoutingError: nothing was recorded, or labels that do not fit it.
@@ -172,6 +181,7 @@ def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) 
         raise record.nothing()
     of_texts: Mapping[int, Any] = labels if isinstance(labels, Mapping) else {}
     column = [of_texts.get(number) for number in whole.sequence.tolist()] if of_texts else list(labels)
+    column = [None if label != label else label for label in column]
     fits = len(column) == len(whole)
     if not fits or all(label is None for label in column):
         raise RoutingError(
@@ -186,7 +196,3 @@ def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) 
     labelled = rows >= 0
     counts.index_put_((rows[labelled], leading[labelled]), torch.ones(1, dtype=torch.long), accumulate=True)
     return Confusion(names, record.experts, counts)
-
-
-def _short(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")

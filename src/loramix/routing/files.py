@@ -32,11 +32,13 @@ from loramix.errors import (
     ConfigurationError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
+    RoutingError,
 )
 from loramix.journal import current
 from loramix.json_file import read_json_object
 from loramix.routing.header import Header
 from loramix.routing.parts import Part, Shards, shard_name, shard_writer
+from loramix.routing.pieces import one_by_one
 from loramix.routing.record import RoutingRecord
 
 FORMAT, VERSION, INDEX = "loramix routing record", 1, "record.json"
@@ -152,6 +154,7 @@ def load_record(folder: Path, tokenizer: Any = None) -> RoutingRecord:
         CheckpointNotFoundError: no `record.json`.
         CorruptCheckpointError: files that are not what they should be.
         IncompleteCheckpointError: a shard is missing.
+        RoutingError: a tokenizer to which the tokens are other text.
     """
     place = current(folder / INDEX)
     if not place.is_file():
@@ -172,7 +175,21 @@ def load_record(folder: Path, tokenizer: Any = None) -> RoutingRecord:
         expected = (size, len(header.layers), len(header.experts))
         if part.scalings.shape != expected:
             raise _corrupt(folder / name, f"scalings of shape {tuple(part.scalings.shape)} instead of {expected}")
+    if tokenizer is not None:
+        _require_tokenizer(tokenizer, pieces)
     return RoutingRecord(header, FileParts(folder, sizes), tokenizer, pieces)
+
+
+def _require_tokenizer(tokenizer: Any, pieces: Mapping[int, str]) -> None:
+    """Raises RoutingError: not the tokenizer that the record was saved with."""
+    read = one_by_one(tokenizer, pieces)
+    wrong = next((token for token in pieces if read.get(token) != pieces[token]), None)
+    if wrong is not None:
+        raise RoutingError(
+            "A record's text is read with the tokenizer of its mixture.",
+            received=f"one to which token {wrong} is {read.get(wrong)!r}, where the record has {pieces[wrong]!r}",
+            remedy="pass the tokenizer of the mixture that was recorded, or none",
+        )
 
 
 def _header(content: Mapping[str, Any]) -> Header:
@@ -180,6 +197,10 @@ def _header(content: Mapping[str, Any]) -> Header:
     forks = {int(one): (int(other), int(place)) for one, (other, place) in content["forks"].items()}
     if any(other >= one for one, (other, _) in forks.items()):
         raise ValueError("a text that forks from a later one")
+    if not set(names["experts"]) <= set(names["palette"]):
+        raise ValueError("experts that the palette lacks")
+    if int(content["seen"]) < 0:
+        raise ValueError(f"{content['seen']} tokens seen")
     return Header(
         **names,
         settings=dict(content["settings"]),

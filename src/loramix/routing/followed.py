@@ -5,7 +5,8 @@ B: rows. S: tokens of a forward. T: slots that the cache holds, padding among th
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+import weakref
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,19 +36,22 @@ class Follows(Protocol):
 class Followed(CacheFollower):
     """How far the rows of a cache, or of a forward without one, have come.
 
+    It keeps nobody alive: copies of a cache outlive a record.
+
     Attributes:
         places: of each row; None before its first token.
         real: (B, T), False at padding.
-        finished: rows that `generate` only pads any more.
-        call: the `generate` that says so.
     """
 
-    def __init__(self, recorder: Follows, batch: int) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Follows | None, batch: int) -> None:
+        self._recorder = weakref.ref(recorder) if recorder is not None else lambda: None
         self.places: list[Place | None] = [None] * batch
         self.real = torch.zeros(batch, 0, dtype=torch.bool)
-        self.finished = torch.zeros(batch, dtype=torch.bool)
-        self.call: Request | None = None
+
+    @property
+    def recorder(self) -> Follows | None:
+        """Who wants to know; None once nobody does."""
+        return self._recorder()
 
     @property
     def batch(self) -> int:
@@ -61,24 +65,30 @@ class Followed(CacheFollower):
         self._take(torch.arange(self.batch).repeat_interleave(times))
 
     def _take(self, rows: Tensor) -> None:
-        self.recorder.commit()
+        self._commit()
         self.places = [self.places[row] for row in rows.tolist()]
-        self.real, self.finished = self.real[rows], self.finished[rows]
+        self.real = self.real[rows]
+
+    def _commit(self) -> None:
+        recorder = self.recorder
+        if recorder is not None:
+            recorder.commit()
 
     def cropped(self, tokens: int) -> None:
-        if tokens > 0:
-            self.recorder.take_back(self, tokens)
+        recorder = self.recorder
+        if tokens > 0 and recorder is not None:
+            recorder.take_back(self, tokens)
 
     def emptied(self) -> None:
-        self.recorder.commit()
+        self._commit()
         self.places = [None] * self.batch
         self.real = self.real[:, :0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
         """The copy goes on by itself: where both do, the text forks."""
-        self.recorder.commit()
+        self._commit()
         other = Followed(self.recorder, self.batch)
-        other.places, other.real, other.finished = list(self.places), self.real.clone(), self.finished.clone()
+        other.places, other.real = list(self.places), self.real.clone()
         return other
 
 
@@ -87,21 +97,21 @@ class Uncached:
 
     def __init__(self, call: Request) -> None:
         self.call = call
-        self._texts: list[tuple[list[int], Place]] = []
+        self._texts: list[tuple[Tensor, Place]] = []
 
     def meet(self, tokens: Tensor, real: Tensor, rows: Followed) -> Tensor:
-        """Which tokens are new; rows stand where they were, by the tokens that they begin with."""
+        """(B, S), which tokens are new; rows stand where they were, by the tokens that they begin with."""
         new = real.clone()
         for row in range(len(tokens)):
-            ids = tokens[row][real[row]].tolist()
+            ids = tokens[row][real[row]]
             candidates = [*self._texts[row : row + 1], *self._texts]
-            found = next((place for text, place in candidates if text and ids[: len(text)] == text), None)
+            found = next((place for text, place in candidates if torch.equal(ids[: len(text)], text)), None)
             if found is not None:
                 rows.places[row] = found
                 new[row] &= real[row].cumsum(0) > found.length
         return new
 
     def keep(self, tokens: Tensor, real: Tensor, rows: Followed) -> None:
-        """These are the texts now."""
-        pairs = zip(tokens, real, rows.places, strict=True)
-        self._texts = [(ids[mask].tolist(), cast(Place, place)) for ids, mask, place in pairs]
+        """These are the texts now: what a row holds beyond its text is what it is padded with."""
+        several = zip(tokens, real, rows.places, strict=True)
+        self._texts = [(ids[mask][: place.length], place) for ids, mask, place in several if place]

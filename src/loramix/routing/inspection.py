@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from loramix.errors import DataError, RoutingError
 from loramix.model import XLoraModel
-from loramix.passes import evaluating
+from loramix.passes import evaluating, positions_of
 from loramix.routing.ablation import LeaveOneOut, leave_one_out, pad
 from loramix.routing.metrics import confidence_of, leading_of
+from loramix.routing.pick import some
 from loramix.routing.record import RoutingRecord
 from loramix.routing.recorder import MAX_TOKENS, record_routing
 
@@ -37,6 +38,24 @@ class Inspection:
     names: Sequence[str] = ()
     notes: Sequence[str] = ()
     worth: LeaveOneOut | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            self.worth is not None
+            and len(self.record.palette) > 1
+            and set(self.worth.without) != set(self.record.palette)
+        ):
+            raise RoutingError(
+                "What the experts are worth is measured with the mixture of the record.",
+                received=f"a record of {some(self.record.palette)}, losses without {some(list(self.worth.without))}",
+                remedy="record and measure the same mixture; inspect_texts(…, leave_out=True) does both",
+            )
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """By how much the loss rises without each expert; empty where that was not measured, or there is only one."""
+        found = {} if self.worth is None else self.worth.differences
+        return {name: found[name] for name in self.record.experts if name in found}
 
     def name_of(self, sequence: int) -> str:
         """What to call a text."""
@@ -81,7 +100,7 @@ class Inspection:
             else {
                 "loss": self.worth.loss,
                 "tokens": self.worth.tokens,
-                "differences": self.worth.differences,
+                "differences": self.differences,
             },
             "tokens": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         }
@@ -120,7 +139,7 @@ def inspect_texts(
         DataError: no text has a token, or a window that is longer than the base model's positions.
         RoutingError: scalings that are no finite numbers; and as `record_routing`.
     """
-    positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 2**31
+    positions = positions_of(model.config) or 2**31
     if window is not None and not 2 <= window <= positions:
         raise DataError(
             "A piece of text has at least two tokens, and no more than the base model has positions.",

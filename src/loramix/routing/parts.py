@@ -45,6 +45,11 @@ class Part:
         order = torch.argsort(self.position, stable=True)
         return self[order[torch.argsort(self.sequence[order], stable=True)]]
 
+    def run_starts(self) -> list[int]:
+        """Which tokens do not follow the one before in its text: where runs of tokens begin."""
+        follows = (self.sequence.diff() == 0) & (self.position.diff() == 1)
+        return [0, *(torch.nonzero(~follows).flatten() + 1).tolist()] if len(self) else []
+
     def tensors(self) -> dict[str, Tensor]:
         """By name, as in a file."""
         return {name: tensor.contiguous() for name, tensor in vars(self).items()}
@@ -203,9 +208,6 @@ class Kept:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
         self.kept = sum(map(len, parts))
-
-    def add(self, part: Part) -> None:
-        raise NotImplementedError
 
     def parts(self) -> Iterator[Part]:
         yield from self._parts

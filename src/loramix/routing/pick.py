@@ -55,11 +55,15 @@ def _matches(what: str, names: Sequence[str], wanted: int | str) -> list[int]:
     return found
 
 
+def some(names: Sequence[Any]) -> str:
+    """The first names, as they are told in an error."""
+    return ", ".join(map(repr, names[:8])) + (f", … ({len(names)})" if len(names) > 8 else "")
+
+
 def _unknown(what: str, names: Sequence[str], wanted: Any) -> RoutingError:
-    shown = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
     return RoutingError(
         f"A {what} is picked by its number, its name or a pattern.",
-        received=f"{wanted!r}, which none of the {len(names)} matches: {shown}",
+        received=f"{wanted!r}, which none of the {len(names)} matches: {some(names)}",
         remedy=f"pass a number from 0 to {len(names) - 1}, a name, or a pattern such as '*{names[0][-6:]}'",
     )
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from loramix.routing.parts import Part
 
 HALF = "�"
@@ -24,8 +22,7 @@ def pieces_of(tokenizer: Any, part: Part) -> list[str]:
         part: the tokens, in the order of the texts.
     """
     found: list[str] = []
-    goes_on = (part.sequence.diff() == 0) & (part.position.diff() == 1) & (part.token[1:] >= 0)
-    starts = [0, *(torch.nonzero(~goes_on).flatten() + 1).tolist()] if len(part) else []
+    starts = part.run_starts()
     for first, last in zip(starts, [*starts[1:], len(part)], strict=True):
         found += _run(tokenizer, part.token[first:last].tolist())
     return found

@@ -27,7 +27,7 @@ from loramix.routing.canvas import (
     strip_axes,
     token_labels,
 )
-from loramix.routing.compare import drift, same_tokens
+from loramix.routing.compare import drift, in_order_of, same_tokens
 from loramix.routing.metrics import entropy_of
 from loramix.routing.record import RoutingRecord
 
@@ -191,7 +191,9 @@ def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figu
 def comparison(
     one: RoutingRecord, other: RoutingRecord, names: Sequence[str] = ("one", "other"), *, sequence: int | None = None
 ) -> Figure:
-    """Two mixtures, or two trainings of one, on the same text; below, where they differ.
+    """Two mixtures, or two trainings of one, on the same text; with the same layers and experts also where they differ.
+
+    Experts of the same name have the same colour in both, and the same place where all of them are the same.
 
     Args:
         one: the record of one.
@@ -204,6 +206,8 @@ def comparison(
         UnsupportedOperationError: matplotlib is missing.
     """
     same_tokens(one, other)
+    palette = list(dict.fromkeys([*one.palette, *other.palette]))
+    one, other = one.coloured_by(palette), in_order_of(one, other).coloured_by(palette)
     number = one.sequences[0] if sequence is None else sequence
     if number not in one.sequences:
         one.sequence(number)

@@ -1,4 +1,4 @@
-"""Which slots of a forward hold a token of a text: padding, rows that have finished, several texts in one row.
+"""Which slots of a forward hold a token of a text: padding, several texts in one row.
 
 B, S: rows and tokens of a forward. T: slots that the cache held before. K: slots that a mask speaks of.
 """
@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from loramix.cache import tokens_in
-from loramix.sessions import Request
 
 
 def held_before(cache: Any, inputs: Mapping[str, Any], length: int) -> int:
@@ -58,32 +57,6 @@ def real_slots(mask: Any, batch: int, length: int, before: int) -> Bool[Tensor, 
         seen = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
         return seen.expand(batch, -1).clone()
     return everything
-
-
-def unfinished(
-    tokens: Int[Tensor, "B S"], real: Bool[Tensor, "B S"], before: int, finished: Bool[Tensor, " B"], call: Request
-) -> tuple[Bool[Tensor, "B S"], Bool[Tensor, " B"]]:
-    """Leave out what `generate` pads finished rows with; and which rows have finished now.
-
-    After its prompt, a row whose token is the padding has finished: at that token where it is an end of text too, which
-    belongs to the text, and otherwise before it.
-
-    Args:
-        tokens: what was read.
-        real: False at padding.
-        before: slots of the row before these.
-        finished: which rows had finished.
-        call: the `generate`.
-    """
-    if call.padding is None:
-        return real, finished
-    real, finished = real.clone(), finished.clone()
-    padding_ends = call.padding in call.ends
-    for i in range(max(0, call.prompt - before), tokens.shape[1]):
-        padding = tokens[:, i] == call.padding
-        real[:, i] &= ~(finished if padding_ends else finished | padding)
-        finished |= padding
-    return real, finished
 
 
 def packed_starts(inputs: Mapping[str, Any], batch: int, length: int) -> Bool[Tensor, "B S"] | None:

@@ -20,7 +20,7 @@ from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.routing.header import Header
 from loramix.routing.metrics import RoutingMeter, RoutingMetrics, leading_of
 from loramix.routing.parts import Kept, Part, joined
-from loramix.routing.pick import Picked, Tokens, chosen_rows, pick
+from loramix.routing.pick import Picked, Tokens, chosen_rows, pick, some
 from loramix.routing.pieces import one_by_one, pieces_of
 
 
@@ -79,6 +79,7 @@ class RoutingRecord:
     @property
     def seen(self) -> int:
         """How many tokens were read."""
+        _ = self.source.kept  # what is read now is counted once it is kept
         return self.header.seen
 
     @property
@@ -213,6 +214,10 @@ class RoutingRecord:
         header.seen = sum(map(len, parts))
         return RoutingRecord(header, Kept(parts), self.tokenizer, self._pieces)
 
+    def coloured_by(self, names: Sequence[str]) -> RoutingRecord:
+        """The same, with the colours that its experts have among these names (`expert_colours`)."""
+        return RoutingRecord(replace(self.header, palette=list(names)), self.source, self.tokenizer, self._pieces)
+
     def sequence(self, number: int) -> RoutingRecord:
         """A whole text: its own tokens, and before them those that it shares with the text that it forked from.
 
@@ -224,7 +229,7 @@ class RoutingRecord:
         if not len(path):
             raise RoutingError(
                 "A text is named by its number.",
-                received=f"text {number!r}; the record has {self.sequences[:8]}{' …' * (len(self.sequences) > 8)}",
+                received=f"text {number!r}; the record has {some(self.sequences)}",
                 remedy="pass one of record.sequences",
             )
         part = whole[path]
@@ -370,6 +375,7 @@ class RoutingRecord:
             CheckpointNotFoundError: no record there, or one that was not finished.
             CorruptCheckpointError: files that are not what they should be.
             IncompleteCheckpointError: a file of tokens is missing.
+            RoutingError: a tokenizer to which the tokens are other text.
         """
         from loramix.routing.files import load_record
 

@@ -32,19 +32,20 @@ from loramix.routing.files import finish_folder, new_folder
 from loramix.routing.followed import Followed, Place, Uncached
 from loramix.routing.header import Header
 from loramix.routing.parts import Part, Reservoir, Shards, Store
-from loramix.routing.reading import held_before, packed_starts, real_slots, unfinished
+from loramix.routing.reading import held_before, packed_starts, real_slots
 from loramix.routing.record import RoutingRecord
-from loramix.sessions import request
+from loramix.sessions import Request, request
 
 MAX_TOKENS = 10_000
 
 
 @dataclass
 class _Waiting:
-    """The tokens of a thread's last forward: until its next one, they may still be taken back."""
+    """The tokens of a thread's last forward: until its next one, `generate` may still take them back."""
 
     rows: Followed
-    part: Part
+    part: Part | None
+    call: Request
 
 
 @contextmanager
@@ -133,27 +134,36 @@ class Recorder(RoutingHook):
 
     @property
     def kept(self) -> int:
-        """How many tokens are kept."""
+        """How many tokens are kept so far: without those that a `generate` under way may still take back."""
         with self._lock:
-            self.commit()
+            self._settle()
             return 0 if self.store is None else self.store.kept
 
     def parts(self) -> Iterator[Part]:
-        """What is kept so far."""
+        """They."""
         with self._lock:
-            self.commit()
+            self._settle()
             yield from () if self.store is None else self.store.parts()
+
+    def _settle(self) -> None:
+        for thread, waiting in self._waiting.items():
+            if not waiting.call.running:
+                self._keep(thread)
 
     def commit(self) -> None:
         """Keep what could still have been taken back."""
         with self._lock:
-            for thread in list(self._waiting):
+            for thread in self._waiting:
                 self._keep(thread)
 
     def _keep(self, thread: int) -> None:
-        waiting = self._waiting.pop(thread, None)
-        if waiting is not None and self.store is not None and len(waiting.part):
-            self.store.add(waiting.part)
+        waiting = self._waiting.get(thread)
+        part = None if waiting is None else waiting.part
+        if waiting is not None and part is not None:
+            waiting.part = None
+            if self.store is not None and len(part):
+                self.store.add(part)
+                self.header.seen += len(part)
 
     def close(self) -> None:
         """Nothing more is recorded; caches are followed no longer."""
@@ -175,14 +185,12 @@ class Recorder(RoutingHook):
 
     def made(self, made: Made) -> None:
         thread = threading.get_ident()
-        if self._thread not in (None, thread) or self.store is None:
+        if self._thread not in (None, thread) or self.store is None or any(one.unrecorded for one in self.state.hooks):
             return
         with self._lock:
             self._keep(thread)
             self.header.note(cast(XLoraConfig, self.state.config))
-            rows, part = self._read(made, thread)
-            self._waiting[thread] = _Waiting(rows, part)
-            self.header.seen += len(part)
+            self._waiting[thread] = _Waiting(*self._read(made, thread), request())
 
     def cached(self, cache: TwoPassCache) -> None:
         with self._lock:
@@ -205,23 +213,25 @@ class Recorder(RoutingHook):
         rows = self._rows_of(cache, batch, length, inputs)
         before = rows.real.shape[1]
         real = real_slots(inputs.get("attention_mask"), batch, length, before)
-        if call.running:
-            if rows.call is not call:
-                rows.call, rows.finished = call, torch.zeros(batch, dtype=torch.bool)
-            real, rows.finished = unfinished(tokens, real, before, rows.finished, call)
-        known = self._uncached.get(thread)
-        new = real
-        if cache is None and call.running and ids is not None:
-            if known is None or known.call is not call:
-                known = self._uncached[thread] = Uncached(call)
-            new = known.meet(tokens, real, rows)
+        known = self._reread(call, thread) if cache is None and call.running and ids is not None else None
+        new = real if known is None else known.meet(tokens, real, rows)
+        if call.running and call.finished is not None and len(call.finished) == batch:
+            new = new & ~call.finished.cpu()[:, None]  # these rows are only padded
+            real = real if known is not None else new
         starts = packed_starts(inputs, batch, length) if cache is None and self._makes_no_cache(inputs) else None
         sequence, position = self._number(rows, new, starts)
-        if cache is None and call.running and ids is not None:
-            cast(Uncached, known).keep(tokens, real, rows)
+        if known is not None:
+            known.keep(tokens, real, rows)
         chosen = final[new.to(final.device)].float().cpu()
         rows.real = torch.cat([rows.real, real], dim=1)
         return rows, Part(sequence[new], position[new], tokens[new], chosen)
+
+    def _reread(self, call: Request, thread: int) -> Uncached:
+        """The texts that a `generate` without a cache reads again."""
+        known = self._uncached.get(thread)
+        if known is None or known.call is not call:
+            known = self._uncached[thread] = Uncached(call)
+        return known
 
     def _makes_no_cache(self, inputs: Any) -> bool:
         """Whether the forward makes no cache either: only then are packed texts told apart, by positions."""
@@ -296,10 +306,8 @@ class Recorder(RoutingHook):
                     continue
                 length = place.length - gone[row]
                 rows.places[row] = Place(place.sequence, length)
-                if waiting is not None:
+                if waiting is not None and waiting.part is not None:
                     part = waiting.part
                     stays = (part.sequence != place.sequence) | (part.position < length)
-                    dropped = int((~stays).sum())
                     waiting.part = part[stays]
-                    self._lengths[place.sequence] -= dropped
-                    self.header.seen -= dropped
+                    self._lengths[place.sequence] -= int((~stays).sum())

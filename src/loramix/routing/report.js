@@ -11,6 +11,7 @@
   const scaling = (byte) => data.low + (byte / 255) * (data.high - data.low);
   const MOST = 12;          // experts in a list; the others are told as a sum
   const ACROSS = 8;         // experts beside each other in a table of layers, where there are more than MOST
+  const PAGE = Math.max(50, Math.ceil(N / 100));   // tokens of a long step
   const AHEAD = "1200px";   // how far outside the window tokens are elements
 
   const byId = (id) => document.getElementById(id);
@@ -273,6 +274,8 @@
     ArrowUp: (t) => beside(t, -1),
     Home: () => 0,
     End: () => N - 1,
+    PageUp: (t) => Math.max(0, t - PAGE),
+    PageDown: (t) => Math.min(N - 1, t + PAGE),
   };
 
   const tokenAt = (event) => event.target instanceof Element ? event.target.closest(".t") : null;

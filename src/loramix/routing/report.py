@@ -45,7 +45,7 @@ def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, lis
     record = found.record
     if not record.kept:
         raise record.nothing()
-    shown = choose(record, tokens)
+    metrics, shown = record.metrics(), choose(record, tokens)
     notes = [*found.all_notes, *shown.notes]
     data = document(found, shown)
     style = _file("report.css") + _theme() + colour_rules(data["colours"])
@@ -57,8 +57,8 @@ def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, lis
         "base-uri 'none'; form-action 'none'",
         "style": style,
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes),
-        "experts": experts_list(record),
-        "numbers": numbers_table(record),
+        "experts": experts_list(record, metrics),
+        "numbers": numbers_table(metrics),
         "strips": strips(record),
         "worth": worth_table(found),
         "data": embedded(data),

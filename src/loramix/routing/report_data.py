@@ -95,8 +95,6 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
     part, experts = record.part, record.experts
     weights, pieces = part.scalings.mean(1), record.pieces()
     low, high = min(0.0, float(part.scalings.min())), max(float(part.scalings.max()), 1e-9)
-    follows = (part.sequence.diff() == 0) & (part.position.diff() == 1)
-    starts = [0, *(torch.nonzero(~follows).flatten() + 1).tolist()]
     levels = (confidence_of(weights).sqrt() * LEVELS).long()  # of many experts none has much
     levels = levels.clamp(max=LEVELS - 1)
     return {
@@ -106,7 +104,7 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
         "adapted": len(record.header.adapted),
         "shared": record.shared,
         "texts": {number: inspection.name_of(number) for number in record.sequences},
-        "runs": [[i, int(part.sequence[i]), int(part.position[i]), int(shown.rows[i])] for i in starts],
+        "runs": [[i, int(part.sequence[i]), int(part.position[i]), int(shown.rows[i])] for i in part.run_starts()],
         "pieces": pieces,
         "low": low,
         "high": high,

@@ -12,10 +12,9 @@ from html import escape
 import torch
 from torch import Tensor
 
-from loramix.routing.ablation import LeaveOneOut
 from loramix.routing.colours import PALETTE
 from loramix.routing.inspection import Inspection
-from loramix.routing.metrics import entropy_of, leading_of
+from loramix.routing.metrics import RoutingMetrics, entropy_of, leading_of
 from loramix.routing.record import RoutingRecord
 from loramix.routing.report_data import LEVELS
 from loramix.routing.show import explained
@@ -65,9 +64,8 @@ def _luminance(colour: tuple[float, ...]) -> float:
     return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def experts_list(record: RoutingRecord) -> str:
+def experts_list(record: RoutingRecord, metrics: RoutingMetrics) -> str:
     """Each expert with its colour, how often it leads, and how much it gets."""
-    metrics = record.metrics()
     most = max(metrics.load)
     items = [
         f"<li>{_named(record, name)}{_bar(load / most, _colour(record, name))}"
@@ -103,11 +101,11 @@ def _bar(share: float, colour: int) -> str:
     )
 
 
-def numbers_table(record: RoutingRecord) -> str:
+def numbers_table(metrics: RoutingMetrics) -> str:
     """The numbers that do not depend on the expert."""
     rows = [
         f'<tr><th scope="row">{name}</th><td>{value}</td><td class="faint">{meaning}</td></tr>'
-        for name, value, meaning in explained(record.metrics())
+        for name, value, meaning in explained(metrics)
     ]
     return f'<table class="numbers">{"".join(rows)}</table>'
 
@@ -119,16 +117,17 @@ def worth_table(inspection: Inspection) -> str:
         return '<p class="faint">One expert: there is none to leave out.</p>'
     if worth is None:
         return '<p class="faint">Not measured; <code>loramix inspect … --leave-one-out</code> does.</p>'
-    most = max(max(map(abs, worth.differences.values())), 1e-9)
-    rows = [_worth_row(record, name, worth, most) for name in worth.differences]
+    differences = inspection.differences
+    most = max(max(map(abs, differences.values())), 1e-9)
+    rows = [_worth_row(record, name, difference, most) for name, difference in differences.items()]
     return (
         f"<p>The loss on {worth.tokens} tokens is {worth.loss:.4f} nats a token. Without the expert it changes by:</p>"
         + _within(f'<table class="worth">{"".join(rows)}</table>', len(rows), "Loss without each expert")
     )
 
 
-def _worth_row(record: RoutingRecord, name: str, worth: LeaveOneOut, most: float) -> str:
-    difference, colour = worth.differences[name], _colour(record, name)
+def _worth_row(record: RoutingRecord, name: str, difference: float, most: float) -> str:
+    colour = _colour(record, name)
     width = 50 * abs(difference) / most
     verdict = "hurts here" if difference < 0 else "helps" if difference > 0 else "no matter"
     return (

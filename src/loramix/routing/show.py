@@ -20,7 +20,8 @@ from loramix.routing.metrics import RoutingMetrics, confidence_of, leading_of
 
 TOKENS = 600  # shown of a long text
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-_CONTROL = _PICTURES | {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "�")
+_UNSEEN = [0x61C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
+_CONTROL = _PICTURES | {0x7F: "␡"} | dict.fromkeys([*range(0x80, 0xA0), *_UNSEEN], "�")
 
 
 def shown(inspection: Inspection, console: Console) -> RenderableType:
@@ -71,7 +72,7 @@ def legend(experts: Sequence[str], console: Console, palette: Sequence[str] | No
 
 def experts_table(inspection: Inspection) -> Table:
     """A row for each expert: how often it leads, how much it gets, and what it is worth."""
-    metrics, worth = inspection.record.metrics(), inspection.worth
+    metrics, worth = inspection.record.metrics(), inspection.differences
     table = Table(title="Experts", title_justify="left")
     table.add_column("", no_wrap=True)
     for column in ("leads", "mean scaling", *(["loss without it"] if worth else [])):
@@ -79,8 +80,7 @@ def experts_table(inspection: Inspection) -> Table:
     for name, load, importance in zip(inspection.record.experts, metrics.load, metrics.importance, strict=True):
         cells = [f"{load:.1%}", f"{importance:.3f}"]
         if worth:
-            difference = worth.differences[name]
-            cells.append(f"{difference:+.4f}{' hurts' if difference < 0 else ''}")
+            cells.append(f"{worth[name]:+.4f}{' hurts' if worth[name] < 0 else ''}")
         table.add_row(Text(visible(name)), *cells)
     return table
 
@@ -111,7 +111,7 @@ def explained(metrics: RoutingMetrics) -> list[tuple[str, str, str]]:
 
 
 def visible(text: str) -> str:
-    """A text without characters that steer a terminal: pictures of them stand instead."""
+    """A text without characters that steer a terminal, or the direction of what follows: marks stand instead."""
     return text.translate(_CONTROL)
 
 

@@ -23,6 +23,7 @@ from loramix.errors import ConfigurationError, DataError, SaveError
 from loramix.hub import from_anywhere
 from loramix.inject import new_targets, plan
 from loramix.model import hidden_size_of
+from loramix.passes import positions_of
 from loramix.training.data import Row, pieces, read_rows
 from loramix.training.initialise import check_width, prompt_texts
 from loramix.training.memory import sizes_of, training_memory
@@ -145,7 +146,7 @@ def _objectives(settings: TrainSettings) -> RouterObjectives:
 def _arguments(output: str, trainer: Mapping[str, Any], base_config: Any) -> Any:
     from trl.trainer.sft_config import SFTConfig
 
-    positions = getattr(base_config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(base_config)
     longest = min(_LONGEST, positions or _LONGEST)
     check_keys(trainer, [entry.name for entry in fields(SFTConfig)], "trainer")
     defaults = {

@@ -28,6 +28,7 @@ from loramix.base_files import load_base, one_line
 from loramix.errors import ConfigurationError, DataError, LoramixError
 from loramix.json_file import read_json_object, write_json
 from loramix.model import XLoraModel, get_peft_model
+from loramix.passes import positions_of
 from loramix.training.check import Checked, check, check_expert
 from loramix.training.data import ExpertLabels, Row, pieces, to_dataset
 from loramix.training.evaluation import Evaluation, cut, evaluate
@@ -190,7 +191,7 @@ def evaluate_rows(
     Raises:
         DataError: text too short to predict a token of, or a window that is longer than the base model's positions.
     """
-    positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or 2**31
+    positions = positions_of(model.config) or 2**31
     if window is not None and window > positions:
         raise DataError(
             "A passage is no longer than the positions that the base model has.",
