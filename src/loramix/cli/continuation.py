@@ -6,13 +6,13 @@ T: tokens of prompt and continuation together.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from jaxtyping import Int
 from rich.console import Console
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -26,14 +26,12 @@ from loramix import demo
 from loramix.base_files import load_base, load_tokenizer, one_line
 from loramix.cli.shipped import is_shipped
 from loramix.config import PeftConfig
-from loramix.demo.routed import RoutedText, route
-from loramix.demo.show import routed_panel
 from loramix.errors import (
     ConfigurationError,
     UnsupportedOperationError,
 )
 from loramix.model import PeftModel, XLoraModel
-from loramix.routing.show import legend
+from loramix.routing.live import RoutingStreamer, WrittenToken, stream_routing
 
 _CPU = torch.device("cpu")
 
@@ -59,41 +57,23 @@ class Opened:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt with what the mixture wrote after it: `ids` (1, T), the first `prompt_tokens` of them the prompt's."""
+    """A prompt with what the mixture wrote after it: `ids` (1, T), the first `prompt_tokens` of them the prompt's.
+
+    `tokens` are those that were written, with their routing, where it was asked for.
+    """
 
     opened: Opened
     prompt: str
     ids: Tensor
     prompt_tokens: int
+    tokens: list[WrittenToken] | None = None
 
     @property
     def text(self) -> str:
         """What was written after the prompt."""
         return cast(str, self.opened.tokenizer.decode(self.ids[0, self.prompt_tokens :], skip_special_tokens=True))
 
-    def routing(self) -> RoutedText:
-        """Which expert led when each token was written.
-
-        Raises:
-            UnsupportedOperationError: a single expert has no routing.
-        """
-        if not isinstance(self.opened.model, XLoraModel):
-            raise UnsupportedOperationError(
-                "Only a mixture has a routing to show.",
-                received=f"the single expert {self.opened.mixture!r}",
-                remedy="leave out --show-experts, or name a mixture",
-            )
-        ids: list[int] = self.ids[0].tolist()
-        model, tokenizer, given = self.opened.model, self.opened.tokenizer, self.prompt_tokens
-        routed = route(model, tokenizer, ids, title=self.opened.mixture, prompt=given - 1)
-        return replace(
-            routed,
-            tokens=[self.prompt, *_pieces(tokenizer, ids[given:])],
-            weights=[routed.weights[0], *routed.weights[given - 1 :]],
-            prompt=1,
-        )
-
-    def document(self, routed: RoutedText | None = None) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The same for JSON; with a routing, also the weight of each expert in each written token."""
         document: dict[str, Any] = {
             "mixture": self.opened.mixture,
@@ -103,10 +83,9 @@ class Continuation:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.ids.shape[1] - self.prompt_tokens,
         }
-        if routed is not None:
-            steps = list(zip(routed.tokens, routed.leaders, routed.weights, strict=True))[routed.prompt :]
-            document["experts"] = routed.experts
-            document["tokens"] = [{"text": text, "leader": leader, "weights": row} for text, leader, row in steps]
+        if self.tokens is not None:
+            document["experts"] = cast(XLoraModel, self.opened.model).expert_names
+            document["tokens"] = [token._asdict() for token in self.tokens]
         return document
 
 
@@ -143,7 +122,13 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto")
 
 
 def continue_text(
-    opened: Opened, prompt: str, max_new_tokens: int, sampling: Sampling | None, *, stream: bool
+    opened: Opened,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    *,
+    stream: bool,
+    show_experts: bool = False,
 ) -> Continuation:
     """Generate after a prompt: the likeliest tokens, or sampled ones.
 
@@ -153,10 +138,18 @@ def continue_text(
         max_new_tokens: how many tokens at most.
         sampling: None takes the likeliest token at each step.
         stream: print the text to stdout as it is written.
+        show_experts: keep the routing of each token, and print it in the colour of its leading expert.
 
     Raises:
         ConfigurationError: the prompt has no tokens.
+        UnsupportedOperationError: the experts of a single one.
     """
+    if show_experts and not isinstance(opened.model, XLoraModel):
+        raise UnsupportedOperationError(
+            "Only a mixture has a routing to show.",
+            received=f"the single expert {opened.mixture!r}",
+            remedy="leave out --show-experts, or name a mixture",
+        )
     tokenizer = opened.tokenizer
     encoded = tokenizer(prompt, return_tensors="pt").to(opened.model.device)
     ids = encoded["input_ids"]
@@ -164,24 +157,18 @@ def continue_text(
         raise ConfigurationError(
             "A prompt has at least one token.", received=repr(prompt), remedy="pass a text with --prompt"
         )
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    written = cast(Any, opened.model).generate(
-        **encoded, max_new_tokens=max_new_tokens, streamer=streamer, **_choices(sampling), **_padding(tokenizer)
-    )
-    return Continuation(opened, prompt, _row(written), ids.shape[1])
-
-
-def show_routing(routed: RoutedText) -> None:
-    """Print the text to stdout, each token in the colour of its leading expert, and a legend."""
-    console = Console(highlight=False)
-    console.print(routed_panel(routed, console))
-    console.print(legend(routed.experts, console))
-
-
-def _pieces(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens belongs to the last of them."""
-    stream = DecodeStream(skip_special_tokens=True)
-    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+    model = cast(Any, opened.model)
+    with ExitStack() as stack:
+        streamer = None
+        if show_experts:
+            streamer = stack.enter_context(stream_routing(model, tokenizer, Console(highlight=False, quiet=not stream)))
+        elif stream:
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        written = model.generate(
+            **encoded, max_new_tokens=max_new_tokens, streamer=streamer, **_choices(sampling), **_padding(tokenizer)
+        )
+    tokens = streamer.tokens if isinstance(streamer, RoutingStreamer) else None
+    return Continuation(opened, prompt, _row(written), ids.shape[1], tokens)
 
 
 def _usable(device: str) -> torch.device:

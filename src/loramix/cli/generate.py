@@ -48,15 +48,12 @@ def generate(
     if not do_sample and (temperature, top_p, seed) != (None, None, None):
         raise typer.BadParameter("--temperature, --top-p and --seed belong to --do-sample")
 
-    from loramix.cli.continuation import Sampling, continue_text, open_mixture, show_routing
+    from loramix.cli.continuation import Sampling, continue_text, open_mixture
 
     text = read_text(prompt)
     sampling = Sampling(temperature, top_p, seed) if do_sample else None
     with stdout_kept_for_json(as_json), warnings_as_lines():
         opened = open_mixture(mixture, base=base, device=device)
-        written = continue_text(opened, text, max_new_tokens, sampling, stream=not (as_json or show_experts))
-        routed = written.routing() if show_experts else None
+        written = continue_text(opened, text, max_new_tokens, sampling, stream=not as_json, show_experts=show_experts)
     if as_json:
-        print_json(written.document(routed))
-    elif routed is not None:
-        show_routing(routed)
+        print_json(written.document())

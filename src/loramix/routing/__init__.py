@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from loramix.routing.colours import expert_colours
     from loramix.routing.compare import Confusion, Drift, agreement, confusion, drift
     from loramix.routing.inspection import Inspection, inspect_texts
+    from loramix.routing.live import RoutingStreamer, WrittenToken, stream_routing
     from loramix.routing.metrics import RoutingMeter, RoutingMetrics
     from loramix.routing.record import RoutingRecord
     from loramix.routing.recorder import record_routing
@@ -24,6 +25,8 @@ __all__ = [
     "RoutingMeter",
     "RoutingMetrics",
     "RoutingRecord",
+    "RoutingStreamer",
+    "WrittenToken",
     "agreement",
     "confusion",
     "drift",
@@ -32,6 +35,7 @@ __all__ = [
     "leave_one_out",
     "record_routing",
     "report_html",
+    "stream_routing",
     "write_report",
 ]
 
@@ -40,6 +44,7 @@ _HOMES = {
     "expert_colours": "colours",
     **dict.fromkeys(("Confusion", "Drift", "agreement", "confusion", "drift"), "compare"),
     **dict.fromkeys(("Inspection", "inspect_texts"), "inspection"),
+    **dict.fromkeys(("RoutingStreamer", "WrittenToken", "stream_routing"), "live"),
     **dict.fromkeys(("RoutingMeter", "RoutingMetrics"), "metrics"),
     "RoutingRecord": "record",
     "record_routing": "recorder",

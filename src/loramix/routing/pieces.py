@@ -24,23 +24,40 @@ def pieces_of(tokenizer: Any, part: Part) -> list[str]:
     found: list[str] = []
     starts = part.run_starts()
     for first, last in zip(starts, [*starts[1:], len(part)], strict=True):
-        found += _run(tokenizer, part.token[first:last].tolist())
+        run = Pieces(tokenizer)
+        found += [run.step(token) for token in part.token[first:last].tolist()]
+        found[-1] += run.flush()
     return found
 
 
-def _run(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token's piece is what it adds to the text of the few before it: decoding all of them would be quadratic."""
-    found: list[str] = []
-    before = shown = 0  # tokens whose text is known, and from where they are decoded again
-    for i in range(len(ids)):
-        known = _decode(tokenizer, ids[before:shown])
-        text = _decode(tokenizer, ids[before : i + 1])
-        if text.endswith(HALF) and i + 1 < len(ids) and i - shown < 4:
-            found.append("")
-            continue
-        found.append(text[len(known) :])
-        before, shown = shown, i + 1
-    return found
+class Pieces:
+    """The text of a run, token by token. The pieces add up to it: a character of several tokens is in the last one's.
+
+    A token's piece is what it adds to the text of the few before it: decoding all of them would be quadratic.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._known = 0  # how many of them have given their text
+
+    def step(self, token: int) -> str:
+        """What the next token adds; "" for one that only begins a character."""
+        self._ids.append(token)
+        text = _decode(self.tokenizer, self._ids)
+        if text.endswith(HALF) and len(self._ids) - self._known <= 4:
+            return ""
+        return self._take(text)
+
+    def flush(self) -> str:
+        """What is left at the end: half a character."""
+        return self._take(_decode(self.tokenizer, self._ids)) if self._known < len(self._ids) else ""
+
+    def _take(self, text: str) -> str:
+        piece = text[len(_decode(self.tokenizer, self._ids[: self._known])) :]
+        self._ids = self._ids[self._known :]
+        self._known = len(self._ids)
+        return piece
 
 
 def one_by_one(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:

@@ -27,7 +27,7 @@ from loramix.cache import TwoPassCache
 from loramix.config import XLoraConfig
 from loramix.errors import ConfigurationError
 from loramix.hooks import CacheFollower, Made, RoutingHook
-from loramix.passes import CACHES, MixtureState, attach, require_routing
+from loramix.passes import MixtureState, attach, cache_in, require_routing
 from loramix.routing.files import finish_folder, new_folder
 from loramix.routing.followed import Followed, Place, Uncached
 from loramix.routing.header import Header
@@ -205,7 +205,7 @@ class Recorder(RoutingHook):
     def _read(self, made: Made, thread: int) -> tuple[Followed, Part]:
         """What a forward read, and how far its rows have come."""
         inputs, final = made.inputs, made.final.detach()
-        cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+        cache = cache_in(inputs)
         batch, length = final.shape[:2]
         ids = inputs.get("input_ids")
         tokens = torch.full((batch, length), -1) if ids is None else ids.detach().cpu().long()

@@ -43,19 +43,26 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
     weights, numbers = whole.weights, whole.sequence_numbers.tolist()
     leaders = [whole.experts[i] for i in leading_of(weights).tolist()]
     rows = list(zip(numbers, whole.pieces(), leaders, confidence_of(weights).tolist(), strict=True))
-    paint, text = expert_colours(record.palette), Text()
+    text = Text()
     for number, run in itertools.groupby(rows, key=itemgetter(0)):
         if text:
             text.append("\n")
         text.append(f"── {visible(inspection.name_of(number))}\n", style="dim")
-        if has_colour(console):
-            for _, piece, leader, confidence in run:
-                text.append(visible(piece), style=f"{_strength(confidence)} {paint[leader]}")
-        else:
-            written = (row for row in run if row[1])  # what a character's earlier tokens are is in its last one
-            for leader, tokens in itertools.groupby(written, key=itemgetter(2)):
-                text.append(f"⟨{visible(leader)}⟩" + "".join(visible(row[1]) for row in tokens))
+        before = None
+        for _, piece, leader, confidence in run:
+            if piece:  # what a character's earlier tokens are is in its last one
+                text.append_text(token_text(piece, leader, confidence, record.palette, console, named=leader != before))
+                before = leader
     return text
+
+
+def token_text(
+    piece: str, leader: str, confidence: float, palette: Sequence[str], console: Console, *, named: bool
+) -> Text:
+    """A token in its leading expert's colour; where there is none, behind the expert's name if it is to be named."""
+    if has_colour(console):
+        return Text(visible(piece), style=f"{_strength(confidence)} {expert_colours(palette)[leader]}")
+    return Text((f"⟨{visible(leader)}⟩" if named else "") + visible(piece))
 
 
 def _strength(confidence: float) -> str:
