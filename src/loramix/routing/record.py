@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loramix.errors import RoutingError, UnsupportedOperationError
+from loramix.errors import RoutingError
 from loramix.routing.header import Header
 from loramix.routing.metrics import RoutingMeter, RoutingMetrics, leading_of
 from loramix.routing.parts import Kept, Part, joined
 from loramix.routing.pick import Picked, Tokens, chosen_rows, pick, some
 from loramix.routing.pieces import one_by_one, pieces_of
+from loramix.routing.texts import path_of, text_of
 
 
 @runtime_checkable
@@ -225,7 +226,7 @@ class RoutingRecord:
             RoutingError: no such text.
         """
         whole = self.part
-        path = self._path(whole, number)
+        path = path_of(whole, self.header.forks, number)
         if not len(path):
             raise RoutingError(
                 "A text is named by its number.",
@@ -247,30 +248,14 @@ class RoutingRecord:
             RoutingError: there is none, or the record is a sample.
         """
         wanted = torch.as_tensor(ids, dtype=torch.long).flatten().cpu()
-        whole = self.part
-        if not self.is_sample:
-            for number in whole.sequence.unique().tolist():
-                path = self._path(whole, number)
-                text = whole.token[path][: len(wanted)]
-                begins = len(path) and int(whole.position[path[0]]) == 0
-                if begins and len(text) >= max(1, len(wanted) - 1) and torch.equal(text, wanted[: len(text)]):
-                    return self.sequence(number).select(tokens=slice(0, len(text)))
+        number = None if self.is_sample else text_of(self.part, self.header.forks, wanted)
+        if number is not None:
+            return self.sequence(number).select(tokens=slice(0, len(wanted)))
         raise RoutingError(
             "A text is found by all tokens that it begins with.",
             received=f"{len(wanted)} tokens, in {'a sample' if self.is_sample else 'no text of the record'}",
             remedy="pass one row of ids without its padding, and record with a larger max_tokens=, or with spill=",
         )
-
-    def _path(self, whole: Part, number: int) -> Tensor:
-        """The rows of `whole` that a text consists of, from its beginning."""
-        rows, end = list[Tensor](), None
-        while True:
-            own = whole.sequence == number
-            rows.insert(0, torch.nonzero(own if end is None else own & (whole.position < end)).flatten())
-            if number not in self.header.forks:
-                return torch.cat(rows)
-            number, place = self.header.forks[number]
-            end = place if end is None else min(end, place)
 
     def pieces(self) -> list[str]:
         """The text of each token. In each run of tokens they add up to its text: a character of several tokens counts
@@ -328,30 +313,9 @@ class RoutingRecord:
         Raises:
             UnsupportedOperationError: pandas is missing.
         """
-        try:
-            import pandas  # pyright: ignore[reportMissingTypeStubs]
-        except ImportError as error:
-            raise UnsupportedOperationError(
-                "A table needs pandas.",
-                received="an installation without it",
-                remedy="pip install 'loramix[inspect]'",
-            ) from error
-        whole = self.part
-        count, layers, experts = whole.scalings.shape
-        each = layers * experts
-        category = pandas.Categorical.from_codes
-        layer = torch.arange(layers).repeat_interleave(experts).repeat(count)
-        expert = torch.arange(experts).repeat(count * layers)
-        return pandas.DataFrame(
-            {
-                "sequence": whole.sequence.repeat_interleave(each).numpy(),
-                "position": whole.position.repeat_interleave(each).numpy(),
-                "token": whole.token.repeat_interleave(each).numpy(),
-                "layer": category(layer.numpy(), self.layers),
-                "expert": category(expert.numpy(), self.experts),
-                "scaling": whole.scalings.flatten().numpy(),
-            }
-        )
+        from loramix.routing.table import to_pandas
+
+        return to_pandas(self)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Save as `record.json` and `tokens-00000.safetensors` (`loramix.routing.files` has the format).
