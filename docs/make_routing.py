@@ -1,8 +1,9 @@
 """Writes the pictures and figures of docs/routing.md, and the report of the demo mixture: `make docs`.
 
-docs/routing_report.html and .png are the report and a picture of it (that needs Debian's chromium; without one the
-picture stays as it is). What the questions in routing.md are answered with is measured here: an untrained router, the
-demo's own, one that was trained on code alone, and what each expert is worth on held-out text of each domain.
+docs/routing_report.html is the report, routing_report.png and routing_report_layers.png are pictures of it (they need
+Debian's chromium; without one they stay as they are). What the questions in routing.md are answered with is measured
+here: an untrained router, the demo's own, one that was trained on code alone, and what each expert is worth on held-out
+text of each domain.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ Answer: 84
 SECTION = """### My router ignores its input
 
 `information` is near 0: the mean of all tokens is as undecided as each token by itself, and one picture of tokens ×
-experts looks the same from left to right. A router that was never trained is so, above; the demo's, below, is not.
+experts looks the same from left to right: whichever expert leads, it leads by next to nothing, and the strip of leaders
+is pale. A router that was never trained is so, above; the demo's, below, is not.
 
 ![Weights of the experts along a text: alike in the untrained router, changing in the trained one](routing_ignores.png)
 
@@ -195,10 +197,10 @@ def trained_on_code(steps: int) -> XLoraModel:
 
 
 def photograph(report: Path, picture: Path) -> None:
-    """The report in a browser, with one token opened."""
+    """The report in a browser: pointing at one token; and in dark, with the layers of one opened."""
     chromium = shutil.which("chromium")
     if chromium is None:
-        print(f"no chromium: {picture.name} stays as it is")
+        print("no chromium: the pictures of the report stay as they are")
         return
     from playwright.sync_api import sync_playwright
 
@@ -208,6 +210,10 @@ def photograph(report: Path, picture: Path) -> None:
         page.goto(report.as_uri())
         page.locator(".t").nth(40).hover()
         page.screenshot(path=picture)
+        page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="dark")
+        page.goto(report.as_uri())
+        page.locator(".t").nth(40).click()
+        page.screenshot(path=picture.with_name(f"{picture.stem}_layers.png"))
         browser.close()
 
 

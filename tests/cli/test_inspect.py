@@ -96,7 +96,7 @@ def test_a_text_beyond_the_context_is_read_in_pieces_and_that_is_said(loramix, f
 
 def test_what_lies_beyond_the_limit_is_said(loramix, folders) -> None:
     document = json.loads(loramix("inspect", folders.mixture, "--text", "a" * 50, "--limit", "11", "--json").out)
-    assert document["notes"][1] == "Read were the first 10 of 50 tokens; the rest lies beyond the limit of 11."
+    assert document["notes"][1] == "Read: the first 10 of 50 tokens; the rest lies beyond the limit of 11."
     assert len(document["tokens"]) == 11
 
 
@@ -120,7 +120,8 @@ def test_one_text_is_named(words: tuple[str, ...], loramix, folders) -> None:
     ("words", "said"),
     [
         (("--text", ""), "A text to look at has at least one token."),
-        (("--file", "nowhere.txt"), "Data is text in UTF-8 that can be read."),
+        (("--file", "nowhere.txt"), "nowhere.txt: No such file or directory"),
+        (("--file", "."), ".: Is a directory"),
         (("--text", "x", "--window", "100000"), "no more than the base model has positions"),
         (("--text", "x", "--html", "no/such/folder.html"), "into a folder that exists"),
     ],

@@ -110,6 +110,13 @@ def test_confusion_counts_leading_experts_by_label() -> None:
             confusion(record, labels)
 
 
+def test_nobody_leads_where_no_selected_expert_has_a_scaling() -> None:
+    record = record_of(torch.eye(4)[[0, 0, 0, 3, 3, 3]][:, None].expand(6, 2, 4))
+    some = record.select(experts=["e1", "e3"])
+    assert confusion(some, {0: "text"}).counts.tolist() == [[0, 3]]
+    assert_close(agreement(some), torch.ones(2, 2))
+
+
 def test_metrics_of_a_record_are_those_of_its_layers() -> None:
     record = random_record(30, parts=3)
     whole, layers = record.metrics(), record.metrics_by_layer()

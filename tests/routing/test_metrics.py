@@ -26,6 +26,14 @@ def test_nothing_was_measured_before_anything_was_added() -> None:
     assert RoutingMeter().result() is None
 
 
+def test_experts_that_were_left_out_of_a_selection_lead_nowhere() -> None:
+    chosen = one_hot([0, 0, 0, 3, 3, 3], 4)
+    found = measured(chosen[..., [1, 3]])
+    assert found.load == pytest.approx([0, 0.5])
+    assert found.importance == pytest.approx([0, 0.5])
+    assert measured(chosen).load == pytest.approx([0.5, 0, 0, 0.5])
+
+
 def test_a_uniform_routing_is_balanced_and_tells_nothing_of_its_input() -> None:
     found = measured(torch.full((2, 5, 3, 4), 0.25))
     assert found.importance == pytest.approx([0.25] * 4)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,6 +106,41 @@ def test_shared_scalings_have_no_layers_to_tell_apart() -> None:
         record.select(layers=0)
     assert set(record.to_pandas().layer) == {"all layers"}
     assert list(record.metrics_by_layer()) == ["all layers"]
+
+
+def test_masks_and_numbers_may_be_lists_or_arrays() -> None:
+    record = random_record(12, texts=[5, 7])
+    wanted = record.positions == 3
+    for mask in (wanted, wanted.tolist(), wanted.numpy()):
+        assert record.select(tokens=mask).positions.tolist() == [3, 3]
+    assert record.select(tokens=np.array([1, 2])).positions.tolist() == [1, 2, 1, 2]
+    assert record.select(tokens=np.int64(4), sequences=np.array([1])).sequences == [1]
+    assert record.select(layers=np.int64(1), experts=torch.tensor([2, 0])).experts == ["e2", "e0"]
+    assert record.select(sequences=(0, 1)).kept == 12
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [{"sequences": 99}, {"tokens": "zzz*"}, {"tokens": 500}, {"tokens": [False] * 12}, {"tokens": 6, "sequences": [0]}],
+)
+def test_a_selection_of_nothing_is_an_error(nothing: dict[str, Any]) -> None:
+    record = random_record(12, texts=[5, 7])
+    with pytest.raises(RoutingError, match="at least one token"):
+        record.select(**nothing)
+    empty = record_of(torch.zeros(0, 2, 2))
+    assert empty.select(tokens=slice(0, 5)).kept == 0
+
+
+def test_a_record_that_was_saved_over_is_not_read_as_the_earlier_one(tmp_path: Path) -> None:
+    random_record(12, texts=[5, 7]).save(tmp_path)
+    loaded = RoutingRecord.load(tmp_path)
+    loaded.select(sequences=1).save(tmp_path)
+    with pytest.raises(CorruptCheckpointError, match="another record was saved there"):
+        _ = loaded.scalings
+
+
+def test_one_of_a_kind_is_told_as_one() -> None:
+    assert record_of(torch.ones(1, 1, 1)).note == "1 token, 1 expert, 1 layer."
 
 
 def test_the_pieces_of_a_run_add_up_also_where_tokens_are_half_a_character() -> None:

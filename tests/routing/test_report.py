@@ -143,6 +143,26 @@ def test_the_worth_of_experts_is_shown_where_it_was_measured() -> None:
     assert "+0.2500</td><td>helps" in page
 
 
+def test_a_selection_is_not_taken_for_a_mixture_of_one() -> None:
+    some = Inspection(random_record(12, texts=[5, 7]).select(experts=["e0"], sequences=[1]), "some", ["A", "B"])
+    assert "One expert alone" not in " ".join(some.all_notes)
+    assert "none to leave out" not in report_html(some)
+    told = some.to_dict()
+    assert [told["texts"][token["text"]] for token in told["tokens"]] == ["B"] * 7
+
+
+def test_texts_that_fork_say_from_where() -> None:
+    record = record_of(torch.ones(9, 1, 2), texts=[5, 4])
+    record.header.forks[1] = (0, 3)
+    assert data_of(report_html(Inspection(record, names=["first", "second"])))["forks"] == {"1": ["first", 3]}
+
+
+def test_the_strip_is_paler_where_the_lead_is_less() -> None:
+    page = report_html(record_of(torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]], [[0.0, 1.0]]])))
+    found = re.findall(r'<path class="fill (e\d) (s\d)" d="M(\d)', page)
+    assert found == [("e0", "s0", "0"), ("e0", "s7", "1"), ("e1", "s7", "2")]
+
+
 def test_losses_of_another_mixture_are_refused() -> None:
     with pytest.raises(RoutingError, match="with the mixture of the record"):
         Inspection(random_record(experts=2), worth=LeaveOneOut(1.5, {"e0": 1.4, "other": 1.75}, 11))

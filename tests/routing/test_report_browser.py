@@ -13,6 +13,7 @@ import torch
 
 from loramix.routing.ablation import LeaveOneOut
 from loramix.routing.inspection import Inspection
+from loramix.routing.record import RoutingRecord
 from loramix.routing.report import write_report
 from loramix.routing.report_data import choose
 from loramix.routing.report_parts import contrast
@@ -38,6 +39,15 @@ class _Words:
         )
 
 
+def forked() -> RoutingRecord:
+    """Two texts with a beginning in common."""
+    record = random_record(9, texts=[5, 4])
+    record.header.forks[1] = (0, 3)
+    for part in record.parts():
+        part.position[5:] += 3
+    return record
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Reports of several kinds, written once."""
@@ -54,6 +64,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "one": Inspection(record_of(torch.ones(5, 2, 1)), "one expert"),
         "shared": Inspection(random_record(layers=1, shared=True), "shared"),
         "long": Inspection(random_record(100_000, 2, 4, texts=[1000] * 100), "long"),
+        "forked": Inspection(forked()),
         "single": Inspection(random_record(20_000, 2, 4), "one long text without an end of line"),
     }
     for name, inspection in made.items():
@@ -136,6 +147,26 @@ def test_pointing_shows_the_weights(load: Open, pages: dict[str, Path]) -> None:
     assert first in token(page, 20).get_attribute("class").split(), "the first one has the token's colour"
     page.mouse.move(2, 2)
     assert page.locator("#tip").is_hidden()
+
+
+def test_a_pointer_at_rest_is_not_asked_while_keys_go_on(load: Open) -> None:
+    page = load("single")
+    token(page, 300).hover()
+    assert page.locator("#tip").is_visible()
+    token(page, 0).focus()
+    page.keyboard.press("PageDown")
+    for _ in range(12):
+        page.keyboard.press("ArrowDown")
+    page.wait_for_timeout(100)
+    assert page.locator("#tip .piece").inner_text() == f"#{focused(page)}"
+    token(page, 5 + focused(page)).hover()
+    page.wait_for_function("document.querySelector('#tip .piece').textContent !== `#${document.activeElement.token}`")
+
+
+def test_a_fork_says_which_text_it_goes_on_with(load: Open) -> None:
+    page = load("forked")
+    headings = page.locator("#text h3").all_text_contents()
+    assert headings == ["text 0", "text 1 · goes on from token 3 of text 0"]
 
 
 def test_clicking_opens_layers_by_experts(load: Open) -> None:

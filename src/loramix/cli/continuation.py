@@ -25,7 +25,7 @@ from transformers.utils import logging
 from loramix import demo
 from loramix.base_files import load_base, load_tokenizer, one_line
 from loramix.cli.shipped import is_shipped
-from loramix.config import PeftConfig
+from loramix.config import PeftConfig, XLoraConfig
 from loramix.errors import (
     ConfigurationError,
     UnsupportedOperationError,
@@ -89,16 +89,18 @@ class Continuation:
         return document
 
 
-def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto") -> Opened:
+def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto", routed: str | None = None) -> Opened:
     """Load a mixture, or a single expert, on its base model, ready to generate.
 
     Args:
         mixture: folder or Hub id; "demo" is the one that ships inside the package.
         base: folder or Hub id of the base model; the one that the mixture names when None.
         device: a torch device; "auto" is the accelerator where there is one.
+        routed: what to do about a single expert, where one that has no routing is of no use.
 
     Raises:
         ConfigurationError: the mixture names no base model and none is given; the device cannot be used.
+        UnsupportedOperationError: a single expert that is of no use.
         CheckpointNotFoundError, CorruptCheckpointError: as `load_base`.
         CheckpointError, AdapterError: as `PeftModel.from_pretrained`.
     """
@@ -109,6 +111,10 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto")
         model, tokenizer = demo.load()
         return Opened(_placed(model, place), tokenizer, mixture, mixture)
     saved = PeftConfig.from_pretrained(mixture)
+    if routed is not None and not isinstance(saved, XLoraConfig):
+        raise UnsupportedOperationError(
+            "Only a mixture has a routing to look at.", received=f"the single expert {mixture!r}", remedy=routed
+        )
     identifier = base or saved.base_model_name_or_path
     if not identifier:
         raise ConfigurationError(
@@ -142,14 +148,8 @@ def continue_text(
 
     Raises:
         ConfigurationError: the prompt has no tokens.
-        UnsupportedOperationError: the experts of a single one.
+        UnsupportedOperationError: the routing of a single expert.
     """
-    if show_experts and not isinstance(opened.model, XLoraModel):
-        raise UnsupportedOperationError(
-            "Only a mixture has a routing to show.",
-            received=f"the single expert {opened.mixture!r}",
-            remedy="leave out --show-experts, or name a mixture",
-        )
     tokenizer = opened.tokenizer
     encoded = tokenizer(prompt, return_tensors="pt").to(opened.model.device)
     ids = encoded["input_ids"]

@@ -53,7 +53,8 @@ def generate(
     text = read_text(prompt)
     sampling = Sampling(temperature, top_p, seed) if do_sample else None
     with stdout_kept_for_json(as_json), warnings_as_lines():
-        opened = open_mixture(mixture, base=base, device=device)
+        needed = "leave out --show-experts, or name a mixture" if show_experts else None
+        opened = open_mixture(mixture, base=base, device=device, routed=needed)
         written = continue_text(opened, text, max_new_tokens, sampling, stream=not as_json, show_experts=show_experts)
     if as_json:
         print_json(written.document())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -40,7 +40,6 @@ def inspect(
     from rich.console import Console
 
     from loramix.cli.continuation import open_mixture
-    from loramix.errors import ConfigurationError
     from loramix.model import XLoraModel
     from loramix.routing.inspection import inspect_texts
     from loramix.routing.report import check_place, write_report
@@ -52,16 +51,10 @@ def inspect(
         check_place(html)
     with stdout_kept_for_json(as_json), warnings_as_lines():
         rows = _rows(text, file, data, split, subset)
-        opened = open_mixture(mixture, base=base, device=device)
-        if not isinstance(opened.model, XLoraModel):
-            raise ConfigurationError(
-                "Only a mixture has a routing to look at.",
-                received=f"the single expert {mixture!r}",
-                remedy="name the folder of a mixture",
-            )
+        opened = open_mixture(mixture, base=base, device=device, routed="name the folder of a mixture")
         texts = [(row.source, row.as_text(opened.tokenizer)) for row in rows]
         found = inspect_texts(
-            opened.model,
+            cast(XLoraModel, opened.model),
             opened.tokenizer,
             texts,
             title=opened.mixture,

@@ -17,6 +17,7 @@ from torch import Tensor
 from loramix.errors import UnsupportedOperationError
 from loramix.routing.colours import expert_colours
 from loramix.routing.header import without_shared_part
+from loramix.routing.metrics import confidence_of, leading_of
 from loramix.routing.record import RoutingRecord
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 LONGEST = 22  # characters of a name; longer ones are cut in the middle
 MARKS = {"\n": "↵", "\t": "⇥", "\r": "↵", " ": "·", "": "…"}
 MISSING = "□"
+MOST_GAPS = 12
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -56,16 +58,16 @@ class Columns:
     Attributes:
         values: weights, by expert and column.
         labels: what the tokens are; None for runs.
-        first: the position of the first token.
+        positions: of the first token of each.
         each: tokens of a run.
-        last: the position of the last token.
+        gaps: columns before which tokens are missing; none are told of a sample, where they are everywhere.
     """
 
     values: Float[Tensor, "E C"]
     labels: list[str] | None
-    first: int
+    positions: list[int]
     each: int
-    last: int
+    gaps: list[int]
 
     def mean(self, numbers: Float[Tensor, " N"]) -> Float[Tensor, " C"]:
         """Numbers of the tokens as those of the columns."""
@@ -75,12 +77,21 @@ class Columns:
 def columns_of(text: RoutingRecord, across: int, most: int = 1) -> list[Columns]:
     """A text in lines of at most so many columns: of tokens if they fit into `most` lines, else one line of runs."""
     weights, positions = text.weights, text.positions.tolist()
+    gaps = (torch.nonzero(text.positions.diff() != 1).flatten() + 1).tolist()
+    gaps = gaps if len(gaps) <= MOST_GAPS else []
     if len(weights) > across * most or across > 100:
         each = -(-len(weights) // across)
-        return [Columns(_in_runs(weights, each).T, None, positions[0], each, positions[-1])]
+        missing = sorted({-(-gap // each) for gap in gaps})
+        return [Columns(_in_runs(weights, each).T, None, positions[::each], each, missing)]
     pieces = [drawable(piece) for piece in text.pieces()]
     return [
-        Columns(weights[i : i + across].T, pieces[i : i + across], positions[i], 1, positions[i : i + across][-1])
+        Columns(
+            weights[i : i + across].T,
+            pieces[i : i + across],
+            positions[i : i + across],
+            1,
+            [gap - i for gap in gaps if i <= gap < i + across],
+        )
         for i in range(0, len(weights), across)
     ]
 
@@ -90,11 +101,11 @@ def _in_runs(rows: Tensor, each: int) -> Tensor:
 
 
 def leading_strip(axes: Axes, record: RoutingRecord, columns: Columns, across: int) -> None:
-    """One row in the colours of the leading experts."""
-    from matplotlib.colors import to_rgb
-
-    paint = expert_colours(record.palette)
-    colours = [to_rgb(paint[record.experts[leader]]) for leader in columns.values.argmax(0).tolist()]
+    """One row in the colours of the leading experts, paler where they lead less."""
+    paint, shares = expert_colours(record.palette), columns.values.T
+    leaders = [record.experts[leader] for leader in leading_of(shares).tolist()]
+    sure = confidence_of(shares).tolist()
+    colours = [paled(paint[leader], strength) for leader, strength in zip(leaders, sure, strict=True)]
     axes.imshow([colours], aspect="auto", interpolation="nearest")
     axes.set_xlim(-0.5, max(across if columns.each == 1 else 0, len(colours)) - 0.5)
     axes.set_yticks([])
@@ -103,11 +114,31 @@ def leading_strip(axes: Axes, record: RoutingRecord, columns: Columns, across: i
         side.set_visible(False)
 
 
+def paled(colour: str, confidence: float) -> tuple[float, ...]:
+    """A colour on white: all of it where the confidence is 1, a sixth where it is 0."""
+    from matplotlib.colors import to_rgb
+
+    share = (1 + 5 * confidence**0.5) / 6  # of many experts none leads by much
+    return tuple(share * part + 1 - share for part in to_rgb(colour))
+
+
+def mark_gaps(axes: Axes, columns: Columns) -> None:
+    """A dotted line where tokens are missing."""
+    for gap in columns.gaps:
+        axes.axvline(gap - 0.5, color="#333333", linestyle=":", linewidth=1.2)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names as labels; those that look alike once they are cut have their number in front."""
+    shown = [drawable(name) for name in names]
+    return [f"{i} {label}" if shown.count(label) > 1 else label for i, label in enumerate(shown)]
+
+
 def label_experts(axes: Axes, names: Sequence[str], palette: Sequence[str], *, vertical: bool) -> None:
     """The experts' names along an axis, each with a mark of its colour."""
     paint, many = expert_colours(palette), len(names) > 12
     size = 6.5 if many else 9
-    texts = [drawable(name) for name in names]
+    texts = distinct(names)
     if vertical:
         axes.set_yticks(range(len(names)), texts, fontsize=size)
         labels = axes.get_yticklabels()
@@ -134,7 +165,7 @@ def token_labels(axes: Axes, columns: Columns) -> None:
     if columns.labels is None:
         count = columns.values.shape[1]
         places = sorted({round(i * (count - 1) / 8) for i in range(9)})
-        axes.set_xticks(places, [str(columns.first + place * columns.each) for place in places], fontsize=8)
+        axes.set_xticks(places, [str(columns.positions[place]) for place in places], fontsize=8)
         axes.set_xlabel("position in the text", fontsize=8)
         return
     axes.set_xticks(range(len(columns.labels)), columns.labels, rotation=90, fontsize=8)

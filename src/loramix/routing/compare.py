@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loramix.errors import RoutingError
-from loramix.routing.metrics import leading_of, shares_of
+from loramix.routing.metrics import leads_of, shares_of
 from loramix.routing.parts import Part
 from loramix.routing.pick import some
 from loramix.routing.record import RoutingRecord
@@ -40,8 +40,9 @@ def agreement(record: RoutingRecord) -> Float[Tensor, "L L"]:
     layers = len(record.layers)
     same, count = torch.zeros(layers, layers, dtype=torch.float64), 0
     for part in record.parts():
-        leading = torch.nn.functional.one_hot(leading_of(part.scalings), len(record.experts)).double()
-        same += torch.einsum("nle,nme->lm", leading, leading)
+        leading = leads_of(part.scalings).double()
+        nobody = 1 - leading.sum(-1)  # which is alike too
+        same += torch.einsum("nle,nme->lm", leading, leading) + nobody.T @ nobody
         count += len(part)
     if not count:
         raise record.nothing()
@@ -190,9 +191,8 @@ def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) 
             remedy="pass a label, or None, for each token of record.tokens, or {number: label} for record.sequences",
         )
     names = sorted({str(label) for label in column if label is not None})
-    leading = leading_of(whole.scalings.mean(1))
-    counts = torch.zeros(len(names), len(record.experts), dtype=torch.long)
-    rows = torch.tensor([-1 if label is None else names.index(str(label)) for label in column])
-    labelled = rows >= 0
-    counts.index_put_((rows[labelled], leading[labelled]), torch.ones(1, dtype=torch.long), accumulate=True)
+    row_of = {name: row for row, name in enumerate(names)}
+    rows = torch.tensor([-1 if label is None else row_of[str(label)] for label in column])
+    labelled = torch.nn.functional.one_hot(rows + 1, len(names) + 1)[:, 1:].double()
+    counts = (labelled.T @ leads_of(whole.scalings.mean(1)).double()).long()
     return Confusion(names, record.experts, counts)

@@ -61,9 +61,19 @@ class FileParts:
         return sum(self.sizes.values())
 
     def parts(self) -> Iterator[Part]:
-        """One after the other."""
-        for name in self.sizes:
-            yield read_part(self.folder / name)
+        """One after the other.
+
+        Raises:
+            IncompleteCheckpointError: a file is missing.
+            CorruptCheckpointError: a file is not what it should be, or not of this record any more.
+        """
+        for name, size in self.sizes.items():
+            part = read_part(self.folder / name)
+            if len(part) != size:
+                raise _corrupt(
+                    self.folder / name, f"{len(part)} tokens where {size} were: another record was saved there"
+                )
+            yield part
 
 
 def read_part(path: Path) -> Part:

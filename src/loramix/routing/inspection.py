@@ -65,7 +65,7 @@ class Inspection:
     def all_notes(self) -> list[str]:
         """What is here, what is missing, and what there is to know about the mixture."""
         record, found = self.record, [self.record.note, *self.notes]
-        if len(record.experts) == 1:
+        if len(record.palette) == 1:
             found.append("One expert alone: there is nothing to route between, and nothing to leave out.")
         elif record.shared:
             found.append(f"The {len(record.header.adapted)} adapted layers share one routing: no layer differs.")
@@ -76,8 +76,9 @@ class Inspection:
         record = self.record
         part, metrics = record.part, record.metrics()
         weights = part.scalings.mean(1)
+        number = {sequence: i for i, sequence in enumerate(record.sequences)}
         columns: dict[str, list[Any]] = {
-            "text": part.sequence.tolist(),
+            "text": [number[sequence] for sequence in part.sequence.tolist()],
             "position": part.position.tolist(),
             "id": part.token.tolist(),
             "token": record.pieces(),
@@ -194,7 +195,7 @@ def _cut(
         )
     kept = read - len(start) * len(found)
     if kept < total:
-        notes.append(f"Read were the first {kept} of {total} tokens; the rest lies beyond the limit of {limit}.")
+        notes.append(f"Read: the first {kept} of {total} tokens; the rest lies beyond the limit of {limit}.")
     return found, notes
 
 

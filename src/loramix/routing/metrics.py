@@ -29,7 +29,7 @@ class RoutingMetrics:
     """What a routing does, over all tokens and layers that were added.
 
     Attributes:
-        load: by expert, adding up to 1.
+        load: by expert, adding up to 1; to less in a selection of experts that misses those which lead elsewhere.
         importance: by expert: mean scaling as it is.
         entropy_of_mean: of the mean over tokens, mean over layers, in shares of log E.
         mean_entropy: mean over tokens and layers, in shares of log E.
@@ -110,7 +110,7 @@ class RoutingMeter:
         if not values.numel():
             return
         shares = shares_of(values)
-        leading = torch.zeros_like(values).scatter(-1, leading_of(values).unsqueeze(-1), 1.0)
+        leading = leads_of(values)
         entropy = torch.special.entr(shares).sum(-1).mean(-1).sum()
         added = (leading.sum((0, 1)), values.sum((0, 1)), shares.sum(0), entropy)
         self._sums = tuple(map(torch.add, self._sums, added)) if self._tokens else added
@@ -135,8 +135,17 @@ class RoutingMeter:
 
 
 def leading_of(scalings: Float[Tensor, "*N E"]) -> Int[Tensor, "*N"]:
-    """argmax_e s_e among the experts that have a scaling: 0 is what top-k gives those that it did not select."""
+    """argmax_e s_e among the experts that have a scaling: 0 is what top-k gives those that it did not select.
+
+    The first one where none has, as in a selection of experts may be.
+    """
     return scalings.masked_fill(scalings == 0, -torch.inf).argmax(-1)
+
+
+def leads_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:
+    """1 at the leading expert, 0 elsewhere; nowhere 1 where no expert has a scaling."""
+    leading = torch.zeros_like(scalings).scatter(-1, leading_of(scalings).unsqueeze(-1), 1.0)
+    return leading * (scalings != 0).any(-1, keepdim=True)
 
 
 def shares_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:

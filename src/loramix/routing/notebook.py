@@ -7,7 +7,7 @@ from html import escape
 import torch
 
 from loramix.routing.colours import expert_colours
-from loramix.routing.metrics import confidence_of
+from loramix.routing.metrics import confidence_of, leading_of
 from loramix.routing.record import RoutingRecord
 
 TOKENS = 300
@@ -35,7 +35,8 @@ def record_html(record: RoutingRecord) -> str:
 
 
 def _token(piece: str, experts: list[str], row: list[float], confidence: float, paint: dict[str, str]) -> str:
-    order = sorted(range(len(row)), key=row.__getitem__, reverse=True)
+    leader = int(leading_of(torch.tensor(row)))
+    order = [leader, *sorted(set(range(len(row))) - {leader}, key=row.__getitem__, reverse=True)]
     title = ", ".join(f"{experts[i]} {row[i]:.2f}" for i in order[:6])
     strength = round(255 * (0.08 + 0.37 * confidence))  # whatever the notebook's ink, text stays readable
     colour = f"{paint[experts[order[0]]]}{strength:02x}"

@@ -5,9 +5,9 @@ N: tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 import torch
 from jaxtyping import Bool
@@ -16,11 +16,34 @@ from torch import Tensor
 from loramix.errors import RoutingError
 from loramix.routing.parts import Part
 
-Picked = int | str | slice | Sequence[int | str]
-Tokens = int | str | slice | Sequence[int | str] | Tensor
+Picked = SupportsIndex | str | slice | Iterable[SupportsIndex | str]
+Tokens = Picked | Tensor
+Plain = int | str | slice | Sequence[int | str]
+"""The same, in Python's own numbers and lists."""
 
 
-def pick(what: str, names: Sequence[str], wanted: Picked) -> list[int]:
+def plain(wanted: Any) -> Any:
+    """What was asked for in Python's own numbers and lists: not in those of tensors, arrays or tables."""
+    if isinstance(wanted, str | slice) or wanted is None:
+        return wanted
+    if hasattr(wanted, "tolist"):
+        return wanted.tolist()
+    if isinstance(wanted, SupportsIndex):
+        return wanted if isinstance(wanted, bool) else wanted.__index__()
+    return [plain(one) for one in wanted]
+
+
+def is_mask(wanted: Any) -> bool:
+    """Whether it says of each token if it stays."""
+    return isinstance(wanted, list) and bool(wanted) and all(isinstance(one, bool) for one in cast("list[Any]", wanted))
+
+
+def counted(number: int, what: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def pick(what: str, names: Sequence[str], wanted: Plain) -> list[int]:
     """The numbers of the names that are wanted, in the order in which they are asked for, each once.
 
     Args:
@@ -69,7 +92,7 @@ def _unknown(what: str, names: Sequence[str], wanted: Any) -> RoutingError:
 
 
 def chosen_rows(
-    part: Part, tokens: Tokens | None, sequences: int | Sequence[int] | None, texts: Sequence[str] | None
+    part: Part, tokens: Plain | None, sequences: int | Sequence[int] | None, texts: Sequence[str] | None
 ) -> Bool[Tensor, " N"]:
     """True at the tokens that are wanted.
 
@@ -88,14 +111,15 @@ def chosen_rows(
         stays &= torch.isin(part.sequence, torch.tensor(numbers, dtype=torch.long))
     if tokens is None:
         return stays
-    if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
-        if tokens.shape != stays.shape:
+    if is_mask(tokens):
+        mask = torch.tensor(tokens)
+        if mask.shape != stays.shape:
             raise RoutingError(
                 "A mask has one value for each recorded token.",
-                received=f"shape {tuple(tokens.shape)} for {len(part)} tokens",
+                received=f"{len(mask)} values for {len(part)} tokens",
                 remedy="make it from the record's own tensors, such as record.tokens == 13",
             )
-        return stays & tokens.cpu()
+        return stays & mask
     if isinstance(tokens, slice):
         return stays & _in_slice(part.position, tokens)
     several = [tokens] if isinstance(tokens, int | str) else list(tokens)

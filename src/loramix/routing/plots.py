@@ -8,6 +8,7 @@ N: tokens. L: adapted layers, 1 where they share their scalings. E: experts. C: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from loramix.errors import RoutingError
 from loramix.routing.canvas import (
     Columns,
     columns_of,
+    distinct,
     drawable,
     label_experts,
     leading_strip,
+    mark_gaps,
     new_figure,
     plain_text,
     short_layers,
@@ -28,7 +31,7 @@ from loramix.routing.canvas import (
     token_labels,
 )
 from loramix.routing.compare import drift, in_order_of, same_tokens
-from loramix.routing.metrics import entropy_of
+from loramix.routing.metrics import entropy_of, leading_of
 from loramix.routing.record import RoutingRecord
 
 if TYPE_CHECKING:
@@ -36,9 +39,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WEIGHTS = "Blues"  # lightness alone tells more from less, whatever the colour vision
+SIGNED = "RdBu"  # blue for more than 0 as above, red for less
 LEFT_TO_RIGHT = 11.0  # inches
 A_LINE = 40  # tokens whose text stays readable beside each other
 RUNS = 400  # columns of a text that is too long for that
+TALLEST = 19.0  # inches of all lines
+NAMED = 16  # experts in a legend
 
 
 def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, layer: int | str | None = None) -> Figure:
@@ -58,17 +64,20 @@ def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, lay
     """
     text = one_text(record, sequence)
     chosen = text if layer is None else text.select(layers=layer)
-    lines = _lines(chosen, most=max(1, 48 // len(record.experts)))
-    heights = [0.25 + _height(len(record.experts)) for _ in lines]
-    figure = new_figure(LEFT_TO_RIGHT, sum(heights) + 1.1 * len(lines) + 0.4)
+    height = 0.25 + _height(len(record.experts))
+    lines = _lines(chosen, most=max(1, int(TALLEST / (height + 1.1))))
+    heights = [height for _ in lines]
+    across = min(A_LINE, lines[0].values.shape[1])
+    wide = LEFT_TO_RIGHT if across > 5 else 7.0
+    figure = new_figure(wide, sum(heights) + 1.1 * len(lines) + 0.4)
     where = "mean of all layers" if layer is None and not record.shared else ", ".join(chosen.layers)
     plain_text(figure.suptitle(f"{_title(text)}: weight of each expert, {where}{_runs(lines[0])}"))
     grid = figure.add_gridspec(2 * len(lines), 1, height_ratios=[x for h in heights for x in (0.22, h)])
-    image, most = None, _most(*lines)
+    image, scale = None, _scale_of(*lines)
     for i, columns in enumerate(lines):
         top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
-        leading_strip(top, record, columns, A_LINE)
-        image = _weights(below, record, columns, most, A_LINE)
+        leading_strip(top, record, columns, across)
+        image = _weights(below, record, columns, scale, across)
         token_labels(below, columns)
     _scale(figure, image, "weight")
     return figure
@@ -107,8 +116,10 @@ def layers_by_experts(record: RoutingRecord, *, position: int | None = None, seq
     figure = new_figure(max(5.5, width), height + 1.6)
     plain_text(figure.suptitle(f"Scaling of each expert by layer, {what}", fontsize=10, wrap=True))
     axes = figure.add_subplot()
-    image = axes.imshow(values.numpy(), cmap=WEIGHTS, aspect="auto", interpolation="nearest", vmin=0)
-    each = max(1, round(len(layers) / (height / 0.16)))
+    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **_shades(values))
+    each, kinds = max(1, round(len(layers) / (height / 0.16))), len({name.rpartition(".")[2] for name in layers})
+    while math.gcd(each, kinds) > 1:  # else only one kind of layer has its name
+        each += 1
     axes.set_yticks(range(0, len(layers), each), [layers[i] for i in range(0, len(layers), each)], fontsize=8)
     if record.shared:
         plain_text(axes.set_xlabel(f"one routing for all {len(record.header.adapted)} layers"))
@@ -163,27 +174,31 @@ def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figu
         UnsupportedOperationError: matplotlib is missing.
     """
     text = one_text(record, sequence)
-    entropy, positions = entropy_of(text.scalings).mean(1), text.positions
+    entropy, places = entropy_of(text.scalings).mean(1), torch.arange(text.kept)
     figure = new_figure(LEFT_TO_RIGHT, 3.6)
     grid = figure.add_gridspec(2, 1, height_ratios=[1, 12], hspace=0.02)
     top, axes = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
-    columns = columns_of(text, RUNS)[0]
+    columns, each_one = columns_of(text, RUNS)[0], columns_of(text, max(101, text.kept))[0]
     leading_strip(top, record, columns, columns.values.shape[1])
     window = max(1, min(25, len(entropy) // 8))
     if len(entropy) <= 2000:
-        axes.plot(positions.numpy(), entropy.numpy(), color="#9aa5b5", linewidth=0.8, label="each token")
+        marker = "o" if window == 1 else ""
+        style = {"marker": marker, "markersize": 4, "color": "#9aa5b5", "linewidth": 0.8}
+        axes.plot(places.numpy(), entropy.numpy(), label="each token", **style)  # pyright: ignore
     if window > 1:
         smooth = entropy.unfold(0, window, 1).mean(-1)
-        middle = positions[window // 2 :][: len(smooth)]
+        middle = places[window // 2 :][: len(smooth)]
         axes.plot(middle.numpy(), smooth.numpy(), color="#0072b2", linewidth=1.8, label=f"mean of {window} tokens")
     axes.axhline(float(entropy.mean()), color="black", linestyle="--", linewidth=1, label="mean")
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlim(float(positions.min()) - 0.5, float(positions.max()) + 0.5)
+    axes.set_xlim(-0.5, len(entropy) - 0.5)
+    token_labels(axes, each_one)
+    mark_gaps(axes, each_one)
     axes.set_ylabel("entropy / log E")
     axes.set_xlabel("position in the text; above, the colour of the leading expert")
     axes.legend(fontsize=8, frameon=False, loc="upper right", ncols=3)
     strip_axes(axes)
-    _legend(figure, record)
+    _legend(figure, record, leading_of(columns.values.T))
     plain_text(figure.suptitle(f"{_title(text)}: entropy of the routing", fontsize=10))
     return figure
 
@@ -221,12 +236,12 @@ def comparison(
     grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
     across = A_LINE if len(first) <= A_LINE else RUNS
     both = [columns_of(text, across)[0] for text in texts]
-    image, most = None, _most(*both)
+    image, scale = None, _scale_of(*both)
     for i, (record, columns) in enumerate(zip(records, both, strict=True)):
         top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
         leading_strip(top, record, columns, columns.values.shape[1])
         plain_text(top.set_title(drawable(names[i]), fontsize=10, loc="left"))
-        image = _weights(below, record, columns, most, 0)
+        image = _weights(below, record, columns, scale, 0)
         if i == 1 and not alike:
             token_labels(below, columns)
         else:
@@ -274,8 +289,9 @@ def _lines(text: RoutingRecord, most: int) -> list[Columns]:
     return columns_of(text, A_LINE, most) if len(text) <= A_LINE * most else columns_of(text, RUNS)
 
 
-def _weights(axes: Axes, record: RoutingRecord, columns: Columns, most: float, across: int) -> Any:
-    image = axes.imshow(columns.values.numpy(), cmap=WEIGHTS, aspect="auto", interpolation="nearest", vmin=0, vmax=most)
+def _weights(axes: Axes, record: RoutingRecord, columns: Columns, scale: dict[str, Any], across: int) -> Any:
+    image = axes.imshow(columns.values.numpy(), aspect="auto", interpolation="nearest", **scale)
+    mark_gaps(axes, columns)
     count = columns.values.shape[1]
     axes.set_xlim(-0.5, (max(across, count) if columns.each == 1 else count) - 0.5)
     label_experts(axes, record.experts, record.palette, vertical=True)
@@ -284,9 +300,19 @@ def _weights(axes: Axes, record: RoutingRecord, columns: Columns, most: float, a
     return image
 
 
-def _most(*several: Columns) -> float:
-    """The weight that is darkest: the largest; twice the even share where it is less, so that evenness looks pale."""
-    return max(max(float(columns.values.max()), min(1.0, 2 / len(columns.values))) for columns in several)
+def _scale_of(*several: Columns) -> dict[str, Any]:
+    """Darkest is the largest weight; twice the even share where it is less, so that evenness looks pale."""
+    pale = max(min(1.0, 2 / len(columns.values)) for columns in several)
+    return _shades(torch.cat([columns.values.flatten() for columns in several]), pale)
+
+
+def _shades(values: Tensor, least: float = 0.0) -> dict[str, Any]:
+    """Colours of numbers: from 0 on in one hue; in two where some are below, as logits in "hard" routing are."""
+    most = max(float(values.max()), least)
+    if float(values.min()) >= 0:
+        return {"cmap": WEIGHTS, "vmin": 0, "vmax": most or 1.0}
+    most = max(most, -float(values.min()))
+    return {"cmap": SIGNED, "vmin": -most, "vmax": most}
 
 
 def _scale(figure: Figure, image: Any, what: str) -> None:
@@ -312,10 +338,16 @@ def _colours(record: RoutingRecord) -> list[str]:
     return [paint[name] for name in record.experts]
 
 
-def _legend(figure: Figure, record: RoutingRecord) -> None:
+def _legend(figure: Figure, record: RoutingRecord, leaders: Tensor) -> None:
+    """The experts' colours; of many only those that lead most."""
     from matplotlib.patches import Patch
 
-    marks = [Patch(color=colour, label=drawable(n)) for n, colour in zip(record.experts, _colours(record), strict=True)]
+    often = torch.bincount(leaders, minlength=len(record.experts)).argsort(descending=True, stable=True)
+    named = sorted(often[:NAMED].tolist())
+    labels, colours = distinct(record.experts), _colours(record)
+    marks = [Patch(color=colours[i], label=labels[i]) for i in named]
+    if len(named) < len(labels):
+        marks.append(Patch(alpha=0, label=f"and {len(labels) - len(named)} more"))
     shown = figure.legend(
         handles=marks, loc="outside lower center", ncols=min(8, len(marks)), fontsize=7, frameon=False
     )

@@ -20,7 +20,7 @@ from loramix.errors import RoutingError
 from loramix.routing.header import Header
 from loramix.routing.metrics import RoutingMeter, RoutingMetrics, leading_of
 from loramix.routing.parts import Kept, Part, joined
-from loramix.routing.pick import Picked, Tokens, chosen_rows, pick, some
+from loramix.routing.pick import Picked, Tokens, chosen_rows, counted, is_mask, pick, plain, some
 from loramix.routing.pieces import one_by_one, pieces_of
 from loramix.routing.texts import path_of, text_of
 
@@ -101,10 +101,9 @@ class RoutingRecord:
                 "Nothing was recorded: no forward made scalings. With adapters disabled, or with fixed scalings, none "
                 "are made."
             )
-        texts = f"{self.kept} tokens, {len(self.experts)} experts, "
-        texts += (
-            f"one routing for all {len(self.header.adapted)} layers" if self.shared else f"{len(self.layers)} layers"
-        )
+        texts = f"{counted(self.kept, 'token')}, {counted(len(self.experts), 'expert')}, "
+        adapted = counted(len(self.header.adapted), "layer")
+        texts += f"one routing for all {adapted}" if self.shared else counted(len(self.layers), "layer")
         if self.seen > self.kept:
             texts += f"; a uniform sample of the {self.seen} tokens that were read"
         elif self.header.sample:
@@ -176,35 +175,44 @@ class RoutingRecord:
         tokens: Tokens | None = None,
         layers: Picked | None = None,
         experts: Picked | None = None,
-        sequences: int | Sequence[int] | None = None,
+        sequences: Picked | None = None,
     ) -> RoutingRecord:
         """Some of it, as a record in memory.
 
         Args:
             tokens: positions in their texts, as a number, a slice or a list; a pattern of their text as in file names
-                (`"*ing"`); or (N,), True for the tokens that stay.
+                (`"*ing"`); or (N,), True for the tokens that stay, as a tensor, an array or a list.
             layers: a number, a name or a pattern (`"*q_proj"`), or a list of such.
             experts: likewise; scalings stay what they are, so that those of a token need not add up to 1 any more.
             sequences: numbers of texts.
 
         Raises:
-            RoutingError: what nothing matches, or layers where all share their scalings.
+            RoutingError: what nothing matches, no token among them; or layers where all share their scalings.
         """
+        which, texts = plain(tokens), plain(sequences)
+        masked = is_mask(which)
         if layers is not None and self.shared:
             raise RoutingError(
                 "Layers are told apart where each has its own scalings.",
                 received=f"layers={layers!r}, and one routing that all {len(self.header.adapted)} layers share",
                 remedy="leave layers= out; a mixture with layerwise_scalings=True routes each layer by itself",
             )
-        rows_of = None if layers is None else pick("layer", self.layers, layers)
-        columns = None if experts is None else pick("expert", self.experts, experts)
+        rows_of = None if layers is None else pick("layer", self.layers, plain(layers))
+        columns = None if experts is None else pick("expert", self.experts, plain(experts))
         found: list[Part] = []
-        for part in [self.part] if isinstance(tokens, Tensor) else self.parts():
+        for part in [self.part] if masked else self.parts():
             if tokens is not None or sequences is not None:
-                texts = self._texts(part) if isinstance(tokens, str | list | tuple) else None
-                part = part[chosen_rows(part, tokens, sequences, texts)]
+                pieces = self._texts(part) if isinstance(which, str | list) and not masked else None
+                part = part[chosen_rows(part, which, texts, pieces)]
             scalings = part.scalings if rows_of is None else part.scalings[:, rows_of]
             found.append(replace(part, scalings=scalings if columns is None else scalings[:, :, columns]))
+        if self.kept and not sum(map(len, found)):
+            asked = {"tokens": which if not masked else "a mask that is False everywhere", "sequences": texts}
+            raise RoutingError(
+                "A selection has at least one token.",
+                received=", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None),
+                remedy="look at record.sequences, record.positions and record.pieces() for what there is",
+            )
         header = copy.deepcopy(self.header)
         header.sample = self.is_sample
         header.layers = header.layers if rows_of is None else [self.layers[i] for i in rows_of]
@@ -280,7 +288,7 @@ class RoutingRecord:
         Raises:
             RoutingError: nothing was recorded.
         """
-        return self._measured(slice(None))
+        return self._measured([slice(None)])[0]
 
     def metrics_by_layer(self) -> dict[str, RoutingMetrics]:
         """Those of each layer.
@@ -288,14 +296,17 @@ class RoutingRecord:
         Raises:
             RoutingError: nothing was recorded.
         """
-        return {name: self._measured(slice(i, i + 1)) for i, name in enumerate(self.layers)}
+        found = self._measured([slice(i, i + 1) for i in range(len(self.layers))])
+        return dict(zip(self.layers, found, strict=True))
 
-    def _measured(self, layers: slice) -> RoutingMetrics:
-        meter = RoutingMeter()
+    def _measured(self, several: Sequence[slice]) -> list[RoutingMetrics]:
+        """The numbers of some layers each, in one reading."""
+        meters = [RoutingMeter() for _ in several]
         for part in self.parts():
-            meter.add(part.scalings[None, :, layers])
-        found = meter.result()
-        if found is None:
+            for meter, layers in zip(meters, several, strict=True):
+                meter.add(part.scalings[None, :, layers])
+        found = [result for meter in meters if (result := meter.result()) is not None]
+        if not found:
             raise self.nothing()
         return found
 
@@ -303,7 +314,7 @@ class RoutingRecord:
         """What is raised where tokens are needed."""
         return RoutingError(
             "Numbers and pictures need recorded tokens.",
-            received=self.note if not self.seen else "a selection without a token",
+            received=self.note,
             remedy="run the mixture inside record_routing(model), with its adapters on and its routing not fixed",
         )
 

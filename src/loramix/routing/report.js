@@ -29,14 +29,16 @@
 
   // --- where tokens stand -----------------------------------------------------------------------------------------
   const runs = data.runs;   // [first token, its text, its position there, its row in the record]
-  const runOf = (token) => {
-    let low = 0, high = runs.length - 1;
+  /** The last of some sorted things whose number, by `of`, is not above this one; the first where all are. */
+  const lastUpTo = (things, number, of) => {
+    let low = 0, high = things.length - 1;
     while (low < high) {
       const middle = (low + high + 1) >> 1;
-      if (runs[middle][0] <= token) low = middle; else high = middle - 1;
+      if (of(things[middle]) <= number) low = middle; else high = middle - 1;
     }
-    return runs[low];
+    return low;
   };
+  const runOf = (token) => runs[lastUpTo(runs, token, (run) => run[0])];
   const position = (token) => { const run = runOf(token); return run[2] + token - run[0]; };
   const tokenOfRow = (row) => {
     let found = 0;
@@ -75,14 +77,7 @@
     chunk.built = false;
     chunk.box.replaceChildren(data.pieces.slice(chunk.first, chunk.last).join(""));
   };
-  const chunkOf = (token) => {
-    let low = 0, high = chunks.length - 1;
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (chunks[middle].first <= token) low = middle; else high = middle - 1;
-    }
-    return chunks[low];
-  };
+  const chunkOf = (token) => chunks[lastUpTo(chunks, token, (chunk) => chunk.first)];
   const element = (token) => {
     const chunk = chunkOf(token);
     build(chunk);
@@ -101,8 +96,10 @@
   });
   sectionStarts.forEach((r, s) => {
     const run = runs[r], end = s + 1 < sectionStarts.length ? runs[sectionStarts[s + 1]][0] : N;
-    const place = run[2] ? ` · from token ${run[2]}` : "";
-    text.append(make("h3", "", make("bdi", "", data.texts[run[1]] ?? ""), place));
+    const fork = data.forks[run[1]], begins = run[2] && (r === 0 || runs[r - 1][1] !== run[1]);
+    const place = !run[2] ? "" : fork && begins ? ` · goes on from token ${fork[1]} of ` : ` · from token ${run[2]}`;
+    const origin = fork && begins ? [make("bdi", "", fork[0])] : [];
+    text.append(make("h3", "", make("bdi", "", data.texts[run[1]] ?? ""), place, ...origin));
     for (let first = run[0]; first < end;) {
       let last = first + 1;
       while (last < end && !(last - first >= 300 && data.pieces[last - 1].endsWith("\n")) && last - first < 1500) last++;
@@ -157,19 +154,14 @@
 
   // --- one token: its weights, and layers × experts -----------------------------------------------------------------
   const layerRow = (token) => {
-    if (layerTokens.length === N) return token;
-    let low = 0, high = layerTokens.length - 1;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (layerTokens[middle] < token) low = middle + 1; else high = middle;
-    }
-    if (low && token - layerTokens[low - 1] < Math.abs(layerTokens[low] - token)) low--;
-    return low;
+    const row = lastUpTo(layerTokens, token, (one) => one), next = Math.min(row + 1, layerTokens.length - 1);
+    return Math.abs(layerTokens[next] - token) < Math.abs(layerTokens[row] - token) ? next : row;
   };
   const layerTable = (row, columns) => {
     const head = make("tr", "", make("th", "", "layer"));
     for (const e of columns) {
-      const inside = make("span", columns.length > 5 ? "upright" : "", data.experts[e]);
+      const upright = columns.length > 5 || matchMedia("(max-width: 40rem)").matches;
+      const inside = make("span", upright ? "upright" : "", data.experts[e]);
       head.append(make("th", "", make("i", `mark ${colour(e)}`), " ", inside));
     }
     head.append(make("th", "", "leads"));
@@ -279,11 +271,19 @@
   };
 
   const tokenAt = (event) => event.target instanceof Element ? event.target.closest(".t") : null;
+  let pointer = "", still = null;     // where the pointer is; where it was when a key went on with the text below it
+  const point = (event) => {
+    pointer = `${event.clientX} ${event.clientY}`;
+    if (pointer === still) return false;
+    still = null;
+    return event.pointerType !== "touch";
+  };
   text.addEventListener("pointerover", (event) => {
     const span = tokenAt(event);
-    if (span && event.pointerType !== "touch") showTip(span);
+    if (point(event) && span) showTip(span);
   });
-  text.addEventListener("pointerout", hideTip);
+  document.addEventListener("pointermove", point);
+  text.addEventListener("pointerout", () => { if (pointer !== still) hideTip(); });
   text.addEventListener("focusin", (event) => {
     const span = tokenAt(event);
     if (!span) return;
@@ -308,7 +308,10 @@
     else return;
     event.preventDefault();
   });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") close(); });
+  document.addEventListener("keydown", (event) => {
+    still = pointer;
+    if (event.key === "Escape") close();
+  });
   byId("close").addEventListener("click", close);
   for (const strip of document.querySelectorAll(".strip")) {
     strip.addEventListener("click", (event) => {

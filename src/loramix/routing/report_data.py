@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loramix.routing.colours import PALETTE
@@ -95,8 +95,6 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
     part, experts = record.part, record.experts
     weights, pieces = part.scalings.mean(1), record.pieces()
     low, high = min(0.0, float(part.scalings.min())), max(float(part.scalings.max()), 1e-9)
-    levels = (confidence_of(weights).sqrt() * LEVELS).long()  # of many experts none has much
-    levels = levels.clamp(max=LEVELS - 1)
     return {
         "experts": experts,
         "colours": [record.palette.index(name) % len(PALETTE) for name in experts],
@@ -104,12 +102,13 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
         "adapted": len(record.header.adapted),
         "shared": record.shared,
         "texts": {number: inspection.name_of(number) for number in record.sequences},
+        "forks": {number: [inspection.name_of(other), place] for number, (other, place) in record.header.forks.items()},
         "runs": [[i, int(part.sequence[i]), int(part.position[i]), int(shown.rows[i])] for i in part.run_starts()],
         "pieces": pieces,
         "low": low,
         "high": high,
         "leading": _base64(leading_of(weights).short()),
-        "level": _base64(levels.byte()),
+        "level": _base64(levels_of(weights).byte()),
         "confidence": _base64(_bytes(confidence_of(weights), 0, 1)),
         "entropy": _base64(_bytes(entropy_of(part.scalings).mean(1), 0, 1)),
         "weights": _base64(_bytes(weights, low, high)),
@@ -117,6 +116,11 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
         "layerLeading": _base64(leading_of(part.scalings[shown.with_layers]).short()),
         "layerWeights": _base64(_bytes(part.scalings[shown.with_layers], low, high)),
     }
+
+
+def levels_of(weights: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
+    """Confidence in `LEVELS` steps."""
+    return (confidence_of(weights).sqrt() * LEVELS).long().clamp(max=LEVELS - 1)  # of many experts none has much
 
 
 def _bytes(values: Tensor, low: float, high: float) -> Tensor:

@@ -6,17 +6,17 @@ can forbid inline styles. N: tokens. C: columns of a strip. E: experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from html import escape
 
-import torch
 from torch import Tensor
 
 from loramix.routing.colours import PALETTE
 from loramix.routing.inspection import Inspection
 from loramix.routing.metrics import RoutingMetrics, entropy_of, leading_of
 from loramix.routing.record import RoutingRecord
-from loramix.routing.report_data import LEVELS
+from loramix.routing.report_data import LEVELS, levels_of
 from loramix.routing.show import explained
 
 COLUMNS = 240
@@ -113,7 +113,7 @@ def numbers_table(metrics: RoutingMetrics) -> str:
 def worth_table(inspection: Inspection) -> str:
     """What the loss becomes without each expert: to the right where it rises, to the left where it falls."""
     worth, record = inspection.worth, inspection.record
-    if len(record.experts) == 1:
+    if len(record.palette) == 1:
         return '<p class="faint">One expert: there is none to leave out.</p>'
     if worth is None:
         return '<p class="faint">Not measured; <code>loramix inspect … --leave-one-out</code> does.</p>'
@@ -140,19 +140,20 @@ def _worth_row(record: RoutingRecord, name: str, difference: float, most: float)
 
 
 def strips(record: RoutingRecord) -> str:
-    """Along the whole record: which experts lead, and how undecided the routing is."""
+    """Along the whole record: which experts lead, paler where they lead less, and how undecided the routing is."""
     part = record.part
-    leading, entropy = leading_of(part.scalings.mean(1)), entropy_of(part.scalings).mean(1)
+    weights, entropy = part.scalings.mean(1), entropy_of(part.scalings).mean(1)
     each = -(-len(part) // COLUMNS)
+    leading, levels = leading_of(weights), levels_of(weights)
     runs, means = leading.split(each), [float(run.mean()) for run in entropy.split(each)]
     width = len(runs)
-    paths = _stacked(runs, record)
+    paths = _stacked(runs, levels.split(each), record)
     line = "".join(f"{'M' if i == 0 else 'L'}{i} {40 - 40 * mean:.1f}H{i + 1}" for i, mean in enumerate(means))
     what = "a column for each token" if each == 1 else f"a column for each {each} tokens"
     return (
         f'<svg class="strip" viewBox="0 0 {width} 40" preserveAspectRatio="none" role="img" data-each="{each}" '
         f'aria-label="Which experts lead along the text, {what}">{paths}</svg>'
-        f'<p class="faint">Leading expert along the text, {what}</p>'
+        f'<p class="faint">Leading expert along the text, {what}; paler where it leads less clearly</p>'
         f'<svg class="strip" viewBox="0 0 {width} 40" preserveAspectRatio="none" role="img" data-each="{each}" '
         f'aria-label="Entropy of the routing along the text, {what}; mean {float(entropy.mean()):.2f}">'
         f'<path class="line" d="{line}"/></svg>'
@@ -160,18 +161,17 @@ def strips(record: RoutingRecord) -> str:
     )
 
 
-def _stacked(runs: tuple[Tensor, ...], record: RoutingRecord) -> str:
-    """A path for each expert, of the rectangles of its shares."""
-    parts = [list[str]() for _ in record.experts]
-    for x, run in enumerate(runs):
+def _stacked(runs: Sequence[Tensor], levels: Sequence[Tensor], record: RoutingRecord) -> str:
+    """A path for each expert and confidence, of the rectangles of its shares."""
+    parts = defaultdict[tuple[int, int], list[str]](list)
+    for x, (leading, level) in enumerate(zip(runs, levels, strict=True)):
         y = 0.0
-        for expert, count in enumerate(torch.bincount(run, minlength=len(parts)).tolist()):
-            if count:
-                height = 40 * count / len(run)
-                parts[expert].append(f"M{x} {y:.2f}h1v{height:.2f}h-1z")
-                y += height
+        for expert in leading.unique().tolist():
+            led = level[leading == expert]
+            height = 40 * len(led) / len(leading)
+            parts[expert, round(float(led.float().mean()))].append(f"M{x} {y:.2f}h1v{height:.2f}h-1z")
+            y += height
     return "".join(
-        f'<path class="fill e{_colour(record, name)}" d="{"".join(shapes)}"/>'
-        for name, shapes in zip(record.experts, parts, strict=True)
-        if shapes
+        f'<path class="fill e{_colour(record, record.experts[expert])} s{level}" d="{"".join(shapes)}"/>'
+        for (expert, level), shapes in sorted(parts.items())
     )

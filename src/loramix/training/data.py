@@ -231,9 +231,15 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(
-            "Data is text in UTF-8 that can be read.",
+            "Data is a file that can be read.",
+            received=f"{path}: {error.strerror or error}",
+            remedy="Correct the path: it names one file.",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "Data is text in UTF-8.",
             received=f"{path}: {error}",
             remedy="Convert the file to UTF-8, or leave it out.",
         ) from error
