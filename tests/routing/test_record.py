@@ -119,6 +119,14 @@ def test_masks_and_numbers_may_be_lists_or_arrays() -> None:
     assert record.select(sequences=(0, 1)).kept == 12
 
 
+@pytest.mark.parametrize("wrong", [True, [True, 1], torch.tensor([0.5]), torch.ones(1, 12) > 0, torch.ones(2, 2)])
+def test_tokens_that_are_neither_positions_nor_a_mask_are_refused(wrong: Any) -> None:
+    with pytest.raises(RoutingError, match="a mask of shape"):
+        random_record(12).select(tokens=wrong)
+    with pytest.raises(RoutingError):
+        random_record(12).select(experts=wrong)
+
+
 @pytest.mark.parametrize(
     "nothing",
     [{"sequences": 99}, {"tokens": "zzz*"}, {"tokens": 500}, {"tokens": [False] * 12}, {"tokens": 6, "sequences": [0]}],

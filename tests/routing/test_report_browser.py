@@ -151,6 +151,8 @@ def test_pointing_shows_the_weights(load: Open, pages: dict[str, Path]) -> None:
 
 def test_a_pointer_at_rest_is_not_asked_while_keys_go_on(load: Open) -> None:
     page = load("single")
+    token(page, 300).scroll_into_view_if_needed()
+    page.wait_for_timeout(200)  # what scrolls hides the weights
     token(page, 300).hover()
     assert page.locator("#tip").is_visible()
     token(page, 0).focus()

@@ -23,14 +23,28 @@ Plain = int | str | slice | Sequence[int | str]
 
 
 def plain(wanted: Any) -> Any:
-    """What was asked for in Python's own numbers and lists: not in those of tensors, arrays or tables."""
+    """What was asked for in Python's own numbers and lists: not in those of tensors, arrays or tables.
+
+    Raises:
+        RoutingError: what is neither numbers nor texts.
+    """
     if isinstance(wanted, str | slice) or wanted is None:
         return wanted
-    if hasattr(wanted, "tolist"):
-        return wanted.tolist()
-    if isinstance(wanted, SupportsIndex):
-        return wanted if isinstance(wanted, bool) else wanted.__index__()
-    return [plain(one) for one in wanted]
+    found = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+    if isinstance(found, SupportsIndex):
+        return found if isinstance(found, bool) else found.__index__()
+    several = [one.item() if hasattr(one, "item") else one for one in found] if isinstance(found, Iterable) else [found]
+    if not all(isinstance(one, int | str) for one in cast("list[Any]", several)):
+        raise _not_picked(wanted)
+    return several
+
+
+def _not_picked(wanted: Any) -> RoutingError:
+    return RoutingError(
+        "Some of a record is picked by whole numbers, names, patterns or a slice; tokens also by a mask of shape (N,).",
+        received=f"{wanted!r}"[:200],
+        remedy="pass numbers from 0, texts, or True and False for each recorded token",
+    )
 
 
 def is_mask(wanted: Any) -> bool:
@@ -103,7 +117,8 @@ def chosen_rows(
         texts: of the tokens, where a pattern may need them.
 
     Raises:
-        RoutingError: positions from the end, which texts of different length do not share; an answer of another length.
+        RoutingError: positions from the end, which texts of different length do not share; an answer of another length;
+            what is neither.
     """
     stays = torch.ones(len(part), dtype=torch.bool)
     if sequences is not None:
@@ -123,6 +138,8 @@ def chosen_rows(
     if isinstance(tokens, slice):
         return stays & _in_slice(part.position, tokens)
     several = [tokens] if isinstance(tokens, int | str) else list(tokens)
+    if any(isinstance(one, bool) for one in several):
+        raise _not_picked(tokens)
     positions = [one for one in several if not isinstance(one, str)]
     _refuse_negative(positions, tokens)
     wanted = torch.isin(part.position, torch.tensor(positions, dtype=torch.long))
