@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from loramix.eligible import why_not_this_generation
+from loramix.errors import UnsupportedOperationError
 from loramix.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
 from loramix.methods import PeftMethods
 from loramix.sessions import WatchedCriteria, asked, decoding, paused, request, session_of, tell, wanted_by
@@ -59,6 +60,20 @@ class LockstepMethods(PeftMethods):
     def lockstep_report(self) -> LockstepReport | None:
         """How the last `generate` decoded: forwards per token, and the share of right drafts; None before the first."""
         return self._loramix.report
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching (`generate_batch`), where the routing is fixed: it pages one cache alone.
+
+        Raises:
+            UnsupportedOperationError: a mixture that routes each token, whose two passes need a cache each.
+        """
+        if self._loramix.single_pass() is None:
+            raise UnsupportedOperationError(
+                "Continuous batching pages one cache, and a mixture that routes each token has two.",
+                received="generate_batch, or a continuous batching manager, on such a mixture",
+                remedy="call generate with a left-padded batch, or fix the routing first: fix_routing(…)",
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # pyright: ignore
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         kwargs["stopping_criteria"] = WatchedCriteria(kwargs["stopping_criteria"], request())
