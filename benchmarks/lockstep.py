@@ -36,7 +36,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
             name: str, net: Any, reports: dict[str, Any] = reports, texts: dict[str, Tensor] = texts, **how: Any
         ) -> Contender:
             def call() -> None:
-                texts[name] = _generate(net, models.prompt, new, **how)
+                texts[name] = write(net, models.prompt, new, **how)
                 reports[name] = getattr(net, "lockstep_report", None)
 
             return Contender(name, call)
@@ -79,7 +79,7 @@ def _sampled(models: Models, rounds: int, new: int) -> Measurement:
     def contender(name: str, net: Any, **how: Any) -> Contender:
         def call() -> None:
             torch.manual_seed(0)
-            texts[name] = _generate(net, models.prompt, new, do_sample=True, temperature=100.0, **how)
+            texts[name] = write(net, models.prompt, new, do_sample=True, temperature=100.0, **how)
             if name == "loramix":
                 reports.append(net.lockstep_report)
 
@@ -106,7 +106,8 @@ def _sampled(models: Models, rounds: int, new: int) -> Measurement:
 
 
 @torch.no_grad()
-def _generate(model: Any, prompt: torch.Tensor, new: int, *, do_sample: bool = False, **how: Any) -> Tensor:
+def write(model: Any, prompt: torch.Tensor, new: int, *, do_sample: bool = False, **how: Any) -> Tensor:
+    """What a model writes after a prompt; greedy unless it is to sample."""
     mask = torch.ones_like(prompt)
     ids = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=new, do_sample=do_sample, **how)
     return ids[0, prompt.shape[1] :]

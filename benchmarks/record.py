@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lockstep import LENGTH
+from benchmarks.lockstep import LENGTH, write
 from benchmarks.models import Models
 from loramix.routing import record_routing
 from loramix.speed import Contender, Measurement, interleave
@@ -24,9 +24,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
         model(input_ids=models.prompt)
 
     def generate(model: Any) -> None:
-        ways = {} if model is models.base else {"lockstep": False}
-        mask = torch.ones_like(models.prompt)
-        model.generate(input_ids=models.prompt, attention_mask=mask, max_new_tokens=new, do_sample=False, **ways)
+        write(model, models.prompt, new, **({} if model is models.base else {"lockstep": False}))
 
     def within(call: Callable[[Any], None]) -> None:
         with record_routing(recorded, max_tokens=100_000):

@@ -77,7 +77,7 @@ class Columns:
 def columns_of(text: RoutingRecord, across: int, most: int = 1) -> list[Columns]:
     """A text in lines of at most so many columns: of tokens if they fit into `most` lines, else one line of runs."""
     weights, positions = text.weights, text.positions.tolist()
-    gaps = (torch.nonzero(text.positions.diff() != 1).flatten() + 1).tolist()
+    gaps = text.part.run_starts()[1:]
     gaps = gaps if len(gaps) <= MOST_GAPS else []
     if len(weights) > across * most or across > 100:
         each = -(-len(weights) // across)
@@ -97,7 +97,7 @@ def columns_of(text: RoutingRecord, across: int, most: int = 1) -> list[Columns]
 
 
 def _in_runs(rows: Tensor, each: int) -> Tensor:
-    return torch.stack([run.mean(0) for run in rows.split(each)])
+    return rows if each == 1 else torch.stack([run.mean(0) for run in rows.split(each)])
 
 
 def leading_strip(axes: Axes, record: RoutingRecord, columns: Columns, across: int) -> None:

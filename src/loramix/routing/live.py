@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from loramix.errors import UnsupportedOperationError
 from loramix.hooks import Made, RoutingHook
 from loramix.passes import attach, cache_in, require_routing
+from loramix.routing.colours import expert_colours
 from loramix.routing.metrics import confidence_of, leading_of
 from loramix.routing.pieces import Pieces
 from loramix.routing.reading import held_before
@@ -57,6 +58,7 @@ class RoutingStreamer(BaseStreamer):
         self.experts, self.tokenizer, self.console = experts, tokenizer, console
         self.tokens: list[WrittenToken] = []
         self.routed = _Routed()
+        self._paint = expert_colours(experts)
         self._pieces = Pieces(tokenizer)
         self._special = set(tokenizer.all_special_ids)
         self._length = 0  # of the text so far
@@ -99,7 +101,9 @@ class RoutingStreamer(BaseStreamer):
     def _show(self, token: WrittenToken) -> None:
         if token.text:
             sure, named = float(confidence_of(torch.tensor(token.weights))), token.leader != self._leader
-            self._print(token_text(token.text, token.leader, sure, self.experts, self.console, named=named))
+            self._print(
+                token_text(token.text, token.leader, sure, self._paint[token.leader], self.console, named=named)
+            )
             self._leader = token.leader
 
     def _print(self, text: Text) -> None:

@@ -43,7 +43,7 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
     weights, numbers = whole.weights, whole.sequence_numbers.tolist()
     leaders = [whole.experts[i] for i in leading_of(weights).tolist()]
     rows = list(zip(numbers, whole.pieces(), leaders, confidence_of(weights).tolist(), strict=True))
-    text = Text()
+    paint, text = expert_colours(record.palette), Text()
     for number, run in itertools.groupby(rows, key=itemgetter(0)):
         if text:
             text.append("\n")
@@ -51,17 +51,15 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
         before = None
         for _, piece, leader, confidence in run:
             if piece:  # what a character's earlier tokens are is in its last one
-                text.append_text(token_text(piece, leader, confidence, record.palette, console, named=leader != before))
+                text.append_text(token_text(piece, leader, confidence, paint[leader], console, named=leader != before))
                 before = leader
     return text
 
 
-def token_text(
-    piece: str, leader: str, confidence: float, palette: Sequence[str], console: Console, *, named: bool
-) -> Text:
+def token_text(piece: str, leader: str, confidence: float, colour: str, console: Console, *, named: bool) -> Text:
     """A token in its leading expert's colour; where there is none, behind the expert's name if it is to be named."""
     if has_colour(console):
-        return Text(visible(piece), style=f"{_strength(confidence)} {expert_colours(palette)[leader]}")
+        return Text(visible(piece), style=f"{_strength(confidence)} {colour}")
     return Text((f"⟨{visible(leader)}⟩" if named else "") + visible(piece))
 
 
