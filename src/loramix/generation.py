@@ -10,7 +10,17 @@ from loramix.eligible import why_not_this_generation
 from loramix.errors import UnsupportedOperationError
 from loramix.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
 from loramix.methods import PeftMethods
-from loramix.sessions import WatchedCriteria, asked, decoding, paused, request, session_of, tell, wanted_by
+from loramix.sessions import (
+    WatchedCriteria,
+    WatchedProcessors,
+    asked,
+    decoding,
+    paused,
+    request,
+    session_of,
+    tell,
+    wanted_by,
+)
 
 
 class LockstepMethods(PeftMethods):
@@ -74,6 +84,9 @@ class LockstepMethods(PeftMethods):
                 remedy="call generate with a left-padded batch, or fix the routing first: fix_routing(…)",
             )
         return super().init_continuous_batching(*args, **kwargs)  # pyright: ignore
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        return WatchedProcessors(super()._get_logits_processor(*args, **kwargs), request())  # pyright: ignore
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         kwargs["stopping_criteria"] = WatchedCriteria(kwargs["stopping_criteria"], request())

@@ -67,6 +67,11 @@ class RoutingHook:
         """This thread's last forward had no cache and made this one, which holds what it read."""
 
 
+def between_graphs(hook: RoutingHook) -> None:
+    """Let a compiled model call the hook's `made` between its graphs, for what is done there is none of tensors."""
+    vars(hook)["made"] = torch.compiler.disable(hook.made)
+
+
 class CacheFollower:
     """Is told how the rows of a two-pass cache change, to know which row of a forward goes on with which of before.
 

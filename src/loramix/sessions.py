@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from loramix.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
 from loramix.passes import MixtureState
@@ -25,12 +25,34 @@ class Request:
         report: how it decodes; None where transformers takes a way of its own, such as beams.
         running: whether it is under way; not so for what stands in where no call is.
         finished: (B,), True for rows that it only pads any more; None where there is none so far.
+        scoring: whether its logits processors are at work: a forward of theirs reads other texts.
     """
 
     wanted: Wanted = None
     report: LockstepReport | None = None
     running: bool = False
     finished: Tensor | None = None
+    scoring: bool = False
+
+
+class WatchedProcessors(LogitsProcessorList):
+    """The logits processors of a call, which tell it when they are at work.
+
+    Args:
+        processors: all of them.
+        call: the call.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, call: Request) -> None:
+        super().__init__(processors)
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.call.scoring = True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.call.scoring = False
 
 
 class WatchedCriteria(StoppingCriteriaList):

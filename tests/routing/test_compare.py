@@ -110,10 +110,28 @@ def test_confusion_counts_leading_experts_by_label() -> None:
             confusion(record, labels)
 
 
+def test_labels_may_be_a_tensor_an_array_or_a_column_of_a_table() -> None:
+    import pandas
+
+    record = record_of(torch.eye(3)[[0, 0, 1]][:, None], experts=["0", "1", "2"])
+    for labels in (torch.tensor([0, 1, 1]), torch.tensor([0, 1, 1]).numpy(), pandas.Series([0, 1, 1])):
+        found = confusion(record, labels)
+        assert (found.labels, found.accuracy) == (["0", "1"], pytest.approx(2 / 3))
+    for missing in (pandas.NA, pandas.NaT, None, float("nan")):
+        column = pandas.Series(["0", missing, "1"], dtype=object)
+        assert confusion(record, column).tokens.tolist() == [1, 1]
+        assert confusion(record, {0: "a", 7: missing}).labels == ["a"]
+    assert confusion(record, pandas.array(["0", None, "1"], dtype="string")).accuracy == 1
+
+
 def test_nobody_leads_where_no_selected_expert_has_a_scaling() -> None:
     record = record_of(torch.eye(4)[[0, 0, 0, 3, 3, 3]][:, None].expand(6, 2, 4))
     some = record.select(experts=["e1", "e3"])
-    assert confusion(some, {0: "text"}).counts.tolist() == [[0, 3]]
+    found = confusion(some, {0: "text"})
+    assert (found.counts.tolist(), found.tokens.tolist(), found.shares.tolist()) == ([[0, 3]], [6], [[0, 0.5]])
+    assert confusion(some, ["e1", "e1", "e3", "e3", "e3", None]).accuracy == pytest.approx(2 / 5)
+    assert confusion(some, ["e1", *[None] * 5]).accuracy == 0
+    assert some.leading.tolist() == [-1, -1, -1, 1, 1, 1]
     assert_close(agreement(some), torch.ones(2, 2))
 
 

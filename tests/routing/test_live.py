@@ -27,6 +27,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "without a cache": {"use_cache": False},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "prefill in chunks": {"prefill_chunk_size": 4},
+    "guidance": {"guidance_scale": 1.5},
+    "guidance without a cache": {"guidance_scale": 1.5, "use_cache": False},
+    "guidance in lockstep": {"guidance_scale": 1.5, "lockstep": True, "negative_prompt_ids": torch.tensor([[9, 8]])},
 }
 
 
@@ -51,6 +54,83 @@ def test_each_token_has_the_routing_of_the_forward_that_predicted_it(routed: Any
     leaders = [routed.expert_names[i] for i in expected.argmax(-1).tolist()]
     assert [token.leader for token in streamer.tokens] == leaders
     assert f"14 tokens, led by {max(set(leaders), key=leaders.count)}" in printed(plain).replace("\n", " ")
+
+
+@pytest.mark.parametrize("way", ["two passes", "lockstep", "by itself", "without a cache"])
+def test_a_prompt_of_embeddings_counts_as_much_as_one_of_ids(routed: Any, direct: Direct, way: str) -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    embedded = routed.get_input_embeddings()(ids).detach()
+    with stream_routing(routed, byte_tokenizer(), console(quiet=True)) as streamer:
+        out = routed.generate(inputs_embeds=embedded, max_new_tokens=6, do_sample=False, streamer=streamer, **WAYS[way])
+    assert len(streamer.tokens) == out.shape[1] == 6
+    expected = direct(routed, torch.cat([ids, out], 1)[0])[9:-1].mean(1)
+    assert_close(torch.tensor([token.weights for token in streamer.tokens]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_it_shows_one_text_after_the_other_also_after_one_that_broke_off(routed: Any, direct: Direct) -> None:
+    def stop(ids: Tensor, scores: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with stream_routing(routed, byte_tokenizer(), console(quiet=True)) as streamer:
+        routed.generate(tokens(1, 5), max_new_tokens=5, do_sample=False, streamer=streamer)
+        with pytest.raises(KeyboardInterrupt):
+            routed.generate(tokens(1, 3), max_new_tokens=5, streamer=streamer, logits_processor=[stop])
+        out = routed.generate(tokens(1, 7, seed=3), max_new_tokens=4, do_sample=False, streamer=streamer)
+    expected = direct(routed, out[0])[6:-1].mean(1)
+    assert_close(torch.tensor([token.weights for token in streamer.tokens]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_token_without_a_forward_that_made_scalings_is_told(routed: Any) -> None:
+    with stream_routing(routed, byte_tokenizer(), console(quiet=True)) as streamer:
+        routed.generate(tokens(1), max_new_tokens=3, do_sample=False, streamer=streamer)
+        with routed.disable_adapter(), pytest.raises(RoutingError, match="the forward that predicted it"):
+            routed.generate(tokens(1), max_new_tokens=3, do_sample=False, streamer=streamer)
+        routed.generate(tokens(1), max_new_tokens=3, do_sample=False, streamer=streamer)
+    assert len(streamer.tokens) == 3
+    with pytest.raises(RoutingError, match="the forward that predicted it"):
+        routed.generate(tokens(1), max_new_tokens=3, do_sample=False, streamer=streamer)
+
+
+def test_the_first_word_keeps_its_space_and_a_character_its_first_half() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "▁Hello", "▁world", *(f"<0x{byte:02X}>" for byte in "漢".encode())]
+    inside = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inside.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inside, bos_token="<s>")
+    for prompt, written, text in (([0, 1], [2], [" world"]), ([0, 1, 3, 4], [5, 2], ["漢", " world"])):
+        plain = console()
+        streamer = RoutingStreamer(["math"], tokenizer, plain)
+        streamer.routed.at = lambda place: torch.ones(1)
+        for ids in (prompt, *([token] for token in written)):
+            streamer.put(torch.tensor(ids))
+        streamer.end()
+        assert [token.text for token in streamer.tokens] == text
+        assert printed(plain).startswith("Hello⟨math⟩" + "".join(text))
+
+
+def test_bytes_that_begin_no_character_are_the_prompts() -> None:
+    from loramix.routing.pieces import Pieces
+
+    pieces = Pieces(byte_tokenizer())
+    whole = byte_tokenizer()("漢", add_special_tokens=False)["input_ids"]
+    assert pieces.read([whole[1]] * 5) == "�" * 5
+    assert [pieces.step(token) for token in whole] == ["", "", "漢"]
+
+
+def test_nobody_leads_where_no_expert_has_a_weight() -> None:
+    plain = console()
+    streamer = RoutingStreamer(["math", "code"], byte_tokenizer(), plain)
+    streamer.put(torch.tensor([1]))
+    for token in byte_tokenizer()("xy", add_special_tokens=False)["input_ids"]:
+        streamer.routed.at = lambda place, token=token: torch.zeros(2)
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert [token.leader for token in streamer.tokens] == [None, None]
+    assert "xy\n" in printed(plain)
+    assert "2 tokens, led by nobody 100%" in printed(plain)
 
 
 def test_the_text_is_the_tokens_text_and_names_stand_where_the_lead_changes() -> None:

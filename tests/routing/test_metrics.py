@@ -96,7 +96,7 @@ def test_a_single_expert_has_nothing_to_say() -> None:
 def test_an_expert_that_was_not_selected_leads_nothing() -> None:
     """In hard routing the selected scalings are logits, and may all be below the 0 of the others."""
     scalings = torch.tensor([[[-1.0, 0.0, -0.5]], [[2.0, 0.0, -3.0]], [[0.0, 0.0, 0.0]]])
-    assert leading_of(scalings).flatten().tolist() == [2, 0, 0]
+    assert leading_of(scalings).flatten().tolist() == [2, 0, -1]
     meter = RoutingMeter()
     meter.add(scalings[None, :2])
     found = meter.result()

@@ -23,8 +23,9 @@ from loramix import (
     SaveError,
     UnsupportedOperationError,
 )
-from loramix.routing import RoutingRecord
+from loramix.routing import RoutingRecord, record_routing, stream_routing
 from routing.records import random_record, record_of
+from tiny import tokens
 
 
 def equal(one: RoutingRecord, other: RoutingRecord) -> bool:
@@ -90,9 +91,9 @@ def test_what_nothing_matches_is_an_error_that_lists_what_there_is() -> None:
     for options in ({"experts": "maths"}, {"experts": 3}, {"layers": ["*q_proj", "*k_proj"]}, {"experts": slice(5, 9)}):
         with pytest.raises(RoutingError, match="picked by its number, its name or a pattern"):
             record.select(**options)
-    for tokens in (-1, slice(-3, None), [1, -1], slice(None, None, -1)):
+    for places in (-1, slice(-3, None), [1, -1], slice(None, None, -1)):
         with pytest.raises(RoutingError, match="from the beginning"):
-            record.select(tokens=tokens)
+            record.select(tokens=places)
     with pytest.raises(RoutingError, match="one value for each recorded token"):
         record.select(tokens=torch.ones(3, dtype=torch.bool))
     with pytest.raises(RoutingError, match="named by its number"):
@@ -127,6 +128,34 @@ def test_tokens_that_are_neither_positions_nor_a_mask_are_refused(wrong: Any) ->
         random_record(12).select(experts=wrong)
 
 
+@pytest.mark.parametrize("what", ["tokens", "layers", "experts", "sequences"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(True, [True, 0], 2**70, [2**70], torch.tensor(1.5), torch.tensor([0, 1.5]), np.array([None])),
+        *(slice("a", "b"), slice(1.5, 3), slice(0, 5, 0), slice(0, 2**70)),
+    ],
+    ids=repr,
+)
+def test_what_picks_nothing_is_refused_by_every_part_of_a_selection(what: str, wrong: Any) -> None:
+    with pytest.raises(RoutingError, match="picked by whole numbers"):
+        random_record(12).select(**{what: wrong})
+
+
+@pytest.mark.parametrize("wrong", ["0", [0, "1"], [True] * 12, torch.ones(12) > 0])
+def test_texts_have_numbers_and_no_names(wrong: Any) -> None:
+    with pytest.raises(RoutingError, match="picked by whole numbers"):
+        random_record(12, texts=[5, 7]).select(sequences=wrong)
+
+
+def test_texts_are_picked_by_slices_too() -> None:
+    record = random_record(12, texts=[3, 4, 5])
+    assert record.select(sequences=slice(1, None)).sequences == [1, 2]
+    assert record.select(sequences=slice(0, 3, 2)).sequences == [0, 2]
+    with pytest.raises(RoutingError, match="from the beginning"):
+        record.select(sequences=slice(-1, None))
+
+
 @pytest.mark.parametrize(
     "nothing",
     [{"sequences": 99}, {"tokens": "zzz*"}, {"tokens": 500}, {"tokens": [False] * 12}, {"tokens": 6, "sequences": [0]}],
@@ -140,11 +169,45 @@ def test_a_selection_of_nothing_is_an_error(nothing: dict[str, Any]) -> None:
 
 
 def test_a_record_that_was_saved_over_is_not_read_as_the_earlier_one(tmp_path: Path) -> None:
-    random_record(12, texts=[5, 7]).save(tmp_path)
-    loaded = RoutingRecord.load(tmp_path)
-    loaded.select(sequences=1).save(tmp_path)
-    with pytest.raises(CorruptCheckpointError, match="another record was saved there"):
-        _ = loaded.scalings
+    record = random_record(12, texts=[5, 7])
+    for other in (record.select(sequences=1), random_record(12, texts=[5, 7], seed=1)):
+        record.save(tmp_path)
+        loaded = RoutingRecord.load(tmp_path)
+        other.save(tmp_path)
+        with pytest.raises(CorruptCheckpointError, match="a file of another record"):
+            _ = loaded.scalings
+        assert equal(RoutingRecord.load(tmp_path), other)
+    record.save(tmp_path / "another")
+    (tmp_path / "another" / "tokens-00000.safetensors").replace(tmp_path / "tokens-00000.safetensors")
+    with pytest.raises(CorruptCheckpointError, match="a file of another record"):
+        RoutingRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["gpt2", 7])
+def test_what_is_no_tokenizer_is_refused_before_anything_is_recorded(wrong: Any, routed: Any, tmp_path: Path) -> None:
+    random_record(2).save(tmp_path)
+    with pytest.raises(RoutingError, match="by a tokenizer"):
+        RoutingRecord.load(tmp_path, wrong)
+    with pytest.raises(RoutingError, match="by a tokenizer"), record_routing(routed, wrong):
+        pass
+    with pytest.raises(RoutingError, match="by a tokenizer"), stream_routing(routed, wrong):
+        pass
+
+
+def test_colours_by_other_names_go_with_the_record_wherever_it_goes(routed: Any, tmp_path: Path) -> None:
+    names = ["prose", "other", "code", "math"]
+    with record_routing(routed) as record:
+        coloured = record.coloured_by(names)
+        routed(tokens(1, 4))
+        assert (coloured.kept, coloured.seen) == (4, 4)
+        routed(tokens(1, 5))
+    assert (coloured.kept, coloured.note) == (9, record.note)
+    coloured.save(tmp_path)
+    for found in (coloured, coloured.select(experts="code"), coloured.sequence(1), RoutingRecord.load(tmp_path)):
+        assert found.palette == names
+    assert record.palette == routed.expert_names
+    with pytest.raises(RoutingError, match="names without 'math', 'prose': 'code'"):
+        record.coloured_by(["code"])
 
 
 def test_one_of_a_kind_is_told_as_one() -> None:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -349,16 +350,46 @@ def test_what_is_recorded_is_what_the_layers_mix_by(routed: Any, shared: Any, di
 COMPILED = """
 import sys; sys.path[:0] = {path!r}
 import torch
+from cli.conftest import byte_tokenizer
 from laws.mixtures import mixture
-from loramix.routing import record_routing
+from loramix.routing import record_routing, stream_routing
 from tiny import tokens
 model = mixture({experts!r}, layerwise_scalings=True)
 with torch.no_grad(), record_routing(model) as record:
     model(tokens(2), use_cache=False)
     torch.compile(model, backend="eager")(tokens(2), use_cache=False)
+with torch.no_grad(), stream_routing(model, byte_tokenizer()) as streamer:
+    torch.compile(model, backend="eager")(tokens(1), use_cache=False)
+    assert streamer.routed.length == 9
 assert record.sequences == [0, 1, 2, 3]
 torch.testing.assert_close(record.scalings[:18], record.scalings[18:])
 """
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_parts_are_those_of_their_moment_and_nobody_waits_for_their_reader(
+    routed: Any, tmp_path: Path, spilled: bool
+) -> None:
+    with record_routing(routed, max_tokens=10, spill=tmp_path / "record" if spilled else None) as record:
+        routed(tokens(1, 8, seed=1))
+        before, parts = record.scalings, record.parts()
+        other = threading.Thread(target=lambda: routed(tokens(1, 2 if not spilled else 9, seed=2)))
+        other.start()
+        other.join(60)
+        assert not other.is_alive()
+        assert_close(torch.cat([part.scalings for part in parts]), before)
+        assert record.kept == (10 if not spilled else 17)
+
+
+def test_a_record_outlives_its_model_and_does_not_keep_it(experts: Any) -> None:
+    model = mixture(experts("llama"))
+    with record_routing(model) as record:
+        model.generate(tokens(1), max_new_tokens=3, do_sample=False)
+    gone = weakref.ref(model.internal_xlora_classifier)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert record.kept == 11
 
 
 def test_a_compiled_model_is_recorded_between_its_graphs(experts: Any) -> None:

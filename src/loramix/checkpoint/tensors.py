@@ -41,8 +41,8 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with the metadata that PEFT and transformers look for.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file with the metadata that PEFT and transformers look for, and other metadata.
 
     Raises:
         OSError: the file could not be written.
@@ -51,7 +51,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(_own_storages(tensors), path, metadata={"format": "pt", "writer": WRITER})
+        save_file(_own_storages(tensors), path, metadata=metadata | {"format": "pt", "writer": WRITER})
     except SafetensorError as error:
         raise OSError(str(error)) from error
     path.chmod(mode)  # safetensors leaves a file that only its owner can read
@@ -59,12 +59,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether `write_tensors` wrote the file; a file that cannot be read is not ours."""
+    return metadata_of(path).get("writer") == WRITER
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """That of a safetensors file; none where it cannot be read."""
     try:
         with _open(path) as file:
-            metadata = cast("dict[str, str] | None", file.metadata())
+            return cast("dict[str, str] | None", file.metadata()) or {}
     except (OSError, SafetensorError):
-        return False
-    return metadata is not None and metadata.get("writer") == WRITER
+        return {}
 
 
 def _start_of(path: Path) -> bytes:

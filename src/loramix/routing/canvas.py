@@ -17,7 +17,7 @@ from torch import Tensor
 from loramix.errors import UnsupportedOperationError
 from loramix.routing.colours import expert_colours
 from loramix.routing.header import without_shared_part
-from loramix.routing.metrics import confidence_of, leading_of
+from loramix.routing.metrics import confidence_of, leaders_of
 from loramix.routing.record import RoutingRecord
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LONGEST = 22  # characters of a name; longer ones are cut in the middle
 MARKS = {"\n": "↵", "\t": "⇥", "\r": "↵", " ": "·", "": "…"}
 MISSING = "□"
+NOBODY = (1.0, 1.0, 1.0)  # where no expert leads
 MOST_GAPS = 12
 
 
@@ -103,9 +104,8 @@ def _in_runs(rows: Tensor, each: int) -> Tensor:
 def leading_strip(axes: Axes, record: RoutingRecord, columns: Columns, across: int) -> None:
     """One row in the colours of the leading experts, paler where they lead less."""
     paint, shares = expert_colours(record.palette), columns.values.T
-    leaders = [record.experts[leader] for leader in leading_of(shares).tolist()]
-    sure = confidence_of(shares).tolist()
-    colours = [paled(paint[leader], strength) for leader, strength in zip(leaders, sure, strict=True)]
+    rows = zip(leaders_of(record.experts, shares), confidence_of(shares).tolist(), strict=True)
+    colours = [NOBODY if leader is None else paled(paint[leader], strength) for leader, strength in rows]
     axes.imshow([colours], aspect="auto", interpolation="nearest")
     axes.set_xlim(-0.5, max(across if columns.each == 1 else 0, len(colours)) - 0.5)
     axes.set_yticks([])

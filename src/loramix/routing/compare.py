@@ -6,9 +6,9 @@ N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -144,35 +144,37 @@ class Confusion:
     Attributes:
         labels: the labels, in order.
         experts: the experts, in order.
-        counts: tokens, by label and expert.
+        counts: tokens that each expert leads, by label and expert.
+        tokens: all tokens of each label: more where a selection of experts leaves some that nobody leads.
     """
 
     labels: list[str]
     experts: list[str]
     counts: Int[Tensor, "labels E"]
+    tokens: Int[Tensor, " labels"]
 
     @property
     def shares(self) -> Float[Tensor, "labels E"]:
         """Of the tokens of each label, the share that each expert leads."""
-        return self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+        return self.counts / self.tokens[:, None]
 
     @property
     def accuracy(self) -> float | None:
         """The share of tokens whose leading expert bears the name of their label; None where no label is a name."""
         named = [i for i, label in enumerate(self.labels) if label in self.experts]
         right = sum(int(self.counts[i, self.experts.index(self.labels[i])]) for i in named)
-        return right / int(self.counts[named].sum()) if named else None
+        return right / int(self.tokens[named].sum()) if named else None
 
 
-def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) -> Confusion:
+def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) -> Confusion:
     """How often each expert leads the tokens of each label.
 
         counts[c, e] = Σ_t [label_t = c] · [argmax_e′ mean_l s_tle′ = e]
 
     Args:
         record: the record.
-        labels: one for each recorded token, in the record's order; or by the number of the text. None leaves out, and
-            so does nan, which tables hold where nothing is known.
+        labels: one for each recorded token, in the record's order, as a list, a tensor or a column of a table; or by
+            the number of the text. None leaves out, and so do nan and NA, which tables hold where nothing is known.
 
     Raises:
         RoutingError: nothing was recorded, or labels that do not fit it.
@@ -180,9 +182,12 @@ def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) 
     whole = record.part
     if not len(whole):
         raise record.nothing()
-    of_texts: Mapping[int, Any] = labels if isinstance(labels, Mapping) else {}
-    column = [of_texts.get(number) for number in whole.sequence.tolist()] if of_texts else list(labels)
-    column = [None if label != label else label for label in column]
+    if isinstance(labels, Mapping):
+        of_texts = cast("Mapping[int, Any]", labels)
+        found = [of_texts.get(number) for number in whole.sequence.tolist()]
+    else:
+        found = labels
+    column = [_label(value) for value in found]
     fits = len(column) == len(whole)
     if not fits or all(label is None for label in column):
         raise RoutingError(
@@ -190,9 +195,19 @@ def confusion(record: RoutingRecord, labels: Sequence[Any] | Mapping[int, Any]) 
             received="no label at all" if fits else f"{len(column)} labels for {len(whole)} tokens",
             remedy="pass a label, or None, for each token of record.tokens, or {number: label} for record.sequences",
         )
-    names = sorted({str(label) for label in column if label is not None})
+    names = sorted({label for label in column if label is not None})
     row_of = {name: row for row, name in enumerate(names)}
-    rows = torch.tensor([-1 if label is None else row_of[str(label)] for label in column])
+    rows = torch.tensor([-1 if label is None else row_of[label] for label in column])
     labelled = torch.nn.functional.one_hot(rows + 1, len(names) + 1)[:, 1:].double()
     counts = (labelled.T @ leads_of(whole.scalings.mean(1)).double()).long()
-    return Confusion(names, record.experts, counts)
+    return Confusion(names, record.experts, counts, labelled.sum(0).long())
+
+
+def _label(value: Any) -> str | None:
+    """A label's text; None where none is known."""
+    value = value.item() if hasattr(value, "item") else value
+    try:
+        known = value is not None and bool(value == value)  # nan is not itself
+    except TypeError:  # NA is neither
+        return None
+    return str(value) if known else None

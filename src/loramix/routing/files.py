@@ -2,7 +2,7 @@
 
 `record.json`, version 1:
 
-    {"format": "loramix routing record", "version": 1,
+    {"format": "loramix routing record", "version": 1, "id": "9c1d…",
      "experts": […], "palette": […], "layers": […], "adapted": […],      names; layers is ["all layers"] if shared
      "settings": {…}, "changed": false,                                  of the mixture
      "forks": {"7": [2, 31]},                                            text 7 goes on with text 2 after 31 tokens
@@ -10,7 +10,8 @@
      "pieces": {"13": " the"},                                           token id -> its text on its own
      "shards": [{"file": "tokens-00000.safetensors", "tokens": 120}]}
 
-Each shard holds `sequence`, `position` and `token`, int64 (N,), and `scalings`, float32 (N, L, E).
+Each shard holds `sequence`, `position` and `token`, int64 (N,), and `scalings`, float32 (N, L, E); its metadata has the
+record's id as `record`.
 `record.json` is put in place last: without it the folder holds no record.
 """
 
@@ -26,7 +27,7 @@ from typing import Any, cast
 import torch
 
 from loramix.checkpoint.atomic import Writer, save_files
-from loramix.checkpoint.tensors import read_tensors
+from loramix.checkpoint.tensors import metadata_of, read_tensors
 from loramix.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
@@ -37,7 +38,7 @@ from loramix.errors import (
 from loramix.journal import current
 from loramix.json_file import read_json_object
 from loramix.routing.header import Header
-from loramix.routing.parts import Part, Shards, shard_name, shard_writer
+from loramix.routing.parts import Part, Shards, new_id, shard_name, shard_writer
 from loramix.routing.pieces import one_by_one
 from loramix.routing.record import RoutingRecord
 
@@ -50,10 +51,11 @@ class FileParts:
     Args:
         folder: where.
         sizes: tokens of each file, by its name.
+        id: of the record.
     """
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
-        self.folder, self.sizes = folder, dict(sizes)
+    def __init__(self, folder: Path, sizes: Mapping[str, int], id: str) -> None:
+        self.folder, self.sizes, self.id = folder, dict(sizes), id
 
     @property
     def kept(self) -> int:
@@ -67,21 +69,16 @@ class FileParts:
             IncompleteCheckpointError: a file is missing.
             CorruptCheckpointError: a file is not what it should be, or not of this record any more.
         """
-        for name, size in self.sizes.items():
-            part = read_part(self.folder / name)
-            if len(part) != size:
-                raise _corrupt(
-                    self.folder / name, f"{len(part)} tokens where {size} were: another record was saved there"
-                )
-            yield part
+        for name in self.sizes:
+            yield read_part(self.folder / name, self.id)
 
 
-def read_part(path: Path) -> Part:
-    """A shard.
+def read_part(path: Path, id: str) -> Part:
+    """A shard of the record with this id.
 
     Raises:
         IncompleteCheckpointError: it is missing.
-        CorruptCheckpointError: it is not what it should be.
+        CorruptCheckpointError: it is not what it should be, or another record's.
     """
     place = current(path)
     if not place.is_file():
@@ -91,6 +88,8 @@ def read_part(path: Path) -> Part:
             remedy="copy the whole folder again",
         )
     tensors = read_tensors(place)
+    if metadata_of(place).get("record") != id:
+        raise _corrupt(path, "a file of another record, which was saved over this one or copied between its files")
     names = [field.name for field in fields(Part)]
     if sorted(tensors) != sorted(names):
         raise _corrupt(path, f"tensors {', '.join(sorted(tensors))}")
@@ -111,14 +110,15 @@ def save_record(record: RoutingRecord, folder: Path) -> None:
     """
     sizes = {shard_name(i): len(part) for i, part in enumerate(record.parts())}
     parts = record.parts()  # each writer takes the next one: they run in order
-    writers: dict[str, Writer] = {name: shard_writer(parts.__next__) for name in sizes}
-    writers[INDEX] = _index_writer(record, sizes)
+    id = new_id()
+    writers: dict[str, Writer] = {name: shard_writer(parts.__next__, id) for name in sizes}
+    writers[INDEX] = _index_writer(record, sizes, id)
     old = [path.name for path in folder.glob("tokens-*.safetensors")] if folder.is_dir() else []
     save_files(folder, writers, removed=[name for name in old if name not in sizes])
 
 
-def _index_writer(record: RoutingRecord, sizes: Mapping[str, int]) -> Writer:
-    content = {"format": FORMAT, "version": VERSION} | vars(record.header)
+def _index_writer(record: RoutingRecord, sizes: Mapping[str, int], id: str) -> Writer:
+    content = {"format": FORMAT, "version": VERSION, "id": id} | vars(record.header) | {"palette": record.palette}
     content["pieces"] = record.vocabulary()
     content["shards"] = [{"file": name, "tokens": size} for name, size in sizes.items()]
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -153,8 +153,8 @@ def finish_folder(store: Shards, record: RoutingRecord) -> FileParts:
     """
     store.flush()
     sizes = {shard_name(i): size for i, size in enumerate(store.sizes)}
-    save_files(store.folder, {INDEX: _index_writer(record, sizes)})
-    return FileParts(store.folder, sizes)
+    save_files(store.folder, {INDEX: _index_writer(record, sizes, store.id)})
+    return FileParts(store.folder, sizes, store.id)
 
 
 def load_record(folder: Path, tokenizer: Any = None) -> RoutingRecord:
@@ -164,7 +164,7 @@ def load_record(folder: Path, tokenizer: Any = None) -> RoutingRecord:
         CheckpointNotFoundError: no `record.json`.
         CorruptCheckpointError: files that are not what they should be.
         IncompleteCheckpointError: a shard is missing.
-        RoutingError: a tokenizer to which the tokens are other text.
+        RoutingError: what is no tokenizer, or one to which the tokens are other text.
     """
     place = current(folder / INDEX)
     if not place.is_file():
@@ -177,20 +177,21 @@ def load_record(folder: Path, tokenizer: Any = None) -> RoutingRecord:
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise _corrupt(place, f"format {content.get('format')!r}, version {content.get('version')!r}")
     try:
-        header, pieces, sizes = _header(content), _pieces(content), _sizes(content)
+        header, pieces, sizes, id = _header(content), _pieces(content), _sizes(content), str(content["id"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _corrupt(place, f"{type(error).__name__}: {error}") from error
     for name, size in sizes.items():
-        part = read_part(folder / name)
+        part = read_part(folder / name, id)
         expected = (size, len(header.layers), len(header.experts))
         if part.scalings.shape != expected:
             raise _corrupt(folder / name, f"scalings of shape {tuple(part.scalings.shape)} instead of {expected}")
+    record = RoutingRecord(header, FileParts(folder, sizes, id), tokenizer, pieces)
     if tokenizer is not None:
-        _require_tokenizer(tokenizer, pieces)
-    return RoutingRecord(header, FileParts(folder, sizes), tokenizer, pieces)
+        _require_same_text(tokenizer, pieces)
+    return record
 
 
-def _require_tokenizer(tokenizer: Any, pieces: Mapping[int, str]) -> None:
+def _require_same_text(tokenizer: Any, pieces: Mapping[int, str]) -> None:
     """Raises RoutingError: not the tokenizer that the record was saved with."""
     read = one_by_one(tokenizer, pieces)
     wrong = next((token for token in pieces if read.get(token) != pieces[token]), None)

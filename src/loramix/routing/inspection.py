@@ -12,7 +12,7 @@ from loramix.errors import DataError, RoutingError
 from loramix.model import XLoraModel
 from loramix.passes import evaluating, positions_of
 from loramix.routing.ablation import LeaveOneOut, leave_one_out, pad
-from loramix.routing.metrics import confidence_of, leading_of
+from loramix.routing.metrics import confidence_of, leaders_of
 from loramix.routing.pick import some
 from loramix.routing.record import RoutingRecord
 from loramix.routing.recorder import MAX_TOKENS, record_routing
@@ -82,7 +82,7 @@ class Inspection:
             "position": part.position.tolist(),
             "id": part.token.tolist(),
             "token": record.pieces(),
-            "leader": [record.experts[i] for i in leading_of(weights).tolist()],
+            "leader": leaders_of(record.experts, weights),
             "confidence": _rounded(confidence_of(weights)),
             "weights": _rounded(weights),
         }

@@ -15,6 +15,7 @@ N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,15 +138,21 @@ class RoutingMeter:
 def leading_of(scalings: Float[Tensor, "*N E"]) -> Int[Tensor, "*N"]:
     """argmax_e s_e among the experts that have a scaling: 0 is what top-k gives those that it did not select.
 
-    The first one where none has, as in a selection of experts may be.
+    -1 where none has, as in a selection of experts may be: nobody leads there.
     """
-    return scalings.masked_fill(scalings == 0, -torch.inf).argmax(-1)
+    leading = scalings.masked_fill(scalings == 0, -torch.inf).argmax(-1)
+    return leading.where((scalings != 0).any(-1), -1)
+
+
+def leaders_of(experts: Sequence[str], scalings: Float[Tensor, "N E"]) -> list[str | None]:
+    """The name of each token's leading expert; None where nobody leads."""
+    leading: list[int] = leading_of(scalings).tolist()
+    return [None if leader < 0 else experts[leader] for leader in leading]
 
 
 def leads_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:
     """1 at the leading expert, 0 elsewhere; nowhere 1 where no expert has a scaling."""
-    leading = torch.zeros_like(scalings).scatter(-1, leading_of(scalings).unsqueeze(-1), 1.0)
-    return leading * (scalings != 0).any(-1, keepdim=True)
+    return (leading_of(scalings).unsqueeze(-1) == torch.arange(scalings.shape[-1], device=scalings.device)).float()
 
 
 def shares_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:

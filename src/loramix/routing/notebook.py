@@ -7,7 +7,7 @@ from html import escape
 import torch
 
 from loramix.routing.colours import expert_colours
-from loramix.routing.metrics import confidence_of, leading_of
+from loramix.routing.metrics import confidence_of, leaders_of
 from loramix.routing.record import RoutingRecord
 
 TOKENS = 300
@@ -19,8 +19,9 @@ def record_html(record: RoutingRecord) -> str:
         return f"<p>{escape(record.note)}</p>"
     first = record.select(tokens=torch.arange(record.kept) < TOKENS)
     paint, weights = expert_colours(record.palette), first.weights
-    rows = zip(first.pieces(), weights.tolist(), confidence_of(weights).tolist(), strict=True)
-    tokens = "".join(_token(piece, record.experts, row, sure, paint) for piece, row, sure in rows)
+    leaders, sure = leaders_of(record.experts, weights), confidence_of(weights).tolist()
+    rows = zip(first.pieces(), weights.tolist(), leaders, sure, strict=True)
+    tokens = "".join(_token(piece, record.experts, row, leader, sure, paint) for piece, row, leader, sure in rows)
     metrics = record.metrics()
     experts = " ".join(
         f'<span style="white-space:nowrap"><span style="color:{paint[name]}">■</span> {escape(name)} {load:.0%}</span>'
@@ -34,11 +35,12 @@ def record_html(record: RoutingRecord) -> str:
     )
 
 
-def _token(piece: str, experts: list[str], row: list[float], confidence: float, paint: dict[str, str]) -> str:
-    leader = int(leading_of(torch.tensor(row)))
-    order = [leader, *sorted(set(range(len(row))) - {leader}, key=row.__getitem__, reverse=True)]
-    title = ", ".join(f"{experts[i]} {row[i]:.2f}" for i in order[:6])
+def _token(
+    piece: str, experts: list[str], row: list[float], leader: str | None, confidence: float, paint: dict[str, str]
+) -> str:
+    order = sorted(zip(experts, row, strict=True), key=lambda one: (one[0] == leader, one[1]), reverse=True)
+    title = ", ".join(f"{name} {weight:.2f}" for name, weight in order[:6])
     strength = round(255 * (0.08 + 0.37 * confidence))  # whatever the notebook's ink, text stays readable
-    colour = f"{paint[experts[order[0]]]}{strength:02x}"
+    style = "" if leader is None else f' style="background-color:{paint[leader]}{strength:02x}"'
     mark = piece.replace("\n", "↵\n") or "▫"
-    return f'<span title="{escape(title)}" style="background-color:{colour}">{escape(mark)}</span>'
+    return f'<span title="{escape(title)}"{style}>{escape(mark)}</span>'

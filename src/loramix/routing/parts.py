@@ -5,6 +5,8 @@ N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
 
 from __future__ import annotations
 
+import itertools
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +77,9 @@ class Store(Protocol):
     def kept(self) -> int: ...
 
     def add(self, part: Part) -> None: ...
-    def parts(self) -> Iterator[Part]: ...
+    def parts(self) -> Iterator[Part]:
+        """What is kept when this is called, whatever is added while it is read."""
+        ...
 
 
 class _Rows:
@@ -150,8 +154,7 @@ class Reservoir:
 
     def parts(self) -> Iterator[Part]:
         content = self._rows.content()
-        if content is not None:
-            yield content.by_text()
+        return iter([] if content is None else [content.by_text()])
 
 
 class Shards:
@@ -160,10 +163,14 @@ class Shards:
     Args:
         folder: where.
         size: tokens of a file.
+
+    Attributes:
+        id: of the record.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
+        self.id = new_id()
         self.sizes: list[int] = []
         self._rows = _Rows(size)
 
@@ -188,18 +195,17 @@ class Shards:
         content = self._rows.content()
         if content is None or not self._rows.used:
             return
-        save_files(self.folder, {shard_name(len(self.sizes)): shard_writer(content.by_text)})
+        save_files(self.folder, {shard_name(len(self.sizes)): shard_writer(content.by_text, self.id)})
         self.sizes.append(self._rows.used)
         self._rows.used = 0
 
     def parts(self) -> Iterator[Part]:
         from loramix.routing.files import read_part
 
-        for i in range(len(self.sizes)):
-            yield read_part(self.folder / shard_name(i))
+        written = [self.folder / shard_name(i) for i in range(len(self.sizes))]
         content = self._rows.content()
-        if content is not None and len(content):
-            yield content.by_text()
+        rest = [] if content is None else [content.by_text()]
+        return itertools.chain((read_part(path, self.id) for path in written), rest)
 
 
 class Kept:
@@ -213,11 +219,16 @@ class Kept:
         yield from self._parts
 
 
+def new_id() -> str:
+    """A record's, by which its files know that they belong together."""
+    return uuid.uuid4().hex
+
+
 def shard_name(number: int) -> str:
     """The file of a shard."""
     return f"tokens-{number:05d}.safetensors"
 
 
-def shard_writer(part: Callable[[], Part]) -> Callable[[Path], None]:
-    """What writes a shard."""
-    return lambda path: write_tensors(path, part().tensors())
+def shard_writer(part: Callable[[], Part], record: str) -> Callable[[Path], None]:
+    """What writes a shard of the record with this id."""
+    return lambda path: write_tensors(path, part().tensors(), record=record)

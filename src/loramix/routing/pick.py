@@ -22,26 +22,44 @@ Plain = int | str | slice | Sequence[int | str]
 """The same, in Python's own numbers and lists."""
 
 
-def plain(wanted: Any) -> Any:
-    """What was asked for in Python's own numbers and lists: not in those of tensors, arrays or tables.
+def plain(wanted: Any, *, names: bool = True, mask: bool = False) -> Any:
+    """What was asked for in Python's own numbers, slices and lists: not in those of tensors, arrays or tables.
+
+    Args:
+        wanted: what a caller passed; None stays None.
+        names: whether it may be names or patterns.
+        mask: whether it may be a list of True and False.
 
     Raises:
-        RoutingError: what is neither numbers nor texts.
+        RoutingError: it is something else.
     """
-    if isinstance(wanted, str | slice) or wanted is None:
+    if wanted is None or (names and isinstance(wanted, str)):
         return wanted
+    if isinstance(wanted, slice):
+        ends = [None if end is None else _number(end, wanted) for end in (wanted.start, wanted.stop, wanted.step)]
+        if ends[2] == 0:
+            raise _not_picked(wanted)
+        return slice(*ends)
     found = wanted.tolist() if hasattr(wanted, "tolist") else wanted
-    if isinstance(found, SupportsIndex):
-        return found if isinstance(found, bool) else found.__index__()
-    several = [one.item() if hasattr(one, "item") else one for one in found] if isinstance(found, Iterable) else [found]
-    if not all(isinstance(one, int | str) for one in cast("list[Any]", several)):
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        return _number(found, wanted)
+    several = [one.item() if hasattr(one, "item") else one for one in cast("Iterable[Any]", found)]
+    if mask and is_mask(several):
+        return several
+    return [one if names and isinstance(one, str) else _number(one, wanted) for one in several]
+
+
+def _number(value: Any, wanted: Any) -> int:
+    """A whole number that a token's tensors can hold."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or abs(value.__index__()) >= 2**62:
         raise _not_picked(wanted)
-    return several
+    return value.__index__()
 
 
 def _not_picked(wanted: Any) -> RoutingError:
     return RoutingError(
-        "Some of a record is picked by whole numbers, names, patterns or a slice; tokens also by a mask of shape (N,).",
+        "Some of a record is picked by whole numbers or a slice of them; layers, experts and tokens also by names or "
+        "patterns, tokens also by a mask of shape (N,).",
         received=f"{wanted!r}"[:200],
         remedy="pass numbers from 0, texts, or True and False for each recorded token",
     )
@@ -85,8 +103,7 @@ def _matches(what: str, names: Sequence[str], wanted: int | str) -> list[int]:
         found = [i for i, name in enumerate(names) if name == wanted]
         found = found or [i for i, name in enumerate(names) if fnmatchcase(name, wanted)]
     else:
-        inside = not isinstance(wanted, bool) and -len(names) <= wanted < len(names)
-        found = [wanted % len(names)] if inside else []
+        found = [wanted % len(names)] if -len(names) <= wanted < len(names) else []
     if not found:
         raise _unknown(what, names, wanted)
     return found
@@ -106,22 +123,23 @@ def _unknown(what: str, names: Sequence[str], wanted: Any) -> RoutingError:
 
 
 def chosen_rows(
-    part: Part, tokens: Plain | None, sequences: int | Sequence[int] | None, texts: Sequence[str] | None
+    part: Part, tokens: Plain | None, sequences: int | slice | Sequence[int] | None, texts: Sequence[str] | None
 ) -> Bool[Tensor, " N"]:
     """True at the tokens that are wanted.
 
     Args:
         part: all tokens.
         tokens: positions, patterns of the text, or the answer itself.
-        sequences: numbers of texts.
+        sequences: numbers of texts, or a slice of them.
         texts: of the tokens, where a pattern may need them.
 
     Raises:
-        RoutingError: positions from the end, which texts of different length do not share; an answer of another length;
-            what is neither.
+        RoutingError: numbers from the end, which texts of different length do not share; an answer of another length.
     """
     stays = torch.ones(len(part), dtype=torch.bool)
-    if sequences is not None:
+    if isinstance(sequences, slice):
+        stays &= _in_slice(part.sequence, sequences, "sequences")
+    elif sequences is not None:
         numbers = [sequences] if isinstance(sequences, int) else list(sequences)
         stays &= torch.isin(part.sequence, torch.tensor(numbers, dtype=torch.long))
     if tokens is None:
@@ -136,12 +154,10 @@ def chosen_rows(
             )
         return stays & mask
     if isinstance(tokens, slice):
-        return stays & _in_slice(part.position, tokens)
+        return stays & _in_slice(part.position, tokens, "tokens")
     several = [tokens] if isinstance(tokens, int | str) else list(tokens)
-    if any(isinstance(one, bool) for one in several):
-        raise _not_picked(tokens)
     positions = [one for one in several if not isinstance(one, str)]
-    _refuse_negative(positions, tokens)
+    _refuse_negative(positions, f"tokens={tokens!r}")
     wanted = torch.isin(part.position, torch.tensor(positions, dtype=torch.long))
     patterns = [one for one in several if isinstance(one, str)]
     if patterns:
@@ -150,18 +166,18 @@ def chosen_rows(
     return stays & wanted
 
 
-def _in_slice(position: Tensor, wanted: slice) -> Tensor:
-    _refuse_negative([value for value in (wanted.start, wanted.stop) if value is not None], wanted)
+def _in_slice(numbers: Tensor, wanted: slice, what: str) -> Tensor:
+    ends: list[int | None] = [wanted.start, wanted.stop, wanted.step]
+    _refuse_negative([end for end in ends if end is not None], f"{what}={wanted!r}")
     first, step = wanted.start or 0, wanted.step or 1
-    _refuse_negative([step], wanted)
-    inside = (position >= first) & ((position - first) % step == 0)
-    return inside if wanted.stop is None else inside & (position < wanted.stop)
+    inside = (numbers >= first) & ((numbers - first) % step == 0)
+    return inside if wanted.stop is None else inside & (numbers < wanted.stop)
 
 
-def _refuse_negative(numbers: Sequence[Any], wanted: Any) -> None:
-    if any(int(number) < 0 for number in numbers):
+def _refuse_negative(numbers: Sequence[int], received: str) -> None:
+    if any(number < 0 for number in numbers):
         raise RoutingError(
             "Positions count from the beginning of a text: texts end at different ones.",
-            received=f"tokens={wanted!r}",
+            received=received,
             remedy="pass positions from 0, or a mask of the record's tokens, such as record.positions > 100",
         )

@@ -8,10 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from loramix.errors import RoutingError
 from loramix.routing.parts import Part
 
 HALF = "�"
 """What a decoder makes of bytes that are no whole character."""
+CONTEXT = 8
+"""Tokens before a run that its first one may need to be read: for a space at its beginning."""
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raises RoutingError: what is no tokenizer; better known before anything is recorded."""
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise RoutingError(
+            "The text of tokens is read by a tokenizer of transformers'.",
+            received=f"{tokenizer!r}"[:200],
+            remedy="pass AutoTokenizer.from_pretrained(…), the mixture's; a record also does without one",
+        )
 
 
 def pieces_of(tokenizer: Any, part: Part) -> list[str]:
@@ -40,6 +53,19 @@ class Pieces:
         self.tokenizer = tokenizer
         self._ids: list[int] = []
         self._known = 0  # how many of them have given their text
+
+    def read(self, ids: Sequence[int]) -> str:
+        """The text of tokens that stand before the run; half a character at their end is the run's to finish."""
+        text = whole = _decode(self.tokenizer, ids)
+        half = 0
+        while text.endswith(HALF) and half < min(3, len(ids)):
+            half += 1
+            text = _decode(self.tokenizer, ids[: len(ids) - half])
+        if text.endswith(HALF):  # bytes that begin no character
+            text, half = whole, 0
+        self._ids = list(ids[max(0, len(ids) - half - CONTEXT) :])
+        self._known = len(self._ids) - half
+        return text
 
     def step(self, token: int) -> str:
         """What the next token adds; "" for one that only begins a character."""

@@ -31,7 +31,7 @@ from loramix.routing.canvas import (
     token_labels,
 )
 from loramix.routing.compare import drift, in_order_of, same_tokens
-from loramix.routing.metrics import entropy_of, leading_of
+from loramix.routing.metrics import entropy_of, leads_of
 from loramix.routing.record import RoutingRecord
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figu
     axes.set_xlabel("position in the text; above, the colour of the leading expert")
     axes.legend(fontsize=8, frameon=False, loc="upper right", ncols=3)
     strip_axes(axes)
-    _legend(figure, record, leading_of(columns.values.T))
+    _legend(figure, record, leads_of(columns.values.T))
     plain_text(figure.suptitle(f"{_title(text)}: entropy of the routing", fontsize=10))
     return figure
 
@@ -338,11 +338,11 @@ def _colours(record: RoutingRecord) -> list[str]:
     return [paint[name] for name in record.experts]
 
 
-def _legend(figure: Figure, record: RoutingRecord, leaders: Tensor) -> None:
+def _legend(figure: Figure, record: RoutingRecord, leads: Tensor) -> None:
     """The experts' colours; of many only those that lead most."""
     from matplotlib.patches import Patch
 
-    often = torch.bincount(leaders, minlength=len(record.experts)).argsort(descending=True, stable=True)
+    often = leads.sum(0).argsort(descending=True, stable=True)
     named = sorted(often[:NAMED].tolist())
     labels, colours = distinct(record.experts), _colours(record)
     marks = [Patch(color=colours[i], label=labels[i]) for i in named]

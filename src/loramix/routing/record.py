@@ -21,7 +21,7 @@ from loramix.routing.header import Header
 from loramix.routing.metrics import RoutingMeter, RoutingMetrics, leading_of
 from loramix.routing.parts import Kept, Part, joined
 from loramix.routing.pick import Picked, Tokens, chosen_rows, counted, is_mask, pick, plain, some
-from loramix.routing.pieces import one_by_one, pieces_of
+from loramix.routing.pieces import one_by_one, pieces_of, require_tokenizer
 from loramix.routing.texts import path_of, text_of
 
 
@@ -44,13 +44,24 @@ class RoutingRecord:
         header: what holds for all tokens.
         source: where they are.
         tokenizer: for their text; None where it is not known.
+
+    Raises:
+        RoutingError: what is no tokenizer.
     """
 
     def __init__(
-        self, header: Header, source: Source, tokenizer: Any = None, pieces: Mapping[int, str] | None = None
+        self,
+        header: Header,
+        source: Source,
+        tokenizer: Any = None,
+        pieces: Mapping[int, str] | None = None,
+        palette: Sequence[str] | None = None,
     ) -> None:
+        if tokenizer is not None:
+            require_tokenizer(tokenizer)
         self.header, self.source, self.tokenizer = header, source, tokenizer
         self._pieces = dict(pieces or {})
+        self._palette = None if palette is None else list(palette)
 
     @property
     def experts(self) -> list[str]:
@@ -60,7 +71,7 @@ class RoutingRecord:
     @property
     def palette(self) -> list[str]:
         """All experts of the mixture, to colour by (`expert_colours`), also where a selection has fewer."""
-        return list(self.header.palette)
+        return list(self.header.palette if self._palette is None else self._palette)
 
     @property
     def layers(self) -> list[str]:
@@ -125,8 +136,8 @@ class RoutingRecord:
         return record_html(self)
 
     def parts(self) -> Iterator[Part]:
-        """The tokens, in parts; each in the order of the texts."""
-        yield from self.source.parts()
+        """The tokens, in parts; each in the order of the texts. Of a record under way, those that are there now."""
+        return self.source.parts()
 
     @property
     def part(self) -> Part:
@@ -145,7 +156,7 @@ class RoutingRecord:
 
     @property
     def leading(self) -> Int[Tensor, " N"]:
-        """The expert of the largest weight, by its number."""
+        """The expert of the largest weight, by its number; -1 where no expert of a selection has one."""
         return leading_of(self.weights)
 
     @property
@@ -184,12 +195,12 @@ class RoutingRecord:
                 (`"*ing"`); or (N,), True for the tokens that stay, as a tensor, an array or a list.
             layers: a number, a name or a pattern (`"*q_proj"`), or a list of such.
             experts: likewise; scalings stay what they are, so that those of a token need not add up to 1 any more.
-            sequences: numbers of texts.
+            sequences: numbers of texts, likewise.
 
         Raises:
             RoutingError: what nothing matches, no token among them; or layers where all share their scalings.
         """
-        which, texts = plain(tokens), plain(sequences)
+        which, texts = plain(tokens, mask=True), plain(sequences, names=False)
         masked = is_mask(which)
         if layers is not None and self.shared:
             raise RoutingError(
@@ -213,19 +224,33 @@ class RoutingRecord:
                 received=", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None),
                 remedy="look at record.sequences, record.positions and record.pieces() for what there is",
             )
-        header = copy.deepcopy(self.header)
-        header.sample = self.is_sample
+        header = self._own_header()
         header.layers = header.layers if rows_of is None else [self.layers[i] for i in rows_of]
         header.experts = header.experts if columns is None else [self.experts[i] for i in columns]
         return self._with(header, found)
+
+    def _own_header(self) -> Header:
+        """A selection's, before it has less."""
+        return replace(copy.deepcopy(self.header), palette=self.palette, sample=self.is_sample)
 
     def _with(self, header: Header, parts: list[Part]) -> RoutingRecord:
         header.seen = sum(map(len, parts))
         return RoutingRecord(header, Kept(parts), self.tokenizer, self._pieces)
 
     def coloured_by(self, names: Sequence[str]) -> RoutingRecord:
-        """The same, with the colours that its experts have among these names (`expert_colours`)."""
-        return RoutingRecord(replace(self.header, palette=list(names)), self.source, self.tokenizer, self._pieces)
+        """The same, with the colours that its experts have among these names (`expert_colours`).
+
+        Raises:
+            RoutingError: its experts are not all among them.
+        """
+        missing = [name for name in self.experts if name not in names]
+        if missing:
+            raise RoutingError(
+                "An expert's colour is that of its place among all names.",
+                received=f"names without {some(missing)}: {some(list(names))}",
+                remedy="pass all experts of both mixtures, such as [*one.palette, *other.palette]",
+            )
+        return RoutingRecord(self.header, self.source, self.tokenizer, self._pieces, names)
 
     def sequence(self, number: int) -> RoutingRecord:
         """A whole text: its own tokens, and before them those that it shares with the text that it forked from.
@@ -242,8 +267,8 @@ class RoutingRecord:
                 remedy="pass one of record.sequences",
             )
         part = whole[path]
-        header = copy.deepcopy(self.header)
-        header.sample, header.forks = self.is_sample, {}
+        header = self._own_header()
+        header.forks = {}
         return self._with(header, [replace(part, sequence=torch.full_like(part.sequence, number))])
 
     def following(self, ids: Sequence[int] | Tensor) -> RoutingRecord:
@@ -350,7 +375,7 @@ class RoutingRecord:
             CheckpointNotFoundError: no record there, or one that was not finished.
             CorruptCheckpointError: files that are not what they should be.
             IncompleteCheckpointError: a file of tokens is missing.
-            RoutingError: a tokenizer to which the tokens are other text.
+            RoutingError: what is no tokenizer, or one to which the tokens are other text.
         """
         from loramix.routing.files import load_record
 

@@ -26,14 +26,14 @@ from torch import Tensor
 from loramix.cache import TwoPassCache
 from loramix.config import XLoraConfig
 from loramix.errors import ConfigurationError
-from loramix.hooks import CacheFollower, Made, RoutingHook
+from loramix.hooks import CacheFollower, Made, RoutingHook, between_graphs
 from loramix.passes import MixtureState, attach, cache_in, require_routing
 from loramix.routing.files import finish_folder, new_folder
 from loramix.routing.followed import Followed, Place, Uncached
 from loramix.routing.header import Header
 from loramix.routing.parts import Part, Reservoir, Shards, Store
 from loramix.routing.reading import held_before, packed_starts, real_slots
-from loramix.routing.record import RoutingRecord
+from loramix.routing.record import RoutingRecord, Source
 from loramix.sessions import Request, request
 
 MAX_TOKENS = 10_000
@@ -84,7 +84,8 @@ def record_routing(
 
     Raises:
         UnsupportedOperationError: a model without a router.
-        RoutingError: a mixture that makes no scalings: its routing is fixed, or its adapters are disabled.
+        RoutingError: a mixture that makes no scalings: its routing is fixed, or its adapters are disabled; or what is
+            no tokenizer.
         ConfigurationError: `max_tokens` below 1, or a spill folder that holds something.
         SaveError: a spill folder that cannot be written.
     """
@@ -95,7 +96,7 @@ def record_routing(
             remedy=f"Pass for example max_tokens={MAX_TOKENS}, or spill= a folder for all of them.",
         )
     hook = Recorder(model, tokenizer, None, threading.get_ident() if only_this_thread else None)
-    vars(hook)["made"] = torch.compiler.disable(hook.made)  # a compiled model calls it between its graphs
+    between_graphs(hook)
     detach = attach(model, hook)
     try:
         require_routing(model)
@@ -119,10 +120,10 @@ class Recorder(RoutingHook):
     """
 
     def __init__(self, model: Any, tokenizer: Any, store: Store | None, thread: int | None) -> None:
-        state = cast("MixtureState | None", getattr(model, "_loramix", None))
-        self.state = cast(MixtureState, state)
+        self.state = state = cast("MixtureState | None", getattr(model, "_loramix", None))
         self.store = store
-        self._model = model
+        self._closed: Source | None = None
+        self._model: Any = model
         self._thread = thread
         self._lock = threading.RLock()
         self._lengths: list[int] = []  # of each text
@@ -137,13 +138,15 @@ class Recorder(RoutingHook):
         """How many tokens are kept so far: without those that a `generate` under way may still take back."""
         with self._lock:
             self._settle()
-            return 0 if self.store is None else self.store.kept
+            source = self._closed or self.store
+            return 0 if source is None else source.kept
 
     def parts(self) -> Iterator[Part]:
-        """They."""
+        """They, as they are now."""
         with self._lock:
             self._settle()
-            yield from () if self.store is None else self.store.parts()
+            source = self._closed or self.store
+            return iter(()) if source is None else source.parts()
 
     def _settle(self) -> None:
         for thread, waiting in self._waiting.items():
@@ -171,11 +174,13 @@ class Recorder(RoutingHook):
             try:
                 self.commit()
                 if isinstance(self.store, Shards):
-                    self.record.source = finish_folder(self.store, self.record)
-                elif self.store is not None:
-                    self.record.source = self.store
+                    self._closed = finish_folder(self.store, self.record)
+                else:
+                    self._closed = self.store
             finally:
-                self.store = None
+                self.store = self.state = self._model = None  # a record outlives its model
+                self._waiting.clear()
+                self._uncached.clear()
                 for cache in self._caches:
                     if isinstance(cache, TwoPassCache):  # one that was separated is a plain one by now
                         cache.followers = tuple(other for other in cache.followers if not self._owns(other))
@@ -185,11 +190,14 @@ class Recorder(RoutingHook):
 
     def made(self, made: Made) -> None:
         thread = threading.get_ident()
-        if self._thread not in (None, thread) or self.store is None or any(one.unrecorded for one in self.state.hooks):
+        if self._thread not in (None, thread):
             return
         with self._lock:
+            state = self.state
+            if state is None or self.store is None or any(one.unrecorded for one in state.hooks):
+                return
             self._keep(thread)
-            self.header.note(cast(XLoraConfig, self.state.config))
+            self.header.note(cast(XLoraConfig, state.config))
             self._waiting[thread] = _Waiting(*self._read(made, thread), request())
 
     def cached(self, cache: TwoPassCache) -> None:

@@ -24,7 +24,7 @@
     element.append(...inside);
     return element;
   };
-  const colour = (expert) => `e${data.colours[expert]}`;
+  const colour = (expert) => expert < 0 ? "" : `e${data.colours[expert]}`;   // -1: nobody leads
   const name = (expert) => make("bdi", "name", data.experts[expert]);
 
   // --- where tokens stand -----------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@
   const weightsOf = (token) => Array.from({ length: E }, (_, e) => scaling(weights[token * E + e]));
   const ordered = (values, first) => {  // weights are rounded: the leading expert is known exactly
     const order = values.map((_, e) => e).sort((a, b) => values[b] - values[a]);
-    return [first, ...order.filter((e) => e !== first)];
+    return first < 0 ? order : [first, ...order.filter((e) => e !== first)];
   };
   const weightList = (token, most) => {
     const values = weightsOf(token), order = ordered(values, leading[token]), list = make("div", "weights");
@@ -177,8 +177,9 @@
         line.append(cell);
       }
       const first = layerLeading[row * L + l];
-      line.append(make("td", "leads", make("i", `mark ${colour(first)}`), " ", make("bdi", "", data.experts[first])));
-      line.lastChild.title = data.experts[first];
+      const who = first < 0 ? "nobody" : data.experts[first];
+      line.append(make("td", "leads", make("i", `mark ${colour(first)}`), " ", make("bdi", "", who)));
+      line.lastChild.title = who;
       rows.append(line);
     }
     return make("table", "layers", make("thead", "", head), rows);

@@ -166,7 +166,7 @@ def _stacked(runs: Sequence[Tensor], levels: Sequence[Tensor], record: RoutingRe
     parts = defaultdict[tuple[int, int], list[str]](list)
     for x, (leading, level) in enumerate(zip(runs, levels, strict=True)):
         y = 0.0
-        for expert in leading.unique().tolist():
+        for expert in leading[leading >= 0].unique().tolist():
             led = level[leading == expert]
             height = 40 * len(led) / len(leading)
             parts[expert, round(float(led.float().mean()))].append(f"M{x} {y:.2f}h1v{height:.2f}h-1z")

@@ -6,7 +6,7 @@ Where there is no colour (a pipe, NO_COLOR), text says by marks what colour says
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 import torch
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from loramix.routing.colours import expert_colours
 from loramix.routing.inspection import Inspection
-from loramix.routing.metrics import RoutingMetrics, confidence_of, leading_of
+from loramix.routing.metrics import RoutingMetrics, confidence_of, leaders_of
 
 TOKENS = 600  # shown of a long text
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -41,8 +41,8 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
     record = inspection.record
     whole = record.select(tokens=torch.arange(record.kept) < most) if record.kept > most else record
     weights, numbers = whole.weights, whole.sequence_numbers.tolist()
-    leaders = [whole.experts[i] for i in leading_of(weights).tolist()]
-    rows = list(zip(numbers, whole.pieces(), leaders, confidence_of(weights).tolist(), strict=True))
+    leaders, sure = leaders_of(whole.experts, weights), confidence_of(weights).tolist()
+    rows = list(zip(numbers, whole.pieces(), leaders, sure, strict=True))
     paint, text = expert_colours(record.palette), Text()
     for number, run in itertools.groupby(rows, key=itemgetter(0)):
         if text:
@@ -51,16 +51,21 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
         before = None
         for _, piece, leader, confidence in run:
             if piece:  # what a character's earlier tokens are is in its last one
-                text.append_text(token_text(piece, leader, confidence, paint[leader], console, named=leader != before))
+                text.append_text(token_text(piece, leader, confidence, paint, console, named=leader != before))
                 before = leader
     return text
 
 
-def token_text(piece: str, leader: str, confidence: float, colour: str, console: Console, *, named: bool) -> Text:
-    """A token in its leading expert's colour; where there is none, behind the expert's name if it is to be named."""
+def token_text(
+    piece: str, leader: str | None, confidence: float, paint: Mapping[str, str], console: Console, *, named: bool
+) -> Text:
+    """A token in its leading expert's colour, as it is where nobody leads.
+
+    Where there are no colours, it stands behind the expert's name if that is to be named.
+    """
     if has_colour(console):
-        return Text(visible(piece), style=f"{_strength(confidence)} {colour}")
-    return Text((f"⟨{visible(leader)}⟩" if named else "") + visible(piece))
+        return Text(visible(piece), style="" if leader is None else f"{_strength(confidence)} {paint[leader]}")
+    return Text((f"⟨{visible(leader or '')}⟩" if named else "") + visible(piece))
 
 
 def _strength(confidence: float) -> str:
