@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import warnings
 from typing import Any
@@ -93,14 +94,62 @@ def test_a_gap_in_a_text_has_a_mark_at_its_place() -> None:
     record = gapped()
     for figure in (plots.tokens_by_experts(record), plots.entropy_along(record)):
         marks = [line for axes in figure.axes for line in axes.get_lines() if line.get_linestyle() == ":"]
-        assert [np.asarray(line.get_xdata()).tolist() for line in marks] == [[19.5, 19.5]]
-    line = next(line for line in plots.entropy_along(record).axes[1].get_lines() if line.get_label() == "each token")
-    assert np.asarray(line.get_xdata()).tolist() == list(range(40))
+        assert [np.asarray(line.get_xdata()).tolist() for line in marks] == [[19.5, 19.5]] * 2  # in the strip too
+    lines = {line.get_label(): line for line in plots.entropy_along(record).axes[1].get_lines()}
+    entropy = entropy_of(record.scalings).mean(1).tolist()
+    assert np.asarray(lines["each token"].get_xdata()).tolist() == [*range(20), 19.5, *range(20, 40)]
+    assert np.asarray(lines["each token"].get_ydata()) == pytest.approx(
+        [*entropy[:20], math.nan, *entropy[20:]], nan_ok=True
+    )
+    smooth = np.asarray(lines["mean of 5 tokens"].get_ydata())
+    assert np.flatnonzero(np.isnan(smooth)).tolist() == [16, 17, 18, 19]
+    assert smooth[15] == pytest.approx(sum(entropy[15:20]) / 5)
+    assert smooth[20] == pytest.approx(sum(entropy[20:25]) / 5)
     sampled = random_record(400).select(tokens=slice(0, None, 7))
     assert len(sampled) > MOST_GAPS
     assert not [
         1 for axes in plots.tokens_by_experts(sampled).axes for one in axes.get_lines() if one.get_linestyle() == ":"
     ]
+
+
+def test_a_gap_within_a_run_has_its_mark_there() -> None:
+    record = random_record(6000).select(tokens=[*range(4500), *range(4600, 4601), *range(5000, 5010)])
+    figure = plots.tokens_by_experts(record)
+    (found,) = heatmaps(figure)
+    assert found.shape[1] == 376  # runs of 12; the last one of 11 tokens, in which both gaps are
+    marks = [np.asarray(line.get_xdata())[0] for line in figure.axes[1].get_lines() if line.get_linestyle() == ":"]
+    assert marks == pytest.approx([374.5, 374.5 + 1 / 11])
+    assert max(marks) < figure.axes[1].get_xlim()[1]
+
+
+def test_a_fork_without_tokens_of_its_own_is_compared_too() -> None:
+    record = record_of(torch.softmax(torch.randn(7, 2, 3), -1), texts=[4, 3])
+    record.header.forks[1] = (0, 2)
+    whole = record.select(sequences=0)
+    figure = plots.comparison(whole, whole, sequence=1)
+    assert_close(heatmaps(figure)[0], whole.weights[:2].T, check_dtype=False)
+    with pytest.raises(RoutingError, match="named by its number"):
+        plots.comparison(whole, whole, sequence=2)
+    for names in (["a"], "ab", ["a", "b", "c"]):
+        with pytest.raises(RoutingError, match="two names"):
+            plots.comparison(record, record, names)
+
+
+def test_a_legend_of_long_names_is_inside_the_picture() -> None:
+    record = random_record(30, experts=16)
+    record.header.experts = record.header.palette = [f"WWWWWWWWWW {i} MMMMMMMMMM" for i in range(16)]
+    figure = plots.entropy_along(record)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert page.y0 <= box.y0
+
+
+def test_nobody_leads_in_white() -> None:
+    record = record_of(torch.eye(3)[[0, 1, 0]][:, None].expand(3, 2, 3)).select(experts=["e1", "e2"])
+    for kind in ("tokens", "entropy", "comparison"):
+        assert strips(ALL[kind](record))[0] == ["#ffffff", PALETTE[1], "#ffffff"]
 
 
 def test_negative_scalings_are_told_from_none_and_lead_as_everywhere() -> None:
@@ -187,7 +236,7 @@ def test_entropy_along_the_text_is_the_entropy() -> None:
     record = random_record(50)
     lines = {line.get_label(): line for line in plots.entropy_along(record).axes[1].get_lines()}
     entropy = entropy_of(record.scalings).mean(1)
-    assert_close(torch.tensor(np.asarray(lines["each token"].get_ydata())), entropy)
+    assert_close(torch.tensor(np.asarray(lines["each token"].get_ydata())).float(), entropy)
     smooth = torch.tensor(np.asarray(lines["mean of 6 tokens"].get_ydata()))
     assert_close(smooth[0], entropy[:6].mean())
     assert len(smooth) == 45

@@ -366,6 +366,16 @@ torch.testing.assert_close(record.scalings[:18], record.scalings[18:])
 """
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"lockstep": True}], ids=str)
+def test_what_a_logits_processor_reads_is_another_text(routed: Any, direct: Direct, options: dict[str, Any]) -> None:
+    ids = tokens(1, 6)
+    with record_routing(routed) as record:
+        out = routed.generate(ids, max_new_tokens=5, do_sample=False, guidance_scale=1.5, **options)[0]
+    assert_is(record.sequence(0), routed, out[:-1], direct)
+    assert_is(record.sequence(1), routed, out[5:-1], direct)  # the last token of the prompt, and what was written
+    assert record.kept == 10 + 5
+
+
 @pytest.mark.parametrize("spilled", [False, True])
 def test_parts_are_those_of_their_moment_and_nobody_waits_for_their_reader(
     routed: Any, tmp_path: Path, spilled: bool

@@ -151,6 +151,19 @@ def test_a_selection_is_not_taken_for_a_mixture_of_one() -> None:
     assert [told["texts"][token["text"]] for token in told["tokens"]] == ["B"] * 7
 
 
+def test_nobody_leads_where_no_selected_expert_has_a_weight() -> None:
+    record = record_of(torch.eye(3)[[0, 1, 0]][:, None].expand(3, 2, 3)).select(experts=["e1", "e2"])
+    found = Inspection(record)
+    page = report_html(found)
+    data = data_of(page)
+    for name, expected in (("leading", [-1, 0, -1]), ("layerLeading", [-1, -1, 0, 0, -1, -1])):
+        assert torch.frombuffer(bytearray(decoded(data[name])), dtype=torch.int16).tolist() == expected
+    assert re.findall(r'<path class="fill (e\d) s\d" d="M(\d)', page) == [("e1", "1")]
+    assert [token["leader"] for token in found.to_dict()["tokens"]] == [None, "e1", None]
+    assert re.findall(r"<span title=[^>]*style=[^>]*>(#\d)", record_html(record)) == ["#1"]
+    assert re.findall(r'<span title="e1 0.00, e2 0.00">(#\d)', record_html(record)) == ["#0", "#2"]
+
+
 def test_texts_that_fork_say_from_where() -> None:
     record = record_of(torch.ones(9, 1, 2), texts=[5, 4])
     record.header.forks[1] = (0, 3)

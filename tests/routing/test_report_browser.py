@@ -65,6 +65,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "shared": Inspection(random_record(layers=1, shared=True), "shared"),
         "long": Inspection(random_record(100_000, 2, 4, texts=[1000] * 100), "long"),
         "forked": Inspection(forked()),
+        "late fork": Inspection(forked().select(tokens=[0, 1, 5, 6])),
+        "nobody": Inspection(record_of(torch.eye(3)[[0, 1, 0]][:, None].expand(3, 2, 3)).select(experts=[1, 2])),
         "single": Inspection(random_record(20_000, 2, 4), "one long text without an end of line"),
     }
     for name, inspection in made.items():
@@ -169,6 +171,20 @@ def test_a_fork_says_which_text_it_goes_on_with(load: Open) -> None:
     page = load("forked")
     headings = page.locator("#text h3").all_text_contents()
     assert headings == ["text 0", "text 1 · goes on from token 3 of text 0"]
+    headings = load("late fork").locator("#text h3").all_text_contents()
+    assert headings == ["text 0", "text 1 · from token 5, forked at token 3 of text 0"]
+
+
+def test_a_token_that_nobody_leads_has_no_colour(load: Open) -> None:
+    page = load("nobody")
+    ground = "element => getComputedStyle(element).backgroundColor"
+    grounds = [token(page, i).evaluate(ground) for i in range(3)]
+    assert grounds[0] == grounds[2] == "rgba(0, 0, 0, 0)" != grounds[1]
+    token(page, 0).click()
+    assert page.locator("#panel .leads").all_text_contents() == [" nobody"] * 2
+    assert page.locator("#panel .weights .number").all_text_contents() == ["0.00", "0.00"]
+    token(page, 1).click()
+    assert page.locator("#panel .leads").all_text_contents() == [" e1"] * 2
 
 
 def test_clicking_opens_layers_by_experts(load: Open) -> None:

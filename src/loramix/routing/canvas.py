@@ -61,14 +61,15 @@ class Columns:
         labels: what the tokens are; None for runs.
         positions: of the first token of each.
         each: tokens of a run.
-        gaps: columns before which tokens are missing; none are told of a sample, where they are everywhere.
+        gaps: where tokens are missing, in columns from the left edge of the first, within a run where that is; none
+            where there are more than `MOST_GAPS`, as in a sample, which has them everywhere.
     """
 
     values: Float[Tensor, "E C"]
     labels: list[str] | None
     positions: list[int]
     each: int
-    gaps: list[int]
+    gaps: list[float]
 
     def mean(self, numbers: Float[Tensor, " N"]) -> Float[Tensor, " C"]:
         """Numbers of the tokens as those of the columns."""
@@ -82,7 +83,8 @@ def columns_of(text: RoutingRecord, across: int, most: int = 1) -> list[Columns]
     gaps = gaps if len(gaps) <= MOST_GAPS else []
     if len(weights) > across * most or across > 100:
         each = -(-len(weights) // across)
-        missing = sorted({-(-gap // each) for gap in gaps})
+        runs = [min(each, len(weights) - each * (gap // each)) for gap in gaps]  # the last one may be short
+        missing = [gap // each + gap % each / run for gap, run in zip(gaps, runs, strict=True)]
         return [Columns(_in_runs(weights, each).T, None, positions[::each], each, missing)]
     pieces = [drawable(piece) for piece in text.pieces()]
     return [
@@ -107,6 +109,7 @@ def leading_strip(axes: Axes, record: RoutingRecord, columns: Columns, across: i
     rows = zip(leaders_of(record.experts, shares), confidence_of(shares).tolist(), strict=True)
     colours = [NOBODY if leader is None else paled(paint[leader], strength) for leader, strength in rows]
     axes.imshow([colours], aspect="auto", interpolation="nearest")
+    mark_gaps(axes, columns)
     axes.set_xlim(-0.5, max(across if columns.each == 1 else 0, len(colours)) - 0.5)
     axes.set_yticks([])
     axes.set_xticks([])

@@ -25,7 +25,7 @@ from loramix.routing.colours import expert_colours
 from loramix.routing.metrics import confidence_of, leaders_of
 from loramix.routing.pieces import Pieces, require_tokenizer
 from loramix.routing.reading import held_before
-from loramix.routing.show import legend, token_text, visible
+from loramix.routing.show import NOBODY, legend, token_text, visible
 from loramix.sessions import Request, request
 
 
@@ -108,7 +108,7 @@ class RoutingStreamer(BaseStreamer):
         if rest and self.tokens:
             self.tokens[-1] = self.tokens[-1]._replace(text=self.tokens[-1].text + rest)
             self._show(self.tokens[-1]._replace(text=rest))
-        leads = Counter(token.leader or "nobody" for token in self.tokens)
+        leads = Counter(token.leader or NOBODY for token in self.tokens)
         shares = ", ".join(f"{visible(name)} {many / len(self.tokens):.0%}" for name, many in leads.most_common())
         self.console.print("\n", legend(self.experts, self.console), sep="\n")
         self.console.print(Text(f"{len(self.tokens)} tokens, led by {shares}" if leads else "no token", style="dim"))

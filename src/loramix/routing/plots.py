@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -184,9 +184,13 @@ def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figu
     if len(entropy) <= 2000:
         marker = "o" if window == 1 else ""
         style = {"marker": marker, "markersize": 4, "color": "#9aa5b5", "linewidth": 0.8}
-        axes.plot(places.numpy(), entropy.numpy(), label="each token", **style)  # pyright: ignore
+        each_token = [*zip(places.tolist(), entropy.tolist(), strict=True)]
+        broken = sorted([*each_token, *((gap - 0.5, math.nan) for gap in each_one.gaps)])
+        axes.plot(*zip(*broken, strict=True), label="each token", **style)  # pyright: ignore
     if window > 1:
         smooth = entropy.unfold(0, window, 1).mean(-1)
+        for gap in map(int, each_one.gaps):  # a mean of tokens on both sides is of neither
+            smooth[max(0, gap - window + 1) : gap] = math.nan
         middle = places[window // 2 :][: len(smooth)]
         axes.plot(middle.numpy(), smooth.numpy(), color="#0072b2", linewidth=1.8, label=f"mean of {window} tokens")
     axes.axhline(float(entropy.mean()), color="black", linestyle="--", linewidth=1, label="mean")
@@ -217,17 +221,17 @@ def comparison(
         sequence: the number of the text in `one`; the first one if None.
 
     Raises:
-        RoutingError: nothing was recorded, or other tokens.
+        RoutingError: nothing was recorded, other tokens, no such text, or not two names.
         UnsupportedOperationError: matplotlib is missing.
     """
+    if isinstance(names, str) or len(names) != 2:
+        raise RoutingError("Two records have two names.", received=f"{names!r}", remedy='pass ("before", "after")')
     same_tokens(one, other)
     palette = list(dict.fromkeys([*one.palette, *other.palette]))
     one, other = one.coloured_by(palette), in_order_of(one, other).coloured_by(palette)
-    number = one.sequences[0] if sequence is None else sequence
-    if number not in one.sequences:
-        one.sequence(number)
-    first = one_text(one, number)
-    second = one_text(other, other.sequences[one.sequences.index(number)])
+    first = one_text(one, sequence)
+    second = other.sequence(_counterpart(one, other, first.sequences[0]))
+    same_tokens(first, second)
     alike = one.experts == other.experts and one.layers == other.layers
     records, texts = (one, other), (first, second)
     heights = [_height(len(record.experts)) for record in records]
@@ -253,6 +257,7 @@ def comparison(
         axes.set_xlim(-0.5, len(divergence) - 0.5)
         axes.set_ylim(0, max(0.05, float(divergence.max()) * 1.05))
         axes.set_ylabel("divergence", fontsize=8)
+        mark_gaps(axes, columns)
         strip_axes(axes)
         token_labels(axes, columns)
     _scale(figure, image, "weight")
@@ -269,6 +274,12 @@ def one_text(record: RoutingRecord, sequence: int | None) -> RoutingRecord:
     if not record.kept:
         raise record.nothing()
     return record.sequence(record.sequences[0] if sequence is None else sequence)
+
+
+def _counterpart(one: RoutingRecord, other: RoutingRecord, number: int) -> int:
+    """What number a text of one record has in another one of the same texts."""
+    mine, theirs = (sorted({*record.sequences, *record.header.forks}) for record in (one, other))
+    return dict(zip(mine, theirs, strict=False)).get(number, number)
 
 
 def _title(text: RoutingRecord) -> str:
@@ -340,6 +351,7 @@ def _colours(record: RoutingRecord) -> list[str]:
 
 def _legend(figure: Figure, record: RoutingRecord, leads: Tensor) -> None:
     """The experts' colours; of many only those that lead most."""
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
 
     often = leads.sum(0).argsort(descending=True, stable=True)
@@ -348,8 +360,11 @@ def _legend(figure: Figure, record: RoutingRecord, leads: Tensor) -> None:
     marks = [Patch(color=colours[i], label=labels[i]) for i in named]
     if len(named) < len(labels):
         marks.append(Patch(alpha=0, label=f"and {len(labels) - len(named)} more"))
-    shown = figure.legend(
-        handles=marks, loc="outside lower center", ncols=min(8, len(marks)), fontsize=7, frameon=False
-    )
+    size, renderer = 7, cast(Any, figure.canvas).get_renderer()
+    texts = [str(mark.get_label()) for mark in marks]
+    widest = max(renderer.get_text_width_height_descent(text, FontProperties(size=size), False)[0] for text in texts)
+    beside = widest + 5.5 * size * figure.dpi / 72  # the mark, and the space around it
+    across = min(8, len(marks), max(1, int(figure.bbox.width / beside)))
+    shown = figure.legend(handles=marks, loc="outside lower center", ncols=across, fontsize=size, frameon=False)
     for label in shown.get_texts():
         plain_text(label)

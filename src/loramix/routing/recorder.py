@@ -37,11 +37,17 @@ from loramix.routing.record import RoutingRecord, Source
 from loramix.sessions import Request, request
 
 MAX_TOKENS = 10_000
+Reader = tuple[int, bool]
+"""Whose forwards go on with each other: a thread's, and apart from them those of its logits processors."""
+
+
+def _reader() -> Reader:
+    return threading.get_ident(), request().scoring
 
 
 @dataclass
 class _Waiting:
-    """The tokens of a thread's last forward: until its next one, `generate` may still take them back."""
+    """The tokens of a reader's last forward: until its next one, `generate` may still take them back."""
 
     rows: Followed
     part: Part | None
@@ -127,8 +133,8 @@ class Recorder(RoutingHook):
         self._thread = thread
         self._lock = threading.RLock()
         self._lengths: list[int] = []  # of each text
-        self._waiting: dict[int, _Waiting] = {}  # by thread
-        self._uncached: dict[int, Uncached] = {}  # by thread
+        self._waiting: dict[Reader, _Waiting] = {}
+        self._uncached: dict[Reader, Uncached] = {}
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self.header = Header() if state is None else Header.of(state)
         self.record = RoutingRecord(self.header, self, tokenizer)
@@ -149,18 +155,18 @@ class Recorder(RoutingHook):
             return iter(()) if source is None else source.parts()
 
     def _settle(self) -> None:
-        for thread, waiting in self._waiting.items():
+        for reader, waiting in self._waiting.items():
             if not waiting.call.running:
-                self._keep(thread)
+                self._keep(reader)
 
     def commit(self) -> None:
         """Keep what could still have been taken back."""
         with self._lock:
-            for thread in self._waiting:
-                self._keep(thread)
+            for reader in self._waiting:
+                self._keep(reader)
 
-    def _keep(self, thread: int) -> None:
-        waiting = self._waiting.get(thread)
+    def _keep(self, reader: Reader) -> None:
+        waiting = self._waiting.get(reader)
         part = None if waiting is None else waiting.part
         if waiting is not None and part is not None:
             waiting.part = None
@@ -189,20 +195,20 @@ class Recorder(RoutingHook):
         return isinstance(follower, Followed) and follower.recorder is self
 
     def made(self, made: Made) -> None:
-        thread = threading.get_ident()
-        if self._thread not in (None, thread):
+        reader = _reader()
+        if self._thread not in (None, reader[0]):
             return
         with self._lock:
             state = self.state
             if state is None or self.store is None or any(one.unrecorded for one in state.hooks):
                 return
-            self._keep(thread)
+            self._keep(reader)
             self.header.note(cast(XLoraConfig, state.config))
-            self._waiting[thread] = _Waiting(*self._read(made, thread), request())
+            self._waiting[reader] = _Waiting(*self._read(made, reader), request())
 
     def cached(self, cache: TwoPassCache) -> None:
         with self._lock:
-            waiting = self._waiting.get(threading.get_ident())
+            waiting = self._waiting.get(_reader())
             if waiting is not None:
                 self._follow(cache, waiting.rows)
 
@@ -210,7 +216,7 @@ class Recorder(RoutingHook):
         cache.followers = (*(other for other in cache.followers if not self._owns(other)), rows)
         self._caches.add(cache)
 
-    def _read(self, made: Made, thread: int) -> tuple[Followed, Part]:
+    def _read(self, made: Made, reader: Reader) -> tuple[Followed, Part]:
         """What a forward read, and how far its rows have come."""
         inputs, final = made.inputs, made.final.detach()
         cache = cache_in(inputs)
@@ -221,7 +227,7 @@ class Recorder(RoutingHook):
         rows = self._rows_of(cache, batch, length, inputs)
         before = rows.real.shape[1]
         real = real_slots(inputs.get("attention_mask"), batch, length, before)
-        known = self._reread(call, thread) if cache is None and call.running and ids is not None else None
+        known = self._reread(call, reader) if cache is None and call.running and ids is not None else None
         new = real if known is None else known.meet(tokens, real, rows)
         if call.running and call.finished is not None and len(call.finished) == batch:
             new = new & ~call.finished.cpu()[:, None]  # these rows are only padded
@@ -234,11 +240,11 @@ class Recorder(RoutingHook):
         rows.real = torch.cat([rows.real, real], dim=1)
         return rows, Part(sequence[new], position[new], tokens[new], chosen)
 
-    def _reread(self, call: Request, thread: int) -> Uncached:
+    def _reread(self, call: Request, reader: Reader) -> Uncached:
         """The texts that a `generate` without a cache reads again."""
-        known = self._uncached.get(thread)
+        known = self._uncached.get(reader)
         if known is None or known.call is not call:
-            known = self._uncached[thread] = Uncached(call)
+            known = self._uncached[reader] = Uncached(call)
         return known
 
     def _makes_no_cache(self, inputs: Any) -> bool:

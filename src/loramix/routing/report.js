@@ -97,8 +97,10 @@
   sectionStarts.forEach((r, s) => {
     const run = runs[r], end = s + 1 < sectionStarts.length ? runs[sectionStarts[s + 1]][0] : N;
     const fork = data.forks[run[1]], begins = run[2] && (r === 0 || runs[r - 1][1] !== run[1]);
-    const place = !run[2] ? "" : fork && begins ? ` · goes on from token ${fork[1]} of ` : ` · from token ${run[2]}`;
-    const origin = fork && begins ? [make("bdi", "", fork[0])] : [];
+    const from = run[2] ? ` · from token ${run[2]}` : "";
+    const forked = fork && begins;   // its first tokens may be missing
+    const place = !forked ? from : run[2] === fork[1] ? ` · goes on from token ${fork[1]} of ` : `${from}, forked at token ${fork[1]} of `;
+    const origin = forked ? [make("bdi", "", fork[0])] : [];
     text.append(make("h3", "", make("bdi", "", data.texts[run[1]] ?? ""), place, ...origin));
     for (let first = run[0]; first < end;) {
       let last = first + 1;

@@ -19,6 +19,7 @@ from loramix.routing.inspection import Inspection
 from loramix.routing.metrics import RoutingMetrics, confidence_of, leaders_of
 
 TOKENS = 600  # shown of a long text
+NOBODY = "nobody"  # leads where no expert has a weight
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _UNSEEN = [0x61C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
 _CONTROL = _PICTURES | {0x7F: "␡"} | dict.fromkeys([*range(0x80, 0xA0), *_UNSEEN], "�")
@@ -65,7 +66,7 @@ def token_text(
     """
     if has_colour(console):
         return Text(visible(piece), style="" if leader is None else f"{_strength(confidence)} {paint[leader]}")
-    return Text((f"⟨{visible(leader or '')}⟩" if named else "") + visible(piece))
+    return Text((f"⟨{visible(leader or NOBODY)}⟩" if named else "") + visible(piece))
 
 
 def _strength(confidence: float) -> str:
