@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from benchmarks.lockstep import in_common
+from benchmarks.generate import in_common
 from benchmarks.models import Models
 from loramix.demo import bundle
 from loramix.demo.run import PROMPTS

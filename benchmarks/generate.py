@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.models import Models
 from loramix.speed import Contender, Measurement, interleave
@@ -21,11 +22,11 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
 
 def measure_length(models: Models, new: int, rounds: int, *, target: float | None = None) -> Measurement:
     """Generate `new` tokens. `facts` says how many tokens the mixtures have in common before they part."""
-    texts: dict[str, list[int]] = {}
+    texts: dict[str, Tensor] = {}
 
     def contender(name: str, model: Any, every: int = 1) -> Contender:
         def call() -> None:
-            texts[name] = generate(model, models.prompt, new)
+            texts[name] = write(model, models.prompt, new)
 
         return Contender(name, call, every)
 
@@ -35,16 +36,21 @@ def measure_length(models: Models, new: int, rounds: int, *, target: float | Non
         contender("PEFT", models.peft, PEFT_EVERY),
     ]
     times = interleave(contenders, rounds)
-    equal = [a == b for a, b in zip(texts["loramix"], texts["PEFT"], strict=True)]
-    common = equal.index(False) if False in equal else new
+    common = in_common(texts["loramix"], texts["PEFT"])
     facts = {"prompt": models.size.prompt, "new": new, "tokens in common": common}
     return Measurement(
         f"generate {new} tokens", times, models.weights.generate_limit(models.size.prompt, new), target, facts
     )
 
 
-def generate(model: Any, prompt: torch.Tensor, new: int) -> list[int]:
-    """Greedy, `new` tokens, no end-of-sequence token."""
+@torch.no_grad()
+def write(model: Any, prompt: Tensor, new: int, *, do_sample: bool = False, **how: Any) -> Tensor:
+    """What a model writes after a prompt; greedy unless it is to sample."""
     mask = torch.ones_like(prompt)
-    tokens = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=new, do_sample=False)
-    return tokens[0, prompt.shape[1] :].tolist()
+    ids = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=new, do_sample=do_sample, **how)
+    return ids[0, prompt.shape[1] :]
+
+
+def in_common(one: Tensor, other: Tensor) -> int:
+    """How many tokens two texts have in common before they part."""
+    return int((one == other).int().cumprod(0).sum())

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.generate import LENGTH, in_common, write
 from benchmarks.models import Models
 from loramix.pace import AHEAD
 from loramix.speed import Contender, Measurement, interleave
 
-LENGTH = 64
 WEIGHTS = (0.0, 0.003, 0.02, 1.0)
 DRAFTS = (3, AHEAD)
 
@@ -103,16 +103,3 @@ def _sampled(models: Models, rounds: int, new: int) -> Measurement:
     }
     limit = models.weights.generate_limit(models.size.prompt, new)
     return Measurement(f"sample {new} tokens at temperature 100", times, limit, facts=facts)
-
-
-@torch.no_grad()
-def write(model: Any, prompt: torch.Tensor, new: int, *, do_sample: bool = False, **how: Any) -> Tensor:
-    """What a model writes after a prompt; greedy unless it is to sample."""
-    mask = torch.ones_like(prompt)
-    ids = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=new, do_sample=do_sample, **how)
-    return ids[0, prompt.shape[1] :]
-
-
-def in_common(one: Tensor, other: Tensor) -> int:
-    """How many tokens two texts have in common before they part."""
-    return int((one == other).int().cumprod(0).sum())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lockstep import LENGTH, write
+from benchmarks.generate import LENGTH, write
 from benchmarks.models import Models
 from loramix.routing import record_routing
 from loramix.speed import Contender, Measurement, interleave

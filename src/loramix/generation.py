@@ -55,7 +55,7 @@ class LockstepMethods(PeftMethods):
         """
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         wanted = wanted_by(given or cast(Any, self).generation_config, as_wanted(lockstep))
-        with asked(wanted) as call:
+        with asked(wanted, self._loramix) as call:
             try:
                 out = super().generate(*args, **kwargs)  # pyright: ignore
             finally:

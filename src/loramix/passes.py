@@ -163,7 +163,23 @@ class MixtureState:
 _attaching = threading.Lock()
 
 
-def attach(model: nn.Module, hook: RoutingHook, *, alone: bool = False) -> Callable[[], None]:
+def state_of(model: Any) -> MixtureState:
+    """What the passes of a mixture share.
+
+    Raises:
+        UnsupportedOperationError: a model that makes no scalings.
+    """
+    state = getattr(model, "__dict__", {}).get("_loramix")
+    if not isinstance(state, MixtureState) or state.classifier is None:
+        raise UnsupportedOperationError(
+            "Only a mixture makes scalings.",
+            received=f"a {type(model).__name__} without a router",
+            remedy="pass the model that get_peft_model(base, XLoraConfig(…)) returned, not a wrapper around it",
+        )
+    return state
+
+
+def attach(model: Any, hook: RoutingHook, *, alone: bool = False) -> Callable[[], None]:
     """Let a hook take part in a mixture's passes, until the function that is returned is called.
 
     Args:
@@ -174,13 +190,7 @@ def attach(model: nn.Module, hook: RoutingHook, *, alone: bool = False) -> Calla
     Raises:
         UnsupportedOperationError: a model that makes no scalings.
     """
-    state = model.__dict__.get("_loramix")
-    if not isinstance(state, MixtureState) or state.classifier is None:
-        raise UnsupportedOperationError(
-            "Only a mixture makes scalings.",
-            received=f"a {type(model).__name__} without a router",
-            remedy="pass the model that get_peft_model(base, XLoraConfig(…)) returned, not a wrapper around it",
-        )
+    state = state_of(model)
     with _attaching:
         others = state.hooks if not alone else tuple(other for other in state.hooks if type(other) is not type(hook))
         state.hooks = (*others, hook)

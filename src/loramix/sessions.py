@@ -25,6 +25,8 @@ class Request:
         report: how it decodes; None where transformers takes a way of its own, such as beams.
         running: whether it is under way; not so for what stands in where no call is.
         finished: (B,), True for rows that it only pads any more; None where there is none so far.
+        models: the states of the models whose calls are under way, each within the one before.
+        drafts: whether its model is among those already: then it writes candidates for that call.
         scoring: whether its logits processors are at work: a forward of theirs reads other texts.
     """
 
@@ -32,6 +34,8 @@ class Request:
     report: LockstepReport | None = None
     running: bool = False
     finished: Tensor | None = None
+    models: tuple[MixtureState, ...] = ()
+    drafts: bool = False
     scoring: bool = False
 
 
@@ -114,10 +118,11 @@ def paused() -> Generator[None]:
 
 
 @contextmanager
-def asked(wanted: Wanted) -> Generator[Request]:
-    """Inside, in this thread, `generate` runs, and was asked for lockstep or not."""
-    outer, _current.request = _current.request, Request(wanted, running=True)
-    call = _current.request
+def asked(wanted: Wanted, state: MixtureState) -> Generator[Request]:
+    """Inside, in this thread, a model's `generate` runs, and was asked for lockstep or not."""
+    outer = _current.request
+    call = Request(wanted, running=True, models=(*outer.models, state), drafts=state in outer.models)
+    _current.request = call
     try:
         yield call
     finally:

@@ -70,6 +70,13 @@ def test_as_html(loramix, folders, tmp_path: Path) -> None:
     assert "helps" in page or "hurts" in page or "no matter" in page
 
 
+def test_html_has_what_each_expert_is_worth_unless_it_is_not_to(loramix, folders, tmp_path: Path) -> None:
+    for options, measured in (((), True), (("--no-leave-one-out",), False)):
+        loramix("inspect", folders.mixture, "--text", "abc", "--html", tmp_path / "out.html", *options)
+        page = (tmp_path / "out.html").read_text(encoding="utf-8")
+        assert ("The loss on" in page, "Not measured" in page) == (measured, not measured)
+
+
 def test_html_and_json_together(loramix, folders, tmp_path: Path) -> None:
     done = loramix("inspect", folders.mixture, "--text", "x", "--html", tmp_path / "out.html", "--json")
     assert json.loads(done.out)["experts"] == ["math", "code"]

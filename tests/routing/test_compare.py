@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from loramix import DataError, RoutingError
+from loramix import ConfigurationError, DataError, RoutingError, UnsupportedOperationError
 from loramix.routing import agreement, confusion, drift, leave_one_out, record_routing
 from loramix.routing.metrics import entropy_of
 from routing.records import random_record, record_of
@@ -51,9 +51,10 @@ def test_drift_of_a_record_with_itself_is_nothing_and_with_the_opposite_all() ->
     assert_close(drift(one, other).divergence, torch.ones(3))
 
 
-def test_drift_goes_by_the_experts_names() -> None:
+def test_drift_goes_by_the_names_of_experts_and_layers() -> None:
     one, other = random_record(seed=1), random_record(seed=2)
-    turned = drift(one, other.select(experts=["e2", "e0", "e1"]))
+    turned = drift(one, other.select(experts=["e2", "e0", "e1"], layers=[3, 1, 0, 2]))
+    assert turned.by_layer == pytest.approx(drift(one, other).by_layer)
     assert_close(turned.divergence, drift(one, other).divergence)
     assert turned.importance == pytest.approx(drift(one, other).importance)
 
@@ -108,6 +109,14 @@ def test_confusion_counts_leading_experts_by_label() -> None:
     for labels in ([], ["math"] * 5, [None] * 6, [float("nan")] * 6, {7: "math"}):
         with pytest.raises(RoutingError, match="one label for each recorded token"):
             confusion(record, labels)
+
+
+def test_labels_that_are_numbers_are_in_their_order() -> None:
+    record = random_record(12)
+    assert confusion(record, [*range(11), "a"]).labels == [*map(str, range(11)), "a"]
+    for wrong in (torch.zeros(11), "abcdefghijkl"):
+        with pytest.raises(RoutingError, match="one label for each recorded token"):
+            confusion(record, wrong)
 
 
 def test_labels_may_be_a_tensor_an_array_or_a_column_of_a_table() -> None:
@@ -177,6 +186,14 @@ def test_leaving_an_expert_out_is_the_loss_without_it(shared: Any) -> None:
     assert shared._loramix.hooks == ()
     with pytest.raises(DataError, match="at least two tokens"):
         leave_one_out(shared, [[3]])
+    for wrong in ([1_000_000, 5], [-1, 5], [1.5, 2.5], "def f", 5, torch.ones(2, 2, dtype=torch.long), [True, True]):
+        with pytest.raises(DataError, match="a list of token ids"):
+            leave_one_out(shared, [wrong])
+    with pytest.raises(ConfigurationError, match="batch"):
+        leave_one_out(shared, texts, batch=0)
+    with pytest.raises(UnsupportedOperationError, match="Only a mixture"):
+        leave_one_out(nn.Linear(1, 1), texts)
+    assert leave_one_out(shared, [torch.tensor(text) for text in texts]).loss == pytest.approx(found.loss)
 
 
 def test_an_expert_that_is_left_out_is_recorded_at_nothing(shared: Any) -> None:

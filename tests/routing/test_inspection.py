@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from loramix.errors import DataError, RoutingError
+from loramix.errors import ConfigurationError, DataError, RoutingError
 from loramix.routing.ablation import leave_one_out
 from loramix.routing.inspection import inspect_texts
 from tiny import VOCABULARY
@@ -69,6 +69,15 @@ def test_what_cannot_be_read_is_told(texts: Any, options: dict[str, int], said: 
     with pytest.raises(DataError) as error:
         inspect_texts(routed, _Letters(), texts, **options)
     assert said in str(error.value)
+
+
+def test_arguments_that_are_no_such_thing_are_told(routed: Any) -> None:
+    for texts in ((text for text in ["abc"]), (pair for pair in [("a", None)]), (pair for pair in [("a", "b", "c")])):
+        with pytest.raises(DataError, match="comes with its name"):
+            inspect_texts(routed, _Letters(), texts)
+    for options in ({"limit": 0}, {"limit": True}, {"window": True}):
+        with pytest.raises(ConfigurationError, match="must be a whole number"):
+            inspect_texts(routed, _Letters(), TEXTS, **options)
 
 
 def test_scalings_that_are_no_numbers_are_told(routed: Any) -> None:

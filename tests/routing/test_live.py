@@ -26,6 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "by itself": {},
     "without a cache": {"use_cache": False},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "early exit": {"assistant_early_exit": 1},
     "prefill in chunks": {"prefill_chunk_size": 4},
     "guidance": {"guidance_scale": 1.5},
     "guidance without a cache": {"guidance_scale": 1.5, "use_cache": False},

@@ -23,7 +23,17 @@ from loramix import (
     SaveError,
     UnsupportedOperationError,
 )
-from loramix.routing import RoutingRecord, record_routing, stream_routing
+from loramix.routing import (
+    Inspection,
+    RoutingRecord,
+    agreement,
+    confusion,
+    drift,
+    plots,
+    record_routing,
+    stream_routing,
+)
+from loramix.routing.metrics import RoutingMeter
 from routing.records import random_record, record_of
 from tiny import tokens
 
@@ -148,6 +158,47 @@ def test_texts_have_numbers_and_no_names(wrong: Any) -> None:
         random_record(12, texts=[5, 7]).select(sequences=wrong)
 
 
+@pytest.mark.parametrize("wrong", [2**70, -1, True, torch.tensor([0]), torch.tensor(0.5)], ids=repr)
+def test_a_text_is_named_by_one_number(wrong: Any) -> None:
+    record = random_record(12, texts=[5, 7])
+    with pytest.raises(RoutingError):
+        record.sequence(wrong)
+    assert record.sequence(np.int64(1)).kept == record.sequence(torch.tensor(1)).kept == 7
+
+
+def test_a_text_is_found_by_one_row_of_ids() -> None:
+    record = random_record(12, texts=[5, 7])
+    for row in ([5, 6, 7], torch.tensor([5, 6, 7]), torch.tensor([[5, 6, 7]]), np.array([5, 6, 7])):
+        assert record.following(row).tokens.tolist() == [5, 6, 7]
+    for wrong in (torch.tensor([[5, 6], [5, 6]]), torch.tensor([5.0]), torch.tensor([True]), torch.tensor(5)):
+        with pytest.raises(RoutingError, match=r"row of token ids|whole numbers"):
+            record.following(wrong)
+    with pytest.raises(RoutingError, match="0 tokens, in no text"):
+        record.following([])
+
+
+def test_scalings_that_are_no_numbers_are_neither_measured_nor_shown() -> None:
+    scalings = torch.full((3, 2, 2), 0.5)
+    scalings[1, 0, 1] = torch.nan
+    record = record_of(scalings)
+    calls = [
+        *(RoutingRecord.metrics, RoutingRecord.metrics_by_layer, agreement, lambda record: drift(record, record)),
+        *(lambda record: confusion(record, {0: "a"}), lambda record: Inspection(record).to_dict()),
+        *(plots.load_bars, plots.tokens_by_experts, plots.layers_by_experts, plots.entropy_along),
+    ]
+    for call in calls:
+        with pytest.raises(RoutingError, match="finite numbers"):
+            call(record)
+    assert "finite numbers" in record._repr_html_()
+    assert record.to_pandas().scaling.isna().sum() == 1
+    assert record.select(sequences=0, experts=0).metrics().tokens == 3
+    meter = RoutingMeter()
+    meter.add(scalings[None])
+    found = meter.result()
+    assert found is not None
+    assert np.isnan(found.information)
+
+
 def test_texts_are_picked_by_slices_too() -> None:
     record = random_record(12, texts=[3, 4, 5])
     assert record.select(sequences=slice(1, None)).sequences == [1, 2]
@@ -208,6 +259,9 @@ def test_colours_by_other_names_go_with_the_record_wherever_it_goes(routed: Any,
     assert record.palette == routed.expert_names
     with pytest.raises(RoutingError, match="names without 'math', 'prose': 'code'"):
         record.coloured_by(["code"])
+    for unordered in (dict.fromkeys(names).keys(), ",".join(names)):
+        with pytest.raises(RoutingError, match="place among all names"):
+            RoutingRecord.coloured_by.__wrapped__(record, unordered)  # where types are not checked
 
 
 def test_one_of_a_kind_is_told_as_one() -> None:
@@ -261,6 +315,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path, parts: int) -> None:
     found = RoutingRecord.load(tmp_path / "record")
     found.save(tmp_path / "record")  # from where it lies to where it lies
     assert equal(RoutingRecord.load(tmp_path / "record"), other)
+    assert equal(found, other)
     assert sorted(path.name for path in (tmp_path / "record").iterdir()) == ["record.json", "tokens-00000.safetensors"]
 
 
@@ -297,6 +352,12 @@ INDEX: dict[str, Any] = {
     "an expert without a colour": {"palette": ["e0", "e1"]},
     "fewer tokens than none": {"seen": -1},
     "forks in a circle": {"forks": {"0": [1, 1], "1": [0, 1]}},
+    "a fork of no text": {"forks": {"1": [-1, 5]}},
+    "a fork before the beginning": {"forks": {"1": [0, -5]}},
+    "fewer tokens seen than kept": {"seen": 8},
+    "half a token seen": {"seen": 9.5},
+    "an expert twice": {"experts": ["e0", "e0", "e1"]},
+    "shards by name": {"shards": {}},
 }
 
 

@@ -366,6 +366,15 @@ torch.testing.assert_close(record.scalings[:18], record.scalings[18:])
 """
 
 
+@pytest.mark.parametrize("itself", [False, True], ids=["early exit", "assistant"])
+def test_what_a_model_drafts_for_itself_is_not_recorded(routed: Any, direct: Direct, itself: bool) -> None:
+    options = {"assistant_model": routed} if itself else {"assistant_early_exit": 1}
+    with record_routing(routed) as record:
+        out = routed.generate(tokens(1, 6), max_new_tokens=7, do_sample=False, **options)[0]
+    assert_is(record.following(out), routed, out[:-1], direct)
+    assert record.kept == 12
+
+
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"lockstep": True}], ids=str)
 def test_what_a_logits_processor_reads_is_another_text(routed: Any, direct: Direct, options: dict[str, Any]) -> None:
     ids = tokens(1, 6)
@@ -435,7 +444,10 @@ def test_models_that_make_no_scalings_say_so(routed: Any, tmp_path: Any) -> None
     assert record.to_pandas().empty
     with pytest.raises(RoutingError, match="recorded tokens"):
         record.metrics()
-    with pytest.raises(ConfigurationError, match="at least one token"), record_routing(routed, max_tokens=0):
+    for options in ({"max_tokens": 0}, {"max_tokens": True}, {"seed": -1}, {"seed": 2**70}):
+        with pytest.raises(ConfigurationError, match="must be a whole number"), record_routing(routed, **options):
+            pass
+    with pytest.raises(UnsupportedOperationError, match="a NoneType without a router"), record_routing(None):
         pass
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import loramix
-from loramix.errors import RoutingError, SaveError
+from loramix.errors import ConfigurationError, RoutingError, SaveError
 from loramix.routing.ablation import LeaveOneOut
 from loramix.routing.colours import PALETTE
 from loramix.routing.inspection import Inspection
@@ -200,6 +200,28 @@ def test_a_long_record_is_sampled_in_runs_and_says_so() -> None:
     assert record.leading[last[3]] == torch.frombuffer(bytearray(decoded(data["leading"])), dtype=torch.int16)[last[0]]
 
 
+def test_fewer_tokens_than_a_run_are_as_many_as_asked_for() -> None:
+    record = random_record(count=300, layers=2, experts=2)
+    assert choose(record, 10).rows.tolist() == list(range(10))
+    assert choose(record, 1).notes[0].startswith("The report shows 1 of 300 tokens, runs of 1 ")
+    for wrong in (0, -1, True):
+        with pytest.raises(ConfigurationError, match="tokens must be"):
+            report_html(record, tokens=wrong)
+
+
+def test_negative_scalings_are_said() -> None:
+    record = record_of(-torch.rand(10, 4, 3) - 0.1)
+    assert "Some scalings are negative" in report_html(record)
+    assert "Some scalings are negative" not in report_html(random_record())
+
+
+def test_names_with_half_a_surrogate_are_shown_without_it(tmp_path: Path) -> None:
+    record = random_record(experts=2)
+    record.header.experts = record.header.palette = ["a\ud800", "b"]
+    assert write_report(Inspection(record, "title\ud800", ["text\ud800"]), tmp_path / "out.html")
+    assert "title?" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
 def test_layers_are_sampled_where_there_are_many() -> None:
     record = random_record(count=100, layers=4, experts=3)
     shown = choose(record, layer_bytes=4 * 3 * 10)
@@ -241,6 +263,9 @@ def test_an_empty_record_is_an_error() -> None:
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="a folder that exists"):
         write_report(random_record(), tmp_path / "missing" / "out.html")
+    for name in ("a" * 300, "a\0b"):
+        with pytest.raises(SaveError, match="a folder that exists"):
+            write_report(random_record(), tmp_path / name)
     with pytest.raises(SaveError):
         check_place(tmp_path)
     with pytest.raises(SaveError):

@@ -22,8 +22,12 @@ def inspect(
     subset: Annotated[str | None, typer.Option(help="Of a data set of the Hub that has several.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one HTML file that needs nothing else.")] = None,
     leave_one_out: Annotated[
-        bool, typer.Option("--leave-one-out", help="Also measure the loss without each expert: E more readings.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--leave-one-out/--no-leave-one-out",
+            help="Measure the loss without each expert: E more readings. Default: with --html, where it can be.",
+        ),
+    ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens that are read at once.")] = None,
     limit: Annotated[int, typer.Option(min=2, help="Tokens to read, at most.")] = 10_000,
     device: Annotated[str, typer.Option(help="A torch device; auto: the accelerator where there is one.")] = "auto",
@@ -35,12 +39,13 @@ def inspect(
 
     loramix inspect demo --text "def add(a, b):"
 
-    loramix inspect ./mixture --file notes.txt --leave-one-out --html routing.html
+    loramix inspect ./mixture --file notes.txt --html routing.html
     """
     from rich.console import Console
 
     from loramix.cli.continuation import open_mixture
     from loramix.model import XLoraModel
+    from loramix.routing.ablation import can_leave_out
     from loramix.routing.inspection import inspect_texts
     from loramix.routing.report import check_place, write_report
     from loramix.routing.show import shown
@@ -53,12 +58,13 @@ def inspect(
         rows = _rows(text, file, data, split, subset)
         opened = open_mixture(mixture, base=base, device=device, routed="name the folder of a mixture")
         texts = [(row.source, row.as_text(opened.tokenizer)) for row in rows]
+        model = cast(XLoraModel, opened.model)
         found = inspect_texts(
-            cast(XLoraModel, opened.model),
+            model,
             opened.tokenizer,
             texts,
             title=opened.mixture,
-            leave_out=leave_one_out,
+            leave_out=(html is not None and can_leave_out(model)) if leave_one_out is None else leave_one_out,
             window=window,
             limit=limit,
         )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,9 @@ from loramix.config import XLoraConfig
 from loramix.errors import DataError, RoutingError
 from loramix.hooks import RoutingHook
 from loramix.model import XLoraModel
-from loramix.passes import attach, evaluating, positions_of, require_routing
+from loramix.passes import attach, evaluating, positions_of, require_routing, state_of
 from loramix.routing.pick import pick
+from loramix.rules import require_integer
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,28 @@ class LeaveOneOut:
 
 
 @torch.no_grad()
-def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: int = 8) -> LeaveOneOut:
+def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveOneOut:
     """The mixture's loss on some texts, and without each expert in turn.
 
         difference_e = (1 / N) Σ_t [ln p(t) − ln p without e (t)]
 
     Args:
         model: the mixture, a causal language model. With one expert there is nothing to leave out.
-        texts: token ids of each; the first token of a text is given, not predicted.
+        texts: token ids of each, as a list or a tensor; the first token of a text is given, not predicted.
         batch: texts in one forward.
 
     Raises:
-        DataError: no token to predict, a text beyond the base model's positions, or a loss that is no number.
+        DataError: what are no token ids, no token to predict, a text beyond the base model's positions, or a loss that
+            is no number.
+        ConfigurationError: `batch` is no number from 1.
+        UnsupportedOperationError: a model without a router.
         RoutingError: a mixture that makes no scalings, or one of whose experts none can be left out.
     """
+    state_of(model)
     require_routing(model)
-    chosen = [list(map(int, text)) for text in texts if len(text) > 1]
+    require_integer("batch", batch, at_least=1, remedy="Pass for example batch=8.")
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    chosen = [ids for text in texts if len(ids := _ids(text, vocabulary)) > 1]
     if not chosen:
         raise DataError(
             "A loss needs a text of at least two tokens.",
@@ -83,6 +90,19 @@ def leave_one_out(model: XLoraModel, texts: Sequence[Sequence[int]], *, batch: i
             remedy="look for nan or inf in the weights of the base model, the experts and the router",
         )
     return LeaveOneOut(loss, without, tokens)
+
+
+def _ids(text: Any, vocabulary: int) -> list[int]:
+    found = text.tolist() if hasattr(text, "tolist") else text
+    ids = list(cast("Sequence[Any]", found)) if isinstance(found, list | tuple) else None
+    whole = ids is not None and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
+    if ids is None or not whole or not all(0 <= one < vocabulary for one in ids):
+        raise DataError(
+            "A text is a list of token ids of the base model.",
+            received=f"{text!r}"[:200],
+            remedy=f"pass the input_ids of its tokenizer for each text: whole numbers below {vocabulary}",
+        )
+    return ids
 
 
 def _loss(model: XLoraModel, texts: Sequence[list[int]], without: str | None, batch: int) -> tuple[float, int]:
@@ -124,8 +144,7 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
     """
     place = pick("expert", model.expert_names, expert)[0]
     config = cast(XLoraConfig, model.peft_config["default"])
-    kept = config.top_k_lora is not None and config.top_k_lora < len(model.expert_names)
-    if config.enable_softmax and config.enable_softmax_topk and not kept:
+    if not can_leave_out(model):
         raise RoutingError(
             "An expert can be left out where the router can give it no weight.",
             received="enable_softmax and enable_softmax_topk without a top_k_lora below the number of experts",
@@ -136,6 +155,13 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
         yield
     finally:
         detach()
+
+
+def can_leave_out(model: XLoraModel) -> bool:
+    """Whether the router can be kept from an expert: not where a softmax of a softmax gives each of them a weight."""
+    config = cast(XLoraConfig, model.peft_config["default"])
+    kept = config.top_k_lora is not None and config.top_k_lora < len(model.expert_names)
+    return kept or not (config.enable_softmax and config.enable_softmax_topk)
 
 
 class _Without(RoutingHook):

@@ -29,7 +29,7 @@ def agreement(record: RoutingRecord) -> Float[Tensor, "L L"]:
     Symmetric, and 1 on the diagonal.
 
     Raises:
-        RoutingError: nothing was recorded, or all layers share their scalings.
+        RoutingError: nothing was recorded, scalings that are no numbers, or all layers share them.
     """
     if record.shared:
         raise RoutingError(
@@ -39,13 +39,11 @@ def agreement(record: RoutingRecord) -> Float[Tensor, "L L"]:
         )
     layers = len(record.layers)
     same, count = torch.zeros(layers, layers, dtype=torch.float64), 0
-    for part in record.parts():
+    for part in record.measurable():
         leading = leads_of(part.scalings).double()
         nobody = 1 - leading.sum(-1)  # which is alike too
         same += torch.einsum("nle,nme->lm", leading, leading) + nobody.T @ nobody
         count += len(part)
-    if not count:
-        raise record.nothing()
     return (same / count).float()
 
 
@@ -78,7 +76,7 @@ def drift(one: RoutingRecord, other: RoutingRecord) -> Drift:
 
     Args:
         one: the record before.
-        other: the record after; its experts may be in another order.
+        other: the record after; its experts and layers may be in another order.
 
     Raises:
         RoutingError: nothing was recorded; other experts, layers or tokens.
@@ -105,9 +103,16 @@ def drift(one: RoutingRecord, other: RoutingRecord) -> Drift:
 
 
 def in_order_of(one: RoutingRecord, other: RoutingRecord) -> RoutingRecord:
-    """`other` with its experts in the order of `one`, where they are the same experts; else as it is."""
-    moved = other.experts != one.experts and sorted(other.experts) == sorted(one.experts)
-    return other.select(experts=one.experts) if moved else other
+    """`other` with experts and layers in the order of `one`, where they are the same; else as it is."""
+    if other.experts != one.experts and sorted(other.experts) == sorted(one.experts):
+        other = other.select(experts=_places(other.experts, one.experts))
+    if other.layers != one.layers and sorted(other.layers) == sorted(one.layers):
+        other = other.select(layers=_places(other.layers, one.layers))
+    return other
+
+
+def _places(names: list[str], wanted: list[str]) -> list[int]:
+    return [names.index(name) for name in wanted]
 
 
 def same_tokens(one: RoutingRecord, other: RoutingRecord) -> tuple[Part, Part]:
@@ -116,11 +121,7 @@ def same_tokens(one: RoutingRecord, other: RoutingRecord) -> tuple[Part, Part]:
     Raises:
         RoutingError: nothing was recorded, or other tokens.
     """
-    first, second = one.part, other.part
-    if not len(first):
-        raise one.nothing()
-    if not len(second):
-        raise other.nothing()
+    first, second = one.measurable_part, other.measurable_part
     if len(first) != len(second) or not torch.equal(first.token, second.token) or not _side_by_side(first, second):
         raise RoutingError(
             "Two records are compared token by token: both hold the same tokens of the same texts.",
@@ -142,7 +143,7 @@ class Confusion:
     """Which expert leads tokens of which label.
 
     Attributes:
-        labels: the labels, in order.
+        labels: the labels, numbers first, in order.
         experts: the experts, in order.
         counts: tokens that each expert leads, by label and expert.
         tokens: all tokens of each label: more where a selection of experts leaves some that nobody leads.
@@ -160,7 +161,7 @@ class Confusion:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of tokens whose leading expert bears the name of their label; None where no label is a name."""
+        """Of the tokens whose label is an expert's name, the share that this one leads; None where there are none."""
         named = [i for i, label in enumerate(self.labels) if label in self.experts]
         right = sum(int(self.counts[i, self.experts.index(self.labels[i])]) for i in named)
         return right / int(self.tokens[named].sum()) if named else None
@@ -179,15 +180,14 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
     Raises:
         RoutingError: nothing was recorded, or labels that do not fit it.
     """
-    whole = record.part
-    if not len(whole):
-        raise record.nothing()
+    whole = record.measurable_part
     if isinstance(labels, Mapping):
         of_texts = cast("Mapping[int, Any]", labels)
-        found = [of_texts.get(number) for number in whole.sequence.tolist()]
+        found: Any = [of_texts.get(number) for number in whole.sequence.tolist()]
     else:
-        found = labels
-    column = [_label(value) for value in found]
+        found = cast(Any, labels).tolist() if hasattr(labels, "tolist") else labels
+    several = [] if isinstance(found, str) or not isinstance(found, Iterable) else list(cast("Iterable[Any]", found))
+    column = [_label(value) for value in several]
     fits = len(column) == len(whole)
     if not fits or all(label is None for label in column):
         raise RoutingError(
@@ -195,7 +195,7 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
             received="no label at all" if fits else f"{len(column)} labels for {len(whole)} tokens",
             remedy="pass a label, or None, for each token of record.tokens, or {number: label} for record.sequences",
         )
-    names = sorted({label for label in column if label is not None})
+    names = sorted({label for label in column if label is not None}, key=_by_number)
     row_of = {name: row for row, name in enumerate(names)}
     rows = torch.tensor([-1 if label is None else row_of[label] for label in column])
     labelled = torch.nn.functional.one_hot(rows + 1, len(names) + 1)[:, 1:].double()
@@ -205,9 +205,17 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
 
 def _label(value: Any) -> str | None:
     """A label's text; None where none is known."""
-    value = value.item() if hasattr(value, "item") else value
+    value = value.tolist() if hasattr(value, "tolist") else value
     try:
         known = value is not None and bool(value == value)  # nan is not itself
     except TypeError:  # NA is neither
         return None
     return str(value) if known else None
+
+
+def _by_number(label: str) -> tuple[bool, float, str]:
+    """To sort numbers as numbers, and before words."""
+    try:
+        return False, float(label), label
+    except ValueError:
+        return True, 0.0, label

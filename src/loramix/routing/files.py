@@ -103,14 +103,14 @@ def read_part(path: Path, id: str) -> Part:
 
 
 def save_record(record: RoutingRecord, folder: Path) -> None:
-    """Write a record, over an earlier one if there is one.
+    """Write a record, over an earlier one if there is one. One that lies in files keeps its id in others, too.
 
     Raises:
         SaveError: the folder could not be written.
     """
     sizes = {shard_name(i): len(part) for i, part in enumerate(record.parts())}
     parts = record.parts()  # each writer takes the next one: they run in order
-    id = new_id()
+    id = record.source.id or new_id()
     writers: dict[str, Writer] = {name: shard_writer(parts.__next__, id) for name in sizes}
     writers[INDEX] = _index_writer(record, sizes, id)
     old = [path.name for path in folder.glob("tokens-*.safetensors")] if folder.is_dir() else []
@@ -206,18 +206,18 @@ def _require_same_text(tokenizer: Any, pieces: Mapping[int, str]) -> None:
 def _header(content: Mapping[str, Any]) -> Header:
     names = {name: _names(content[name]) for name in ("experts", "palette", "layers", "adapted")}
     forks = {int(one): (int(other), int(place)) for one, (other, place) in content["forks"].items()}
-    if any(other >= one for one, (other, _) in forks.items()):
-        raise ValueError("a text that forks from a later one")
+    if any(not 0 <= other < one or place < 0 for one, (other, place) in forks.items()):
+        raise ValueError("a text that forks from none before it")
     if not set(names["experts"]) <= set(names["palette"]):
         raise ValueError("experts that the palette lacks")
-    if int(content["seen"]) < 0:
+    if not isinstance(content["seen"], int) or content["seen"] < sum(_sizes(content).values()):
         raise ValueError(f"{content['seen']} tokens seen")
     return Header(
         **names,
         settings=dict(content["settings"]),
         changed=bool(content["changed"]),
         forks=forks,
-        seen=int(content["seen"]),
+        seen=content["seen"],
         sample=bool(content["sample"]),
     )
 
@@ -225,7 +225,10 @@ def _header(content: Mapping[str, Any]) -> Header:
 def _names(value: Any) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in cast("list[Any]", value)):
         raise ValueError(f"{value!r} is no list of names")
-    return cast("list[str]", value)
+    names = cast("list[str]", value)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{value!r} has a name twice")
+    return names
 
 
 def _pieces(content: Mapping[str, Any]) -> dict[int, str]:
@@ -234,6 +237,8 @@ def _pieces(content: Mapping[str, Any]) -> dict[int, str]:
 
 def _sizes(content: Mapping[str, Any]) -> dict[str, int]:
     shards = cast("Sequence[Mapping[str, Any]]", content["shards"])
+    if not isinstance(shards, list):
+        raise ValueError(f"shards {shards!r}")
     sizes = {str(shard["file"]): int(shard["tokens"]) for shard in shards}
     if list(sizes) != [shard_name(i) for i in range(len(shards))]:
         raise ValueError(f"files {', '.join(sizes)}")

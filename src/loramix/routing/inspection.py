@@ -16,6 +16,7 @@ from loramix.routing.metrics import confidence_of, leaders_of
 from loramix.routing.pick import some
 from loramix.routing.record import RoutingRecord
 from loramix.routing.recorder import MAX_TOKENS, record_routing
+from loramix.rules import require_integer
 
 LONGEST_PIECE = 1024
 _AT_ONCE = 2048  # tokens of a forward, padding included
@@ -69,6 +70,8 @@ class Inspection:
             found.append("One expert alone: there is nothing to route between, and nothing to leave out.")
         elif record.shared:
             found.append(f"The {len(record.header.adapted)} adapted layers share one routing: no layer differs.")
+        if any(bool((part.scalings < 0).any()) for part in record.parts()):
+            found.append("Some scalings are negative: confidence, entropies and effective experts are of the others.")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,10 +140,14 @@ def inspect_texts(
         limit: of tokens to read, start tokens included.
 
     Raises:
-        DataError: no text has a token, or a window that is longer than the base model's positions.
+        DataError: no text has a token, texts without names, or a window that is longer than the base model's positions.
+        ConfigurationError: a limit or a window that is no number.
         RoutingError: scalings that are no finite numbers; and as `record_routing`.
     """
     positions = positions_of(model.config) or 2**31
+    require_integer("limit", limit, at_least=1, remedy=f"Pass for example limit={MAX_TOKENS}.")
+    if window is not None:
+        require_integer("window", window, at_least=None, remedy=f"Pass a number from 2 to {positions}, or None.")
     if window is not None and not 2 <= window <= positions:
         raise DataError(
             "A piece of text has at least two tokens, and no more than the base model has positions.",
@@ -152,7 +159,7 @@ def inspect_texts(
     ids = [ids for _, ids in pieces]
     with record_routing(model, tokenizer, max_tokens=max(1, sum(map(len, ids)))) as record:
         _read(model, ids, size)
-    require_numbers(record, title)
+    record.require_measurable()
     worth = None
     if leave_out and len(record.experts) > 1:
         if any(len(text) > 1 for text in ids):
@@ -169,7 +176,8 @@ def _cut(
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room, found = max(1, size - len(start)), list[tuple[str, list[int]]]()
     read = total = long = 0
-    for name, text in texts:
+    for one in texts:
+        name, text = _named(one)
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         total += len(ids)
         long += len(ids) > room
@@ -199,6 +207,15 @@ def _cut(
     return found, notes
 
 
+def _named(one: Any) -> tuple[str, str]:
+    pair: tuple[Any, ...] = tuple(one) if isinstance(one, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise DataError(
+            "A text to look at comes with its name.", received=f"{one!r}"[:200], remedy='pass pairs: [("notes", text)]'
+        )
+    return pair
+
+
 def _read(model: XLoraModel, texts: Sequence[list[int]], size: int) -> None:
     device = next(model.parameters()).device
     batch = max(1, _AT_ONCE // size)
@@ -206,13 +223,3 @@ def _read(model: XLoraModel, texts: Sequence[list[int]], size: int) -> None:
         for i in range(0, len(texts), batch):
             ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
             model(input_ids=ids, attention_mask=real, use_cache=False)
-
-
-def require_numbers(record: RoutingRecord, title: str) -> None:
-    """Raises RoutingError: scalings that are no numbers; nothing that is said of them would be true."""
-    if not all(bool(part.scalings.isfinite().all()) for part in record.parts()):
-        raise RoutingError(
-            "Scalings are finite numbers.",
-            received=f"nan or inf among those of {title}",
-            remedy="look for such numbers in the weights of its router and its base model",
-        )

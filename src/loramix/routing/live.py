@@ -138,7 +138,7 @@ class _Routed(RoutingHook):
         self._last.clear()
 
     def made(self, made: Made) -> None:
-        if request().scoring:
+        if request().scoring or request().drafts:
             return
         cache, final = cache_in(made.inputs), made.final.detach()[0]
         first = 0 if cache is None else held_before(cache, made.inputs, len(final))

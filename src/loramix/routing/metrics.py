@@ -66,7 +66,7 @@ class RoutingMetrics:
     @property
     def information(self) -> float:
         """Entropy of the mean less mean entropy: 0 when the routing does not depend on its input."""
-        return max(0.0, self.entropy_of_mean - self.mean_entropy)
+        return max(self.entropy_of_mean - self.mean_entropy, 0.0)  # in this order nan stays nan
 
     @property
     def effective_experts(self) -> float:

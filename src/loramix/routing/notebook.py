@@ -6,6 +6,7 @@ from html import escape
 
 import torch
 
+from loramix.errors import RoutingError
 from loramix.routing.colours import expert_colours
 from loramix.routing.metrics import confidence_of, leaders_of
 from loramix.routing.record import RoutingRecord
@@ -15,14 +16,15 @@ TOKENS = 300
 
 def record_html(record: RoutingRecord) -> str:
     """The note, the experts, and the first tokens in the colours of the leading ones; pointing shows the weights."""
-    if not record.kept:
-        return f"<p>{escape(record.note)}</p>"
+    try:
+        metrics = record.metrics()
+    except RoutingError as error:
+        return f"<p>{escape(str(error) if record.kept else record.note)}</p>"
     first = record.select(tokens=torch.arange(record.kept) < TOKENS)
     paint, weights = expert_colours(record.palette), first.weights
     leaders, sure = leaders_of(record.experts, weights), confidence_of(weights).tolist()
     rows = zip(first.pieces(), weights.tolist(), leaders, sure, strict=True)
     tokens = "".join(_token(piece, record.experts, row, leader, sure, paint) for piece, row, leader, sure in rows)
-    metrics = record.metrics()
     experts = " ".join(
         f'<span style="white-space:nowrap"><span style="color:{paint[name]}">■</span> {escape(name)} {load:.0%}</span>'
         for name, load in zip(record.experts, metrics.load, strict=True)

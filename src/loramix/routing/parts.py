@@ -75,6 +75,8 @@ class Store(Protocol):
 
     @property
     def kept(self) -> int: ...
+    @property
+    def id(self) -> str | None: ...
 
     def add(self, part: Part) -> None: ...
     def parts(self) -> Iterator[Part]:
@@ -128,6 +130,8 @@ class Reservoir:
         most: how many.
         seed: of the choice.
     """
+
+    id = None
 
     def __init__(self, most: int, seed: int) -> None:
         self._rows = _Rows(most)
@@ -210,6 +214,8 @@ class Shards:
 
 class Kept:
     """Parts that are there."""
+
+    id = None
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts

@@ -32,6 +32,7 @@ from loramix.routing.canvas import (
 )
 from loramix.routing.compare import drift, in_order_of, same_tokens
 from loramix.routing.metrics import entropy_of, leads_of
+from loramix.routing.pick import some
 from loramix.routing.record import RoutingRecord
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def layers_by_experts(record: RoutingRecord, *, position: int | None = None, seq
             raise RoutingError(
                 "A token is named by its position in its text.",
                 received=f"position={position!r}, which was not recorded",
-                remedy=f"pass one from 0 to {int(chosen.positions.max())}",
+                remedy=f"pass one of these: {some(chosen.positions.tolist())}",
             )
         chosen, what = chosen.select(tokens=position), f"{_title(chosen)}, token {position}: {drawable(piece[0])}"
     values = _mean_by_layer(chosen)
@@ -224,7 +225,7 @@ def comparison(
         RoutingError: nothing was recorded, other tokens, no such text, or not two names.
         UnsupportedOperationError: matplotlib is missing.
     """
-    if isinstance(names, str) or len(names) != 2:
+    if not isinstance(names, list | tuple) or len(names) != 2:
         raise RoutingError("Two records have two names.", received=f"{names!r}", remedy='pass ("before", "after")')
     same_tokens(one, other)
     palette = list(dict.fromkeys([*one.palette, *other.palette]))
@@ -244,7 +245,7 @@ def comparison(
     for i, (record, columns) in enumerate(zip(records, both, strict=True)):
         top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
         leading_strip(top, record, columns, columns.values.shape[1])
-        plain_text(top.set_title(drawable(names[i]), fontsize=10, loc="left"))
+        plain_text(top.set_title(drawable(str(names[i])), fontsize=10, loc="left"))
         image = _weights(below, record, columns, scale, 0)
         if i == 1 and not alike:
             token_labels(below, columns)
@@ -271,8 +272,7 @@ def one_text(record: RoutingRecord, sequence: int | None) -> RoutingRecord:
     Raises:
         RoutingError: nothing was recorded, or no such text.
     """
-    if not record.kept:
-        raise record.nothing()
+    record.require_measurable()
     return record.sequence(record.sequences[0] if sequence is None else sequence)
 
 
@@ -334,11 +334,9 @@ def _mean_by_layer(record: RoutingRecord) -> Tensor:
     """(L, E)."""
     total = torch.zeros(len(record.layers), len(record.experts), dtype=torch.float64)
     count = 0
-    for part in record.parts():
+    for part in record.measurable():
         total += part.scalings.double().sum(0)
         count += len(part)
-    if not count:
-        raise record.nothing()
     return (total / count).float()
 
 

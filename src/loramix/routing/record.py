@@ -6,11 +6,11 @@ N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -27,10 +27,12 @@ from loramix.routing.texts import path_of, text_of
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a record's tokens are."""
+    """Where a record's tokens are; in files they have an id."""
 
     @property
     def kept(self) -> int: ...
+    @property
+    def id(self) -> str | None: ...
     def parts(self) -> Iterator[Part]: ...
 
 
@@ -139,10 +141,47 @@ class RoutingRecord:
         """The tokens, in parts; each in the order of the texts. Of a record under way, those that are there now."""
         return self.source.parts()
 
+    def measurable(self) -> Iterator[Part]:
+        """The same, for what is true of numbers alone.
+
+        Raises:
+            RoutingError: nothing was recorded, or scalings that are nan or infinite.
+        """
+        count = 0
+        for part in self.parts():
+            if not bool(part.scalings.isfinite().all()):
+                raise RoutingError(
+                    "Scalings are finite numbers.",
+                    received=f"nan or inf among those of {', '.join(self.experts)}"[:300],
+                    remedy="look for such numbers in the weights of the router and the base model; "
+                    "record.to_pandas() has the tokens",
+                )
+            count += len(part)
+            yield part
+        if not count:
+            raise RoutingError(
+                "Numbers and pictures need recorded tokens.",
+                received=self.note,
+                remedy="run the mixture inside record_routing(model), with its adapters on and its routing not fixed",
+            )
+
+    def require_measurable(self) -> None:
+        """Raises RoutingError: as `measurable` does."""
+        for _ in self.measurable():
+            pass
+
     @property
     def part(self) -> Part:
         """All tokens in one, in the order of the texts."""
-        return joined(self.parts(), len(self.layers), len(self.experts)).by_text()
+        return self._whole(self.parts())
+
+    @property
+    def measurable_part(self) -> Part:
+        """The same, as `measurable` has them."""
+        return self._whole(self.measurable())
+
+    def _whole(self, parts: Iterator[Part]) -> Part:
+        return joined(parts, len(self.layers), len(self.experts)).by_text()
 
     @property
     def scalings(self) -> Float[Tensor, "N L E"]:
@@ -241,25 +280,25 @@ class RoutingRecord:
         """The same, with the colours that its experts have among these names (`expert_colours`).
 
         Raises:
-            RoutingError: its experts are not all among them.
+            RoutingError: its experts are not all among them, or they have no order.
         """
         missing = [name for name in self.experts if name not in names]
-        if missing:
+        if missing or isinstance(names, str | Set):
             raise RoutingError(
                 "An expert's colour is that of its place among all names.",
-                received=f"names without {some(missing)}: {some(list(names))}",
+                received=f"names without {some(missing)}: {some(list(names))}" if missing else f"{names!r}"[:200],
                 remedy="pass all experts of both mixtures, such as [*one.palette, *other.palette]",
             )
         return RoutingRecord(self.header, self.source, self.tokenizer, self._pieces, names)
 
-    def sequence(self, number: int) -> RoutingRecord:
+    def sequence(self, number: SupportsIndex) -> RoutingRecord:
         """A whole text: its own tokens, and before them those that it shares with the text that it forked from.
 
         Raises:
             RoutingError: no such text.
         """
-        whole = self.part
-        path = path_of(whole, self.header.forks, number)
+        whole, wanted = self.part, plain(number, names=False)
+        path = path_of(whole, self.header.forks, wanted if isinstance(wanted, int) else -1)
         if not len(path):
             raise RoutingError(
                 "A text is named by its number.",
@@ -269,18 +308,18 @@ class RoutingRecord:
         part = whole[path]
         header = self._own_header()
         header.forks = {}
-        return self._with(header, [replace(part, sequence=torch.full_like(part.sequence, number))])
+        return self._with(header, [replace(part, sequence=torch.full_like(part.sequence, wanted))])
 
-    def following(self, ids: Sequence[int] | Tensor) -> RoutingRecord:
+    def following(self, ids: Iterable[SupportsIndex] | Tensor) -> RoutingRecord:
         """The text that reads these tokens, as `generate` returned them: which of its beams, for example.
 
         Args:
             ids: without padding. The last one need not have been read.
 
         Raises:
-            RoutingError: there is none, or the record is a sample.
+            RoutingError: there is none, the record is a sample, or what is no row of ids.
         """
-        wanted = torch.as_tensor(ids, dtype=torch.long).flatten().cpu()
+        wanted = torch.tensor(_row(ids), dtype=torch.long)
         number = None if self.is_sample else text_of(self.part, self.header.forks, wanted)
         if number is not None:
             return self.sequence(number).select(tokens=slice(0, len(wanted)))
@@ -327,21 +366,10 @@ class RoutingRecord:
     def _measured(self, several: Sequence[slice]) -> list[RoutingMetrics]:
         """The numbers of some layers each, in one reading."""
         meters = [RoutingMeter() for _ in several]
-        for part in self.parts():
+        for part in self.measurable():
             for meter, layers in zip(meters, several, strict=True):
                 meter.add(part.scalings[None, :, layers])
-        found = [result for meter in meters if (result := meter.result()) is not None]
-        if not found:
-            raise self.nothing()
-        return found
-
-    def nothing(self) -> RoutingError:
-        """What is raised where tokens are needed."""
-        return RoutingError(
-            "Numbers and pictures need recorded tokens.",
-            received=self.note,
-            remedy="run the mixture inside record_routing(model), with its adapters on and its routing not fixed",
-        )
+        return [result for meter in meters if (result := meter.result()) is not None]
 
     def to_pandas(self) -> Any:
         """A table with a row for each token, layer and expert: sequence, position, token, layer, expert, scaling.
@@ -380,3 +408,17 @@ class RoutingRecord:
         from loramix.routing.files import load_record
 
         return load_record(Path(folder), tokenizer)
+
+
+def _row(ids: Any) -> list[int]:
+    """Token ids of one text; also as the one row of a batch.
+
+    Raises:
+        RoutingError: they are something else.
+    """
+    rows = ids.tolist() if hasattr(ids, "tolist") else ids
+    alone = isinstance(rows, list) and len(cast("list[Any]", rows)) == 1 and isinstance(rows[0], list)
+    row = plain(rows[0] if alone else rows, names=False)
+    if not isinstance(row, list):
+        raise RoutingError("A text is found by a row of token ids.", received=f"{ids!r}"[:200], remedy="pass ids[0]")
+    return cast("list[int]", row)

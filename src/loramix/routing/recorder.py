@@ -25,7 +25,6 @@ from torch import Tensor
 
 from loramix.cache import TwoPassCache
 from loramix.config import XLoraConfig
-from loramix.errors import ConfigurationError
 from loramix.hooks import CacheFollower, Made, RoutingHook, between_graphs
 from loramix.passes import MixtureState, attach, cache_in, require_routing
 from loramix.routing.files import finish_folder, new_folder
@@ -34,6 +33,7 @@ from loramix.routing.header import Header
 from loramix.routing.parts import Part, Reservoir, Shards, Store
 from loramix.routing.reading import held_before, packed_starts, real_slots
 from loramix.routing.record import RoutingRecord, Source
+from loramix.rules import require_integer
 from loramix.sessions import Request, request
 
 MAX_TOKENS = 10_000
@@ -92,15 +92,12 @@ def record_routing(
         UnsupportedOperationError: a model without a router.
         RoutingError: a mixture that makes no scalings: its routing is fixed, or its adapters are disabled; or what is
             no tokenizer.
-        ConfigurationError: `max_tokens` below 1, or a spill folder that holds something.
+        ConfigurationError: `max_tokens` or `seed` that are no such number, or a spill folder that holds something.
         SaveError: a spill folder that cannot be written.
     """
-    if isinstance(max_tokens, bool) or max_tokens < 1:
-        raise ConfigurationError(
-            "A record keeps at least one token.",
-            received=f"max_tokens={max_tokens!r}",
-            remedy=f"Pass for example max_tokens={MAX_TOKENS}, or spill= a folder for all of them.",
-        )
+    remedy = f"Pass for example max_tokens={MAX_TOKENS}, or spill= a folder for all tokens."
+    require_integer("max_tokens", max_tokens, at_least=1, remedy=remedy)
+    require_integer("seed", seed, at_least=0, remedy="Pass a number such as 0.")
     hook = Recorder(model, tokenizer, None, threading.get_ident() if only_this_thread else None)
     between_graphs(hook)
     detach = attach(model, hook)
@@ -146,6 +143,11 @@ class Recorder(RoutingHook):
             self._settle()
             source = self._closed or self.store
             return 0 if source is None else source.kept
+
+    @property
+    def id(self) -> str | None:
+        """Of the files, once the record is spilled into them to its end."""
+        return None if self._closed is None else self._closed.id
 
     def parts(self) -> Iterator[Part]:
         """They, as they are now."""
@@ -200,16 +202,20 @@ class Recorder(RoutingHook):
             return
         with self._lock:
             state = self.state
-            if state is None or self.store is None or any(one.unrecorded for one in state.hooks):
+            if state is None or self.store is None or self._leaves_out():
                 return
             self._keep(reader)
             self.header.note(cast(XLoraConfig, state.config))
             self._waiting[reader] = _Waiting(*self._read(made, reader), request())
 
+    def _leaves_out(self) -> bool:
+        """Whether forwards of now are of an experiment, or write candidates for a `generate` of the same model."""
+        return request().drafts or self.state is None or any(hook.unrecorded for hook in self.state.hooks)
+
     def cached(self, cache: TwoPassCache) -> None:
         with self._lock:
             waiting = self._waiting.get(_reader())
-            if waiting is not None:
+            if waiting is not None and not self._leaves_out():
                 self._follow(cache, waiting.rows)
 
     def _follow(self, cache: TwoPassCache, rows: Followed) -> None:

@@ -34,7 +34,8 @@ def report_html(inspection: Inspection | RoutingRecord, *, tokens: int = TOKENS)
         tokens: at most so many are shown; where there are more, runs of them at even distances, and the page says so.
 
     Raises:
-        RoutingError: nothing was recorded.
+        RoutingError: nothing was recorded, or scalings that are no numbers.
+        ConfigurationError: `tokens` is no number from 1.
     """
     return _page(inspection, tokens)[0]
 
@@ -43,8 +44,6 @@ def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, lis
     """The page, and the notes in it."""
     found = Inspection(inspection) if isinstance(inspection, RoutingRecord) else inspection
     record = found.record
-    if not record.kept:
-        raise record.nothing()
     metrics, shown = record.metrics(), choose(record, tokens)
     notes = [*found.all_notes, *shown.notes]
     data = document(found, shown)
@@ -64,7 +63,8 @@ def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, lis
         "data": embedded(data),
         "script": script,
     }
-    return _SLOT.sub(lambda slot: slots[slot[1]], _file("report.html")), notes
+    page = _SLOT.sub(lambda slot: slots[slot[1]], _file("report.html"))
+    return page.encode("utf-8", "replace").decode("utf-8"), notes  # half a surrogate is no text
 
 
 def write_report(
@@ -81,7 +81,7 @@ def write_report(
         What the page says is in it, and what is not, a sentence each.
 
     Raises:
-        RoutingError: nothing was recorded.
+        RoutingError, ConfigurationError: as `report_html`.
         SaveError: the file cannot be written.
     """
     page, notes = _page(inspection, tokens)
@@ -97,6 +97,12 @@ def _write(path: Path, page: str) -> None:
 
 def check_place(path: Path) -> None:
     """Raises SaveError: a file cannot be written there; better known before a model is loaded."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or holds what no name may
+        raise _unwritable(path, str(error)) from error
     if path.is_dir():
         raise _unwritable(path, "a folder")
     if not path.parent.is_dir():

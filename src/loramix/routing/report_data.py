@@ -19,9 +19,10 @@ from torch import Tensor
 
 from loramix.routing.colours import PALETTE
 from loramix.routing.header import without_shared_part
-from loramix.routing.inspection import Inspection, require_numbers
+from loramix.routing.inspection import Inspection
 from loramix.routing.metrics import confidence_of, entropy_of, leading_of
 from loramix.routing.record import RoutingRecord
+from loramix.rules import require_integer
 
 TOKENS = 100_000
 WEIGHT_BYTES = 4_000_000
@@ -54,18 +55,22 @@ def choose(record: RoutingRecord, tokens: int = TOKENS, layer_bytes: int = LAYER
         record: the record.
         tokens: at most so many; fewer where there are many experts.
         layer_bytes: of scalings by layer, at most.
+
+    Raises:
+        ConfigurationError: `tokens` is no number from 1.
     """
+    require_integer("tokens", tokens, at_least=1, remedy=f"Pass for example tokens={TOKENS}.")
     count, experts, layers = record.kept, len(record.experts), len(record.layers)
-    most = max(RUN, min(tokens, WEIGHT_BYTES // experts))
+    most = min(tokens, max(RUN, WEIGHT_BYTES // experts))
     notes: list[str] = []
     rows = torch.arange(count)
     if count > most:
-        runs = -(-count // RUN)
-        starts = _evenly(runs, max(1, most // RUN)) * RUN
-        rows = (starts[:, None] + torch.arange(RUN)).flatten()
+        run = min(RUN, most)
+        starts = _evenly(-(-count // run), most // run) * run
+        rows = (starts[:, None] + torch.arange(run)).flatten()
         rows = rows[rows < count]
         notes.append(
-            f"The report shows {len(rows)} of {count} tokens, runs of {RUN} at even distances; numbers and strips are "
+            f"The report shows {len(rows)} of {count} tokens, runs of {run} at even distances; numbers and strips are "
             "those of all."
         )
         keep = torch.zeros(count, dtype=torch.bool)
@@ -85,13 +90,8 @@ def _evenly(count: int, most: int) -> Tensor:
 
 
 def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
-    """What the page's script reads; arrays are base64, weights rounded to 1/255 of their range.
-
-    Raises:
-        RoutingError: scalings that are no numbers.
-    """
+    """What the page's script reads; arrays are base64, weights rounded to 1/255 of their range."""
     record = shown.record
-    require_numbers(record, inspection.title)
     part, experts = record.part, record.experts
     weights, pieces = part.scalings.mean(1), record.pieces()
     low, high = min(0.0, float(part.scalings.min())), max(float(part.scalings.max()), 1e-9)
