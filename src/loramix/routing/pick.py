@@ -65,6 +65,20 @@ def _not_picked(wanted: Any) -> RoutingError:
     )
 
 
+def row_of(ids: Any) -> list[int]:
+    """Token ids of one text; also as the one row of a batch.
+
+    Raises:
+        RoutingError: they are something else.
+    """
+    rows = ids.tolist() if hasattr(ids, "tolist") else ids
+    alone = isinstance(rows, list) and len(cast("list[Any]", rows)) == 1 and isinstance(rows[0], list)
+    row = plain(rows[0] if alone else rows, names=False)
+    if not isinstance(row, list):
+        raise RoutingError("A text is found by a row of token ids.", received=f"{ids!r}"[:200], remedy="pass ids[0]")
+    return cast("list[int]", row)
+
+
 def is_mask(wanted: Any) -> bool:
     """Whether it says of each token if it stays."""
     return isinstance(wanted, list) and bool(wanted) and all(isinstance(one, bool) for one in cast("list[Any]", wanted))

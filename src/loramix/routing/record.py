@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex, cast, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ from loramix.errors import RoutingError
 from loramix.routing.header import Header
 from loramix.routing.metrics import RoutingMeter, RoutingMetrics, leading_of
 from loramix.routing.parts import Kept, Part, joined
-from loramix.routing.pick import Picked, Tokens, chosen_rows, counted, is_mask, pick, plain, some
+from loramix.routing.pick import Picked, Tokens, chosen_rows, counted, is_mask, pick, plain, row_of, some
 from loramix.routing.pieces import one_by_one, pieces_of, require_tokenizer
 from loramix.routing.texts import path_of, text_of
 
@@ -319,7 +319,7 @@ class RoutingRecord:
         Raises:
             RoutingError: there is none, the record is a sample, or what is no row of ids.
         """
-        wanted = torch.tensor(_row(ids), dtype=torch.long)
+        wanted = torch.tensor(row_of(ids), dtype=torch.long)
         number = None if self.is_sample else text_of(self.part, self.header.forks, wanted)
         if number is not None:
             return self.sequence(number).select(tokens=slice(0, len(wanted)))
@@ -408,17 +408,3 @@ class RoutingRecord:
         from loramix.routing.files import load_record
 
         return load_record(Path(folder), tokenizer)
-
-
-def _row(ids: Any) -> list[int]:
-    """Token ids of one text; also as the one row of a batch.
-
-    Raises:
-        RoutingError: they are something else.
-    """
-    rows = ids.tolist() if hasattr(ids, "tolist") else ids
-    alone = isinstance(rows, list) and len(cast("list[Any]", rows)) == 1 and isinstance(rows[0], list)
-    row = plain(rows[0] if alone else rows, names=False)
-    if not isinstance(row, list):
-        raise RoutingError("A text is found by a row of token ids.", received=f"{ids!r}"[:200], remedy="pass ids[0]")
-    return cast("list[int]", row)
