@@ -20,7 +20,7 @@ from loramix import XLoraModel, demo, get_peft_model
 from loramix.demo import corpus
 from loramix.demo.router import router_arguments, router_config
 from loramix.demo.text import Windows, causal_batch, heldout_passages, windows
-from loramix.routing import Inspection, inspect_texts, leave_one_out, plots, write_report
+from loramix.routing import Inspection, LeaveOneOut, inspect_texts, leave_one_out, plots, write_report
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "routing.md"
@@ -96,7 +96,7 @@ that is annealed, keeps a choice open while the router learns. What each of them
 ### Which expert hurts
 
 The loss without an expert, less the loss with all: below 0, the text is predicted better without it. Measured on
-held-out text of each domain ({tokens} tokens), in thousandths of a nat a token:
+held-out text of each domain ({tokens} tokens), in thousandths of a nat a token, ± two standard errors:
 
 | text | {heads} |
 |---|{rule}
@@ -108,7 +108,7 @@ held-out text of each domain ({tokens} tokens), in thousandths of a nat a token:
 
 What to do where a difference is below 0: look in the report for the tokens that the expert leads; on that text, train
 the router with labels (`supervised`), or longer; an expert that helps nowhere can go, `adapters={{…}}` without it. A
-difference of a few thousandths on some hundred tokens is noise: measure on more text before acting on it.
+difference within two standard errors is unclear: measure on more text before acting on it.
 """
 
 
@@ -124,24 +124,20 @@ def main() -> None:
     steps = 30
     collapsed = inspect_texts(trained_on_code(steps), tokenizer, TEXTS)
     plots.load_bars(collapsed.record).savefig(DOCS / "routing_one.png", dpi=90)
-    worths, tokens = {}, 0
-    for domain in corpus.DOMAINS:
-        worth = leave_one_out(model, [passage.ids for passage in heldout_passages(tokenizer, domain, 16)])
-        worths[domain] = worth.differences
-        tokens += worth.tokens
+    worths = {
+        domain: leave_one_out(model, [passage.ids for passage in heldout_passages(tokenizer, domain, 16)])
+        for domain in corpus.DOMAINS
+    }
     require_what_is_said(untrained, found, collapsed)
     routers = {"untrained": untrained, "the demo's": found, "trained on code alone": collapsed}
     section = SECTION.format(
         routers="\n".join(router_row(name, found) for name, found in routers.items()),
         steps=steps,
-        tokens=tokens,
+        tokens=sum(worth.tokens for worth in worths.values()),
         heads=" | ".join(f"without {name}" for name in corpus.DOMAINS),
         rule="---|" * len(corpus.DOMAINS),
         verdict=verdict(worths),
-        worths="\n".join(
-            f"| {domain} | {' | '.join(f'{1000 * value:+.1f}' for value in row.values())} |"
-            for domain, row in worths.items()
-        ),
+        worths="\n".join(worth_row(domain, worth) for domain, worth in worths.items()),
     )
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + section + END + rest.partition(END)[2], encoding="utf-8")
@@ -154,16 +150,33 @@ def require_what_is_said(untrained: Inspection, trained: Inspection, collapsed: 
     ignores = numbers[0].information < 0.05 < 0.3 < numbers[1].information
     if not ignores or numbers[2].effective_experts > 2 or numbers[2].max_violation < 0.8 * (experts - 1):
         raise SystemExit(f"these numbers need other sentences: {numbers}")
+    worth = trained.worth
+    verdicts = {} if worth is None else {name: worth.verdict(name) for name in worth.without}
+    if verdicts != dict.fromkeys(corpus.DOMAINS, "unclear") | {"code": "helps"}:
+        raise SystemExit(f"README.md says something else of the report: {verdicts}")
 
 
-def verdict(worths: dict[str, dict[str, float]]) -> str:
+def worth_row(domain: str, worth: LeaveOneOut) -> str:
+    """A row of the table of what each expert is worth."""
+    cells = [f"{1000 * value:+.1f} ± {2000 * worth.errors[name]:.1f}" for name, value in worth.differences.items()]
+    return f"| {domain} | {' | '.join(cells)} |"
+
+
+def verdict(worths: dict[str, LeaveOneOut]) -> str:
     """What the table says: whether each expert is worth most at home, and where one hurts."""
-    strays = [domain for domain, row in worths.items() if max(row, key=row.__getitem__) != domain]
+    rows = {domain: worth.differences for domain, worth in worths.items()}
+    strays = [domain for domain, row in rows.items() if max(row, key=row.__getitem__) != domain]
     told = "Each expert is worth most on its own domain."
     if strays:
         told = f"Not worth most on its own domain is the expert of {', '.join(strays)}."
-    least, domain, expert = min((value, domain, name) for domain, row in worths.items() for name, value in row.items())
-    if least < 0:
+    hurting = [
+        (value, domain, name)
+        for domain, row in rows.items()
+        for name, value in row.items()
+        if worths[domain].verdict(name) == "hurts"
+    ]
+    if hurting:
+        least, domain, expert = min(hurting)
         told += (
             f" What costs most: {domain} would be predicted better by {-1000 * least:.1f} thousandths without the "
             f"{expert} expert. The router gives it weight there that it does not earn."

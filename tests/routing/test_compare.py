@@ -176,13 +176,23 @@ def test_leaving_an_expert_out_is_the_loss_without_it(shared: Any) -> None:
         return nats / 12
 
     assert found.loss == pytest.approx(loss(), rel=1e-5)
+
+    def by_token() -> torch.Tensor:
+        several = [torch.tensor([text]) for text in texts[:2]]
+        return torch.cat(
+            [nn.functional.cross_entropy(shared(i).logits[0, :-1], i[0, 1:], reduction="none") for i in several]
+        )
+
+    with_all = by_token()
     bias = shared.internal_xlora_classifier.layers[-1].bias
     before = bias.clone()
     bias[1] = -torch.inf
     without = loss()
+    spread = (by_token() - with_all).var(correction=0).div(12).sqrt()
     bias.copy_(before)
     assert found.without["code"] == pytest.approx(without, rel=1e-5)
     assert found.differences["code"] == pytest.approx(without - loss(), abs=1e-5)
+    assert found.errors["code"] == pytest.approx(float(spread), rel=1e-3)
     assert shared._loramix.hooks == ()
     with pytest.raises(DataError, match="at least two tokens"):
         leave_one_out(shared, [[3]])

@@ -222,6 +222,13 @@ def test_layers_by_experts_holds_the_means_and_single_tokens() -> None:
     assert "one routing for all 4 layers" in figure.axes[0].get_xlabel()
 
 
+def test_an_even_routing_is_pale_everywhere() -> None:
+    record = record_of(torch.full((60, 8, 4), 0.25))
+    for draw in (plots.layers_by_experts, plots.tokens_by_experts):
+        image = next(one for axes in draw(record).axes for one in axes.get_images() if np.ndim(one.get_array()) == 2)
+        assert image.get_clim() == (0, 0.5)
+
+
 def test_load_bars_are_the_load_in_the_experts_colours() -> None:
     record = random_record(30, experts=5)
     figure = plots.load_bars(record)

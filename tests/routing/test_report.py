@@ -18,6 +18,7 @@ from loramix.errors import ConfigurationError, RoutingError, SaveError
 from loramix.routing.ablation import LeaveOneOut
 from loramix.routing.colours import PALETTE
 from loramix.routing.inspection import Inspection
+from loramix.routing.metrics import confidence_of, entropy_of
 from loramix.routing.notebook import record_html
 from loramix.routing.report import check_place, report_html, write_report
 from loramix.routing.report_data import choose, embedded
@@ -115,6 +116,12 @@ def test_weights_come_back_to_within_half_a_step() -> None:
         assert torch.allclose(found, expected.double(), atol=step / 2 + 1e-6)
     leading = torch.frombuffer(bytearray(decoded(data["leading"])), dtype=torch.int16)
     assert leading.tolist() == record.leading.tolist()
+    for name, expected in (
+        ("confidence", confidence_of(record.weights)),
+        ("entropy", entropy_of(record.scalings).mean(1)),
+    ):
+        words = torch.frombuffer(bytearray(decoded(data[name])), dtype=torch.uint16).double() / 65535
+        assert torch.allclose(words, expected.double(), atol=1e-5)
 
 
 def test_negative_scalings_and_those_above_one_are_within_the_range() -> None:
@@ -139,8 +146,15 @@ def test_the_worth_of_experts_is_shown_where_it_was_measured() -> None:
     record = random_record(experts=2)
     assert "Not measured" in report_html(record)
     page = report_html(Inspection(record, worth=LeaveOneOut(1.5, {"e0": 1.4, "e1": 1.75}, 11)))
-    assert "-0.1000</td><td>hurts here" in page
+    assert "-0.1000</td><td>hurts" in page
     assert "+0.2500</td><td>helps" in page
+    assert "standard errors" not in page
+    spread = LeaveOneOut(1.5, {"e0": 1.4, "e1": 1.75}, 11, {"e0": 0.06, "e1": 0.06})
+    page = report_html(Inspection(record, worth=spread))
+    assert "-0.1000 ± 0.1200</td><td>unclear" in page
+    assert "+0.2500 ± 0.1200</td><td>helps" in page
+    assert "two standard errors" in page
+    assert Inspection(record, worth=spread).to_dict()["leave_one_out"]["standard_errors"] == {"e0": 0.06, "e1": 0.06}
 
 
 def test_a_selection_is_not_taken_for_a_mixture_of_one() -> None:

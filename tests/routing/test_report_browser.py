@@ -39,6 +39,16 @@ class _Words:
         )
 
 
+class _List:
+    """A tokenizer of a few words."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(map(self.words.__getitem__, ids))
+
+
 def forked() -> RoutingRecord:
     """Two texts with a beginning in common."""
     record = random_record(9, texts=[5, 4])
@@ -46,6 +56,18 @@ def forked() -> RoutingRecord:
     for part in record.parts():
         part.position[5:] += 3
     return record
+
+
+def in_lines() -> RoutingRecord:
+    """Many texts with lines of unequal length."""
+    words = ["\n" if i % 40 in (9, 10, 33) else " of" if i % 3 else f" word{i}" for i in range(40)]
+    return random_record(40_000, 2, 4, texts=[500] * 80, tokens=[i % 40 for i in range(40_000)], tokenizer=_List(words))
+
+
+def long_word() -> RoutingRecord:
+    """A letter a token, without a place to break the line."""
+    tokens = [0] * 3000 + [1] + [2] * 3000
+    return random_record(len(tokens), 2, 3, tokens=tokens, tokenizer=_List(["x", "\nend of the word ", "y"]))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +87,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "shared": Inspection(random_record(layers=1, shared=True), "shared"),
         "long": Inspection(random_record(100_000, 2, 4, texts=[1000] * 100), "long"),
         "forked": Inspection(forked()),
+        "lines": Inspection(in_lines(), "lines"),
+        "long word": Inspection(long_word(), "one long word"),
         "late fork": Inspection(forked().select(tokens=[0, 1, 5, 6])),
         "nobody": Inspection(record_of(torch.eye(3)[[0, 1, 0]][:, None].expand(3, 2, 3)).select(experts=[1, 2])),
         "single": Inspection(random_record(20_000, 2, 4), "one long text without an end of line"),
@@ -343,6 +367,29 @@ def test_a_token_without_its_layers_leads_to_one_with_them(load: Open) -> None:
     page.locator("#panel .jump").click()
     assert focused(page) == 0
     assert page.locator("#panel tbody tr").count() == 4
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (360, 740)])
+@pytest.mark.parametrize("name", ["lines", "long word"])
+def test_where_a_jump_goes_is_in_the_window(load: Open, name: str, width: int, height: int) -> None:
+    page = load(name, width=width, height=height)
+    inside = """() => {
+        const at = document.activeElement.getBoundingClientRect(), tip = document.getElementById("tip");
+        const beside = tip.getBoundingClientRect();
+        const near = Math.min(Math.abs(beside.bottom - at.top), Math.abs(beside.top - at.bottom)) < 60;
+        return at.top >= 0 && at.bottom <= innerHeight && !tip.hidden && near;
+    }"""
+    token(page, 0).focus()
+    for key in ("End", "Home", "PageDown", "PageDown"):
+        page.keyboard.press(key)
+        page.wait_for_timeout(700)
+        assert page.evaluate(inside), key
+    for share in (0.1, 0.5, 0.25, 0.97):
+        page.evaluate("scrollTo(0, 0)")
+        strip = page.locator(".strip").first
+        strip.click(position={"x": strip.bounding_box()["width"] * share, "y": 10})
+        page.wait_for_timeout(700)
+        assert page.evaluate(inside), share
 
 
 def test_a_click_on_the_strip_goes_to_the_place(load: Open) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -32,23 +32,32 @@ class LeaveOneOut:
         loss: the mixture's.
         without: by the expert that the router could not choose.
         tokens: how many were predicted.
+        errors: the standard error of each difference, as if tokens were independent; empty where it is not known.
     """
 
     loss: float
     without: dict[str, float]
     tokens: int
+    errors: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def differences(self) -> dict[str, float]:
         """By how much the loss rises without each expert; negative where the expert hurts."""
         return {expert: loss - self.loss for expert, loss in self.without.items()}
 
+    def verdict(self, expert: str) -> str:
+        """Whether the expert "helps" or "hurts"; "unclear" where the difference is within two standard errors."""
+        difference = self.differences[expert]
+        if abs(difference) <= 2 * self.errors.get(expert, 0.0):
+            return "unclear"
+        return "hurts" if difference < 0 else "helps"
+
 
 @torch.no_grad()
 def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveOneOut:
     """The mixture's loss on some texts, and without each expert in turn.
 
-        difference_e = (1 / N) Σ_t [ln p(t) − ln p without e (t)]
+        difference_e = (1 / N) Σ_t d_te,  d_te = ln p(t) − ln p without e (t);  its standard error √(var_t(d_te) / N)
 
     Args:
         model: the mixture, a causal language model. With one expert there is nothing to leave out.
@@ -80,16 +89,20 @@ def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveO
             received=f"{longest} tokens with {most} positions",
             remedy="cut it into pieces, as inspect_texts(…, leave_out=True) does",
         )
-    names = model.expert_names
-    loss, tokens = _loss(model, chosen, None, batch)
-    without = {name: _loss(model, chosen, name, batch)[0] for name in names} if len(names) > 1 else {}
+    names = model.expert_names if len(model.expert_names) > 1 else []
+    with_all = _nats(model, chosen, None, batch)
+    loss, without, errors = float(with_all.mean()), dict[str, float](), dict[str, float]()
+    for name in names:
+        found = _nats(model, chosen, name, batch)
+        without[name] = float(found.mean())
+        errors[name] = float((found - with_all).var(correction=0).div(len(found)).sqrt())
     if not all(map(math.isfinite, (loss, *without.values()))):
         raise DataError(
             "A loss is a number.",
             received=f"{loss} with all experts, " + ", ".join(f"{value} without {n}" for n, value in without.items()),
             remedy="look for nan or inf in the weights of the base model, the experts and the router",
         )
-    return LeaveOneOut(loss, without, tokens)
+    return LeaveOneOut(loss, without, len(with_all), errors)
 
 
 def _ids(text: Any, vocabulary: int) -> list[int]:
@@ -105,16 +118,16 @@ def _ids(text: Any, vocabulary: int) -> list[int]:
     return ids
 
 
-def _loss(model: XLoraModel, texts: Sequence[list[int]], without: str | None, batch: int) -> tuple[float, int]:
+def _nats(model: XLoraModel, texts: Sequence[list[int]], without: str | None, batch: int) -> Float[Tensor, " N"]:
+    """Of each token that is predicted."""
     device = next(model.parameters()).device
-    nats, count = 0.0, 0
+    nats: list[Tensor] = []
     with evaluating(model), nullcontext() if without is None else without_expert(model, without, recorded=False):
         for i in range(0, len(texts), batch):
             ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
             found = token_nats(model(input_ids=ids, attention_mask=real, use_cache=False).logits, ids)
-            nats += float((found * real[:, 1:]).double().sum())
-            count += int(real[:, 1:].sum())
-    return nats / count, count
+            nats.append(found[real[:, 1:] == 1].double().cpu())
+    return torch.cat(nats)
 
 
 def token_nats(logits: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S-1"]:

@@ -105,6 +105,7 @@ class Inspection:
                 "loss": self.worth.loss,
                 "tokens": self.worth.tokens,
                 "differences": self.differences,
+                "standard_errors": {name: self.worth.errors[name] for name in self.differences if self.worth.errors},
             },
             "tokens": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         }

@@ -9,7 +9,7 @@ N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
     dead          share of experts whose load is below a hundredth of the even one, 1 / E
     entropy       of one token's scalings, and of the mean of all tokens' scalings, in shares of log E; their
                   difference, a mutual information, is 0 when the routing does not look at its input
-    effective     exp of the entropy of the mean: how many experts are in use
+    effective     exp of the entropy of the mean, which is a mean over layers: how many experts a layer uses
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RoutingMetrics:
 
     @property
     def effective_experts(self) -> float:
-        """How many experts are in use, from 1 to E."""
+        """How many experts a layer uses, from 1 to E."""
         return math.exp(self.entropy_of_mean * math.log(len(self.load)))
 
     def scalars(self) -> dict[str, float]:

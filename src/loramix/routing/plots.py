@@ -117,7 +117,7 @@ def layers_by_experts(record: RoutingRecord, *, position: int | None = None, seq
     figure = new_figure(max(5.5, width), height + 1.6)
     plain_text(figure.suptitle(f"Scaling of each expert by layer, {what}", fontsize=10, wrap=True))
     axes = figure.add_subplot()
-    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **_shades(values))
+    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **_shades(values, _pale(len(names))))
     each, kinds = max(1, round(len(layers) / (height / 0.16))), len({name.rpartition(".")[2] for name in layers})
     while math.gcd(each, kinds) > 1:  # else only one kind of layer has its name
         each += 1
@@ -200,7 +200,7 @@ def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figu
     token_labels(axes, each_one)
     mark_gaps(axes, each_one)
     axes.set_ylabel("entropy / log E")
-    axes.set_xlabel("position in the text; above, the colour of the leading expert")
+    axes.set_xlabel("position in the text; above, the colour of the leading expert, paler where it leads less")
     axes.legend(fontsize=8, frameon=False, loc="upper right", ncols=3)
     strip_axes(axes)
     _legend(figure, record, leads_of(columns.values.T))
@@ -313,11 +313,15 @@ def _weights(axes: Axes, record: RoutingRecord, columns: Columns, scale: dict[st
 
 def _scale_of(*several: Columns) -> dict[str, Any]:
     """Darkest is the largest weight; twice the even share where it is less, so that evenness looks pale."""
-    pale = max(min(1.0, 2 / len(columns.values)) for columns in several)
+    pale = max(_pale(len(columns.values)) for columns in several)
     return _shades(torch.cat([columns.values.flatten() for columns in several]), pale)
 
 
-def _shades(values: Tensor, least: float = 0.0) -> dict[str, Any]:
+def _pale(experts: int) -> float:
+    return min(1.0, 2 / experts)
+
+
+def _shades(values: Tensor, least: float) -> dict[str, Any]:
     """Colours of numbers: from 0 on in one hue; in two where some are below, as logits in "hard" routing are."""
     most = max(float(values.max()), least)
     if float(values.min()) >= 0:

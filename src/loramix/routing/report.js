@@ -4,7 +4,8 @@
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const E = data.experts.length, L = data.layers.length, N = data.pieces.length;
   const leading = new Int16Array(bytes(data.leading).buffer);
-  const level = bytes(data.level), confidence = bytes(data.confidence), entropy = bytes(data.entropy);
+  const level = bytes(data.level);
+  const confidence = new Uint16Array(bytes(data.confidence).buffer), entropy = new Uint16Array(bytes(data.entropy).buffer);
   const weights = bytes(data.weights), layerWeights = bytes(data.layerWeights);
   const layerTokens = new Int32Array(bytes(data.layerTokens).buffer);
   const layerLeading = new Int16Array(bytes(data.layerLeading).buffer);
@@ -173,7 +174,7 @@
       const line = make("tr", "", make("th", "", data.layers[l]));
       line.firstChild.scope = "row";
       for (const e of columns) {
-        const cell = make("td", `cell ${colour(e)}`, columns.length > 6 ? values[e].toFixed(1).replace(/^0/, "") : number(values[e]));
+        const cell = make("td", `cell ${colour(e)}`, columns.length > 6 ? number(values[e]).replace(/^(-?)0/, "$1") : number(values[e]));
         cell.style.setProperty("--w", Math.max(0, Math.min(1, values[e] / data.high)).toFixed(3));
         cell.title = `${data.layers[l]}, ${data.experts[e]}: ${number(values[e])}`;
         line.append(cell);
@@ -211,7 +212,7 @@
     opened = token;
     if (before >= 0 && chunkOf(before).built) element(before).setAttribute("aria-expanded", "false");
     element(token).setAttribute("aria-expanded", "true");
-    const share = (byte) => (byte / 255).toFixed(2);
+    const share = (word) => (word / 65535).toFixed(2);
     body.replaceChildren(
       make("h2", "", make("span", "piece", shownPiece(data.pieces[token]))),
       make("p", "faint", make("bdi", "", data.texts[runOf(token)[1]] ?? ""), `, token ${position(token)}`),
@@ -241,12 +242,23 @@
     element(token).tabIndex = 0;
     if (left !== chunkOf(token)) { watcher.unobserve(left.box); watcher.observe(left.box); }
   };
+  const SETTLING = 30;      // frames in which what is built around a token may move it
+  let held = -1;            // the token that stays in the window meanwhile
+  const hold = (token, frames, before) => {
+    if (token !== held || frames === 0) return;
+    const span = element(token), at = span.getBoundingClientRect();
+    if (before === null || at.top < 0 || at.bottom > innerHeight) span.scrollIntoView({ block: "nearest", behavior: "instant" });
+    const top = span.getBoundingClientRect().top;
+    if (panel.hidden && (top !== before || tip.hidden)) showTip(span);
+    requestAnimationFrame(() => hold(token, frames - 1, top));
+  };
   const go = (token) => {
     become(token);
-    const span = element(token);
-    span.scrollIntoView({ block: "nearest", behavior: "instant" });
-    span.focus({ preventScroll: true });
-    if (panel.hidden) showTip(span); else open(token);
+    element(token).focus({ preventScroll: true });
+    if (!panel.hidden) open(token);
+    held = token;
+    still = pointer;
+    hold(token, SETTLING, null);
   };
   /** The token of the line above or below whose middle is nearest to the one of this token. */
   const beside = (token, step) => {
@@ -274,7 +286,7 @@
   };
 
   const tokenAt = (event) => event.target instanceof Element ? event.target.closest(".t") : null;
-  let pointer = "", still = null;     // where the pointer is; where it was when a key went on with the text below it
+  let pointer = "", still = null;     // where the pointer is; where it was when the text below it went on
   const point = (event) => {
     pointer = `${event.clientX} ${event.clientY}`;
     if (pointer === still) return false;
@@ -313,8 +325,9 @@
   });
   document.addEventListener("keydown", (event) => {
     still = pointer;
-    if (event.key === "Escape") close();
+    if (event.key === "Escape") { held = -1; close(); }
   });
+  for (const moved of ["wheel", "touchmove", "pointerdown"]) addEventListener(moved, () => { held = -1; }, { passive: true });
   byId("close").addEventListener("click", close);
   for (const strip of document.querySelectorAll(".strip")) {
     strip.addEventListener("click", (event) => {

@@ -1,7 +1,7 @@
 """What a report holds of a record: tokens, and their weights in bytes, up to a size that a browser carries easily.
 
 A weight is kept in one byte of 255 steps between the least and the largest scaling of the record, so that it is off by
-at most a 510th of that range; leading experts and confidence are those of the record itself.
+at most a 510th of that range; confidence and entropy in two bytes; leading experts are those of the record itself.
 
 N: tokens of the report. M: those of them with their layers. L: adapted layers. E: experts.
 """
@@ -109,8 +109,8 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
         "high": high,
         "leading": _base64(leading_of(weights).short()),
         "level": _base64(levels_of(weights).byte()),
-        "confidence": _base64(_bytes(confidence_of(weights), 0, 1)),
-        "entropy": _base64(_bytes(entropy_of(part.scalings).mean(1), 0, 1)),
+        "confidence": _base64(_words(confidence_of(weights))),
+        "entropy": _base64(_words(entropy_of(part.scalings).mean(1))),
         "weights": _base64(_bytes(weights, low, high)),
         "layerTokens": _base64(shown.with_layers.int()),
         "layerLeading": _base64(leading_of(part.scalings[shown.with_layers]).short()),
@@ -125,6 +125,10 @@ def levels_of(weights: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
 
 def _bytes(values: Tensor, low: float, high: float) -> Tensor:
     return ((values - low) / (high - low) * 255).round().clamp(0, 255).byte()
+
+
+def _words(shares: Tensor) -> Tensor:
+    return (shares * 65535).round().clamp(0, 65535).to(torch.uint16)
 
 
 def _base64(values: Tensor) -> str:

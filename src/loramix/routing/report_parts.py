@@ -17,7 +17,7 @@ from loramix.routing.inspection import Inspection
 from loramix.routing.metrics import RoutingMetrics, entropy_of, leading_of
 from loramix.routing.record import RoutingRecord
 from loramix.routing.report_data import LEVELS, levels_of
-from loramix.routing.show import explained
+from loramix.routing.show import explained, worth_text
 
 COLUMNS = 240
 LIGHT, DARK = ("#ffffff", "#1b1c20"), ("#15161a", "#ececf0")
@@ -119,23 +119,28 @@ def worth_table(inspection: Inspection) -> str:
         return '<p class="faint">Not measured; <code>loramix inspect … --leave-one-out</code> does.</p>'
     differences = inspection.differences
     most = max(max(map(abs, differences.values())), 1e-9)
-    rows = [_worth_row(record, name, difference, most) for name, difference in differences.items()]
+    rows = [_worth_row(inspection, name, difference, most) for name, difference in differences.items()]
     return (
         f"<p>The loss on {worth.tokens} tokens is {worth.loss:.4f} nats a token. Without the expert it changes by:</p>"
+        + (
+            '<p class="faint">± two standard errors; unclear where the change is within them.</p>'
+            if worth.errors
+            else ""
+        )
         + _within(f'<table class="worth">{"".join(rows)}</table>', len(rows), "Loss without each expert")
     )
 
 
-def _worth_row(record: RoutingRecord, name: str, difference: float, most: float) -> str:
-    colour = _colour(record, name)
+def _worth_row(inspection: Inspection, name: str, difference: float, most: float) -> str:
+    record, colour = inspection.record, _colour(inspection.record, name)
     width = 50 * abs(difference) / most
-    verdict = "hurts here" if difference < 0 else "helps" if difference > 0 else "no matter"
+    value, _, verdict = worth_text(inspection, name).rpartition(" ")
     return (
         f'<tr><th scope="row">{_named(record, name)}</th>'
         '<td class="wide"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="fill e{colour}" x="{50 - width if difference < 0 else 50:.1f}" width="{width:.1f}" height="8"/>'
         '<rect class="axis" x="49.8" width="0.4" height="8"/></svg></td>'
-        f"<td>{difference:+.4f}</td><td>{verdict}</td></tr>"
+        f"<td>{value}</td><td>{verdict}</td></tr>"
     )
 
 

@@ -91,9 +91,17 @@ def experts_table(inspection: Inspection) -> Table:
     for name, load, importance in zip(inspection.record.experts, metrics.load, metrics.importance, strict=True):
         cells = [f"{load:.1%}", f"{importance:.3f}"]
         if worth:
-            cells.append(f"{worth[name]:+.4f}{' hurts' if worth[name] < 0 else ''}")
+            cells.append(worth_text(inspection, name))
         table.add_row(Text(visible(name)), *cells)
     return table
+
+
+def worth_text(inspection: Inspection, expert: str) -> str:
+    """By how much the loss changes without an expert, and how sure that is."""
+    assert inspection.worth is not None
+    error, verdict = inspection.worth.errors.get(expert), inspection.worth.verdict(expert)
+    spread = "" if error is None else f" ± {2 * error:.4f}"
+    return f"{inspection.differences[expert]:+.4f}{spread} {verdict}"
 
 
 def metrics_table(metrics: RoutingMetrics) -> Table:
@@ -110,7 +118,7 @@ def explained(metrics: RoutingMetrics) -> list[tuple[str, str, str]]:
     """Name, value and meaning of the numbers."""
     count = len(metrics.load)
     return [
-        ("effective experts", f"{metrics.effective_experts:.2f} of {count}", "how many are in use, over all tokens"),
+        ("effective experts", f"{metrics.effective_experts:.2f} of {count}", "how many a layer uses, over all tokens"),
         ("information", f"{metrics.information:.3f}", "0: the routing does not depend on its input"),
         ("entropy of a token", f"{metrics.mean_entropy:.3f}", "1: all experts alike in each token; 0: one has all"),
         ("entropy of the mean", f"{metrics.entropy_of_mean:.3f}", "1: all experts alike over all tokens"),
