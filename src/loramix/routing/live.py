@@ -177,6 +177,8 @@ def stream_routing(model: Any, tokenizer: Any, console: Console | None = None) -
     A token has the routing of the forward that predicted it, at the token before; a record has that of the forward that
     read it. Where there is no colour, the expert's name stands where it takes the lead.
 
+    Forwards that a logits processor runs, or in which the model drafts for itself, are not the text's and not shown.
+
     Args:
         model: the mixture.
         tokenizer: its tokenizer.
