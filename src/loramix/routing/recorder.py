@@ -68,8 +68,9 @@ def record_routing(
 
     A token is recorded once for each text, in whichever forward the text's cache took it in. Padding is left out, what
     `generate` pads finished rows with too, and so are candidates that `generate` read and then cropped (prompt lookup,
-    an assistant) or that the model drafts for itself. What a logits processor reads is a text of its own. In a beam search each beam is a text of its own that forks where beams part; beams that were given up
-    stay. Tokens that a cache held before are not recorded; positions count them.
+    an assistant) or that the model drafts for itself. What a logits processor reads is a text of its own. In a beam
+    search each beam is a text of its own that forks where beams part; beams that were given up stay. Tokens that a
+    cache held before are not recorded; positions count them.
 
     A model that was compiled with `fullgraph=True` cannot be recorded: the recording runs between graphs.
 
