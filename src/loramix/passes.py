@@ -202,10 +202,14 @@ def attach(model: Any, hook: RoutingHook, *, alone: bool = False) -> Callable[[]
     return detach
 
 
-def require_routing(model: nn.Module) -> None:
-    """Raises RoutingError: a mixture that makes no scalings now."""
-    state = model.__dict__.get("_loramix")
-    if isinstance(state, MixtureState) and state.single_pass() is not None:
+def require_routing(model: Any) -> None:
+    """Let a mixture pass that makes scalings now.
+
+    Raises:
+        UnsupportedOperationError: a model that makes none.
+        RoutingError: a mixture that makes none now.
+    """
+    if state_of(model).single_pass() is not None:
         raise RoutingError(
             "Only a mixture that routes each token makes scalings.",
             received="a model whose routing is fixed, or whose adapters are disabled",

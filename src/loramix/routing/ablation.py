@@ -19,8 +19,8 @@ from loramix.config import XLoraConfig
 from loramix.errors import DataError, RoutingError
 from loramix.hooks import RoutingHook
 from loramix.model import XLoraModel
-from loramix.passes import attach, evaluating, positions_of, require_routing, state_of
-from loramix.routing.pick import pick
+from loramix.passes import attach, evaluating, positions_of, require_routing
+from loramix.routing.pick import own, pick
 from loramix.rules import require_integer
 
 
@@ -71,7 +71,6 @@ def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveO
         UnsupportedOperationError: a model without a router.
         RoutingError: a mixture that makes no scalings, or one of whose experts none can be left out.
     """
-    state_of(model)
     require_routing(model)
     require_integer("batch", batch, at_least=1, remedy="Pass for example batch=8.")
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
@@ -106,7 +105,7 @@ def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveO
 
 
 def _ids(text: Any, vocabulary: int) -> list[int]:
-    found = text.tolist() if hasattr(text, "tolist") else text
+    found = own(text)
     ids = list(cast("Sequence[Any]", found)) if isinstance(found, list | tuple) else None
     whole = ids is not None and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
     if ids is None or not whole or not all(0 <= one < vocabulary for one in ids):

@@ -17,7 +17,7 @@ from torch import Tensor
 from loramix.errors import RoutingError
 from loramix.routing.metrics import leads_of, shares_of
 from loramix.routing.parts import Part
-from loramix.routing.pick import some
+from loramix.routing.pick import own, some
 from loramix.routing.record import RoutingRecord
 
 
@@ -185,7 +185,7 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
         of_texts = cast("Mapping[int, Any]", labels)
         found: Any = [of_texts.get(number) for number in whole.sequence.tolist()]
     else:
-        found = cast(Any, labels).tolist() if hasattr(labels, "tolist") else labels
+        found = own(labels)
     several = [] if isinstance(found, str) or not isinstance(found, Iterable) else list(cast("Iterable[Any]", found))
     column = [_label(value) for value in several]
     fits = len(column) == len(whole)
@@ -205,7 +205,7 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
 
 def _label(value: Any) -> str | None:
     """A label's text; None where none is known."""
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = own(value)
     try:
         known = value is not None and bool(value == value)  # nan is not itself
     except TypeError:  # NA is neither

@@ -177,7 +177,8 @@ def load_record(folder: Path, tokenizer: Any = None) -> RoutingRecord:
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise _corrupt(place, f"format {content.get('format')!r}, version {content.get('version')!r}")
     try:
-        header, pieces, sizes, id = _header(content), _pieces(content), _sizes(content), str(content["id"])
+        pieces, sizes, id = _pieces(content), _sizes(content), str(content["id"])
+        header = _header(content, kept=sum(sizes.values()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _corrupt(place, f"{type(error).__name__}: {error}") from error
     for name, size in sizes.items():
@@ -203,14 +204,14 @@ def _require_same_text(tokenizer: Any, pieces: Mapping[int, str]) -> None:
         )
 
 
-def _header(content: Mapping[str, Any]) -> Header:
+def _header(content: Mapping[str, Any], kept: int) -> Header:
     names = {name: _names(content[name]) for name in ("experts", "palette", "layers", "adapted")}
     forks = {int(one): (int(other), int(place)) for one, (other, place) in content["forks"].items()}
     if any(not 0 <= other < one or place < 0 for one, (other, place) in forks.items()):
         raise ValueError("a text that forks from none before it")
     if not set(names["experts"]) <= set(names["palette"]):
         raise ValueError("experts that the palette lacks")
-    if not isinstance(content["seen"], int) or content["seen"] < sum(_sizes(content).values()):
+    if not isinstance(content["seen"], int) or content["seen"] < kept:
         raise ValueError(f"{content['seen']} tokens seen")
     return Header(
         **names,

@@ -148,13 +148,14 @@ def inspect_texts(
     positions = positions_of(model.config) or 2**31
     require_integer("limit", limit, at_least=1, remedy=f"Pass for example limit={MAX_TOKENS}.")
     if window is not None:
-        require_integer("window", window, at_least=None, remedy=f"Pass a number from 2 to {positions}, or None.")
-    if window is not None and not 2 <= window <= positions:
-        raise DataError(
-            "A piece of text has at least two tokens, and no more than the base model has positions.",
-            received=f"window={window} with {positions} positions",
-            remedy=f"Use a window from 2 to {positions}.",
-        )
+        remedy = f"Use a window from 2 to {positions}."
+        require_integer("window", window, at_least=None, remedy=remedy)
+        if not 2 <= window <= positions:
+            raise DataError(
+                "A piece of text has at least two tokens, and no more than the base model has positions.",
+                received=f"window={window} with {positions} positions",
+                remedy=remedy,
+            )
     size = window or min(LONGEST_PIECE, positions)
     pieces, notes = _cut(tokenizer, texts, size, limit, whole=size == positions)
     ids = [ids for _, ids in pieces]

@@ -70,18 +70,23 @@ def joined(parts: Iterable[Part], layers: int, experts: int) -> Part:
 
 
 @runtime_checkable
-class Store(Protocol):
-    """Where tokens are kept while they come."""
+class Source(Protocol):
+    """Where tokens are; in files they have an id."""
 
     @property
     def kept(self) -> int: ...
     @property
     def id(self) -> str | None: ...
-
-    def add(self, part: Part) -> None: ...
     def parts(self) -> Iterator[Part]:
         """What is kept when this is called, whatever is added while it is read."""
         ...
+
+
+@runtime_checkable
+class Store(Source, Protocol):
+    """Where tokens are kept while they come."""
+
+    def add(self, part: Part) -> None: ...
 
 
 class _Rows:

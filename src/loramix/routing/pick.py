@@ -22,6 +22,11 @@ Plain = int | str | slice | Sequence[int | str]
 """The same, in Python's own numbers and lists."""
 
 
+def own(value: Any) -> Any:
+    """What a tensor, an array or a column of a table holds, in Python's own numbers and lists; all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def plain(wanted: Any, *, names: bool = True, mask: bool = False) -> Any:
     """What was asked for in Python's own numbers, slices and lists: not in those of tensors, arrays or tables.
 
@@ -40,7 +45,7 @@ def plain(wanted: Any, *, names: bool = True, mask: bool = False) -> Any:
         if ends[2] == 0:
             raise _not_picked(wanted)
         return slice(*ends)
-    found = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+    found = own(wanted)
     if isinstance(found, str) or not isinstance(found, Iterable):
         return _number(found, wanted)
     several = [one.item() if hasattr(one, "item") else one for one in cast("Iterable[Any]", found)]
@@ -71,7 +76,7 @@ def row_of(ids: Any) -> list[int]:
     Raises:
         RoutingError: they are something else.
     """
-    rows = ids.tolist() if hasattr(ids, "tolist") else ids
+    rows = own(ids)
     alone = isinstance(rows, list) and len(cast("list[Any]", rows)) == 1 and isinstance(rows[0], list)
     row = plain(rows[0] if alone else rows, names=False)
     if not isinstance(row, list):

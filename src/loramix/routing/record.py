@@ -10,30 +10,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loramix.checkpoint.tensors import all_finite
 from loramix.errors import RoutingError
 from loramix.routing.header import Header
 from loramix.routing.metrics import RoutingMeter, RoutingMetrics, leading_of
-from loramix.routing.parts import Kept, Part, joined
+from loramix.routing.parts import Kept, Part, Source, joined
 from loramix.routing.pick import Picked, Tokens, chosen_rows, counted, is_mask, pick, plain, row_of, some
 from loramix.routing.pieces import one_by_one, pieces_of, require_tokenizer
 from loramix.routing.texts import path_of, text_of
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Where a record's tokens are; in files they have an id."""
-
-    @property
-    def kept(self) -> int: ...
-    @property
-    def id(self) -> str | None: ...
-    def parts(self) -> Iterator[Part]: ...
 
 
 class RoutingRecord:
@@ -149,7 +139,7 @@ class RoutingRecord:
         """
         count = 0
         for part in self.parts():
-            if not bool(part.scalings.isfinite().all()):
+            if not all_finite([part.scalings]):
                 raise RoutingError(
                     "Scalings are finite numbers.",
                     received=f"nan or inf among those of {', '.join(self.experts)}"[:300],

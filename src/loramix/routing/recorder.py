@@ -30,9 +30,9 @@ from loramix.passes import MixtureState, attach, cache_in, require_routing
 from loramix.routing.files import finish_folder, new_folder
 from loramix.routing.followed import Followed, Place, Uncached
 from loramix.routing.header import Header
-from loramix.routing.parts import Part, Reservoir, Shards, Store
+from loramix.routing.parts import Kept, Part, Reservoir, Shards, Source, Store
 from loramix.routing.reading import held_before, packed_starts, real_slots
-from loramix.routing.record import RoutingRecord, Source
+from loramix.routing.record import RoutingRecord
 from loramix.rules import require_integer
 from loramix.sessions import Request, request
 
@@ -142,8 +142,7 @@ class Recorder(RoutingHook):
         """How many tokens are kept so far: without those that a `generate` under way may still take back."""
         with self._lock:
             self._settle()
-            source = self._closed or self.store
-            return 0 if source is None else source.kept
+            return self._source.kept
 
     @property
     def id(self) -> str | None:
@@ -154,8 +153,11 @@ class Recorder(RoutingHook):
         """They, as they are now."""
         with self._lock:
             self._settle()
-            source = self._closed or self.store
-            return iter(()) if source is None else source.parts()
+            return self._source.parts()
+
+    @property
+    def _source(self) -> Source:
+        return self._closed or self.store or Kept([])
 
     def _settle(self) -> None:
         for reader, waiting in self._waiting.items():
@@ -202,21 +204,22 @@ class Recorder(RoutingHook):
         if self._thread not in (None, reader[0]):
             return
         with self._lock:
-            state = self.state
-            if state is None or self.store is None or self._leaves_out():
+            state = self._recorded()
+            if state is None:
                 return
             self._keep(reader)
             self.header.note(cast(XLoraConfig, state.config))
             self._waiting[reader] = _Waiting(*self._read(made, reader), request())
 
-    def _leaves_out(self) -> bool:
-        """Whether forwards of now are of an experiment, or write candidates for a `generate` of the same model."""
-        return request().drafts or self.state is None or any(hook.unrecorded for hook in self.state.hooks)
+    def _recorded(self) -> MixtureState | None:
+        """The mixture's state; None where forwards of now are of an experiment, or write candidates for itself."""
+        state = None if self.store is None or request().drafts else self.state
+        return None if state is None or any(hook.unrecorded for hook in state.hooks) else state
 
     def cached(self, cache: TwoPassCache) -> None:
         with self._lock:
             waiting = self._waiting.get(_reader())
-            if waiting is not None and not self._leaves_out():
+            if waiting is not None and self._recorded() is not None:
                 self._follow(cache, waiting.rows)
 
     def _follow(self, cache: TwoPassCache, rows: Followed) -> None:

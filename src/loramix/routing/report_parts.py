@@ -17,7 +17,7 @@ from loramix.routing.inspection import Inspection
 from loramix.routing.metrics import RoutingMetrics, entropy_of, leading_of
 from loramix.routing.record import RoutingRecord
 from loramix.routing.report_data import LEVELS, levels_of
-from loramix.routing.show import explained, worth_text
+from loramix.routing.show import explained, worth_texts
 
 COLUMNS = 240
 LIGHT, DARK = ("#ffffff", "#1b1c20"), ("#15161a", "#ececf0")
@@ -134,7 +134,7 @@ def worth_table(inspection: Inspection) -> str:
 def _worth_row(inspection: Inspection, name: str, difference: float, most: float) -> str:
     record, colour = inspection.record, _colour(inspection.record, name)
     width = 50 * abs(difference) / most
-    value, _, verdict = worth_text(inspection, name).rpartition(" ")
+    value, verdict = worth_texts(inspection, name)
     return (
         f'<tr><th scope="row">{_named(record, name)}</th>'
         '<td class="wide"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'

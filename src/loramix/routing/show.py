@@ -91,17 +91,17 @@ def experts_table(inspection: Inspection) -> Table:
     for name, load, importance in zip(inspection.record.experts, metrics.load, metrics.importance, strict=True):
         cells = [f"{load:.1%}", f"{importance:.3f}"]
         if worth:
-            cells.append(worth_text(inspection, name))
+            cells.append(" ".join(worth_texts(inspection, name)))
         table.add_row(Text(visible(name)), *cells)
     return table
 
 
-def worth_text(inspection: Inspection, expert: str) -> str:
-    """By how much the loss changes without an expert, and how sure that is."""
+def worth_texts(inspection: Inspection, expert: str) -> tuple[str, str]:
+    """By how much the loss changes without an expert, and what that says of it."""
     assert inspection.worth is not None
-    error, verdict = inspection.worth.errors.get(expert), inspection.worth.verdict(expert)
+    error = inspection.worth.errors.get(expert)
     spread = "" if error is None else f" ± {2 * error:.4f}"
-    return f"{inspection.differences[expert]:+.4f}{spread} {verdict}"
+    return f"{inspection.differences[expert]:+.4f}{spread}", inspection.worth.verdict(expert)
 
 
 def metrics_table(metrics: RoutingMetrics) -> Table:
