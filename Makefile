@@ -26,8 +26,7 @@ check: $(VENV)/.installed-dev ## style, types, one-way imports, public names, do
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_public_names.py tests/test_imports.py \
-	    tests/test_architecture.py tests/test_readme.py tests/test_examples.py tests/test_notebook.py tests/cli/test_help_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_public_names.py tests/project/test_imports.py tests/docs
 
 format: $(VENV)/.installed-dev ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
