@@ -298,7 +298,8 @@ def test_memory_is_bounded_and_the_sample_is_told(routed: Any, direct: Direct) -
 
 
 def test_each_token_has_the_same_chance_to_be_kept() -> None:
-    from loramix.analysis.record.parts import Part, Reservoir
+    from loramix.analysis.record.part import Part
+    from loramix.analysis.record.stores import Reservoir
 
     counts = torch.zeros(60)
     for seed in range(100):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from loramix.analysis.show.colours import expert_colours
+from loramix.analysis.colours import expert_colours
 from loramix.analysis.show.terminal import legend
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.picture import draw

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from loramix.analysis.metrics import confidence_of, leaders_of
-from loramix.analysis.record.pick import some
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.record.recorder import MAX_TOKENS, record_routing
 from loramix.config.checks import require_integer
 from loramix.errors import DataError, RoutingError
 from loramix.evaluation.ablation import LeaveOneOut, leave_one_out, pad
+from loramix.experts.selection import listed
 from loramix.model.build import XLoraModel
 from loramix.passes.two_pass import evaluating, positions_of
 
@@ -48,7 +48,8 @@ class Inspection:
         ):
             raise RoutingError(
                 "What the experts are worth is measured with the mixture of the record.",
-                received=f"a record of {some(self.record.palette)}, losses without {some(list(self.worth.without))}",
+                received=f"a record of {listed(self.record.palette)}, losses without "
+                + listed(list(self.worth.without)),
                 remedy="record and measure the same mixture; inspect_texts(…, leave_out=True) does both",
             )
 

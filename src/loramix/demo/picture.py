@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loramix.analysis.show.colours import expert_colours
+from loramix.analysis.colours import expert_colours
 from loramix.demo.routed import RoutedText
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loramix.analysis.show.colours import expert_colours
+from loramix.analysis.colours import expert_colours
 from loramix.analysis.show.terminal import has_colour
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.routed import RoutedText

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loramix.analysis.record.pick import own, pick
 from loramix.config.base import XLoraConfig
 from loramix.config.checks import require_integer
 from loramix.errors import DataError, RoutingError
+from loramix.experts.selection import as_python, select
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import RoutingHook
 from loramix.passes.two_pass import attach, evaluating, positions_of, require_routing
@@ -105,7 +105,7 @@ def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveO
 
 
 def _ids(text: Any, vocabulary: int) -> list[int]:
-    found = own(text)
+    found = as_python(text)
     ids = list(cast("Sequence[Any]", found)) if isinstance(found, list | tuple) else None
     whole = ids is not None and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
     if ids is None or not whole or not all(0 <= one < vocabulary for one in ids):
@@ -154,7 +154,7 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
     Raises:
         RoutingError: no such expert, or a softmax of a softmax, which gives each expert a weight whatever its logit.
     """
-    place = pick("expert", model.expert_names, expert)[0]
+    place = select("expert", model.expert_names, expert)[0]
     config = cast(XLoraConfig, model.peft_config["default"])
     if not can_leave_out(model):
         raise RoutingError(

@@ -18,10 +18,10 @@ from rich.text import Text
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from loramix.analysis.colours import expert_colours
 from loramix.analysis.metrics import confidence_of, leaders_of
-from loramix.analysis.record.pieces import Pieces, require_tokenizer
-from loramix.analysis.record.reading import held_before
-from loramix.analysis.show.colours import expert_colours
+from loramix.analysis.record.slots import held_before
+from loramix.analysis.record.token_text import IncrementalDecoder, require_tokenizer
 from loramix.analysis.show.terminal import NOBODY, legend, token_text, visible
 from loramix.decoding.requests import Request, request
 from loramix.errors import RoutingError, UnsupportedOperationError
@@ -68,7 +68,7 @@ class RoutingStreamer(BaseStreamer):
         self._paint = expert_colours(experts)
         self._special = set(tokenizer.all_special_ids)
         self._call: Request | None = None
-        self._pieces = Pieces(tokenizer)
+        self._pieces = IncrementalDecoder(tokenizer)
         self._length = 0  # of the text so far
         self._leader: str | None = None  # of what was shown last
 
@@ -88,7 +88,7 @@ class RoutingStreamer(BaseStreamer):
         ids: list[int] = value.flatten().tolist()
         if request() is not self._call:  # a call of `generate` begins with its prompt
             self._call, self.tokens, self._length, self._leader = request(), [], len(ids), None
-            self._pieces = Pieces(self.tokenizer)
+            self._pieces = IncrementalDecoder(self.tokenizer)
             self.routed.forget()
             prompt = self._pieces.read([token for token in ids if token not in self._special])
             self._print(Text(visible(prompt), style="dim"))

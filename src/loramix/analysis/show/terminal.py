@@ -14,9 +14,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from loramix.analysis.colours import expert_colours
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import RoutingMetrics, confidence_of, leaders_of
-from loramix.analysis.show.colours import expert_colours
 
 TOKENS = 600  # shown of a long text
 NOBODY = "nobody"  # leads where no expert has a weight
