@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.testing import assert_close
 
-from cli.conftest import byte_tokenizer
 from loramix import RoutingError, UnsupportedOperationError
 from loramix.analysis import WrittenToken, expert_colours, stream_routing
 from loramix.analysis.record.token_text import IncrementalDecoder
 from loramix.analysis.show.live import RoutingStreamer
+from support.byte_tokenizer import byte_tokenizer
 from support.tiny import tokens
 
 Direct = Callable[[Any, Any], Tensor]

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from cli.conftest import byte_tokenizer
 from loramix import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -34,6 +33,7 @@ from loramix.analysis import (
     stream_routing,
 )
 from loramix.analysis.metrics import RoutingMeter
+from support.byte_tokenizer import byte_tokenizer
 from support.records import random_record, record_of
 from support.tiny import tokens
 

@@ -352,7 +352,7 @@ def test_what_is_recorded_is_what_the_layers_mix_by(routed: Any, shared: Any, di
 COMPILED = """
 import sys; sys.path[:0] = {path!r}
 import torch
-from cli.conftest import byte_tokenizer
+from support.byte_tokenizer import byte_tokenizer
 from support.mixtures import mixture
 from loramix.analysis import record_routing, stream_routing
 from support.tiny import tokens

@@ -25,7 +25,7 @@ from loramix.evaluation.ablation import LeaveOneOut
 from support.records import random_record, record_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-SOURCE = Path(loramix.__file__).parent / "routing"
+SOURCE = Path(loramix.__file__).parent / "analysis" / "report"
 EVIL = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \" ' & \u2028 ]]>"
 ADDRESS = re.compile(r"https?:|//\w|\burl\(|\bsrc=|\bhref=|@import|\bimport\s*\(|fetch\(|XMLHttpRequest", re.IGNORECASE)
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
-REPORT = {f"loramix/routing/report.{ending}" for ending in ("html", "css", "js")}
+REPORT = {f"loramix/analysis/report/report.{ending}" for ending in ("html", "css", "js")}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cli.conftest import byte_tokenizer
 from loramix import DataError, XLoraConfig, get_peft_model
 from loramix.evaluation.scores import (
     BASE,
@@ -27,6 +26,7 @@ from loramix.evaluation.scores import (
     total,
     without_expert,
 )
+from support.byte_tokenizer import byte_tokenizer
 from support.tiny import llama, tokens
 
 TEXTS = [("1 + 2 = 3", "math"), ("def f(x): # é 😀", "code")]
