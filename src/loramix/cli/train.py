@@ -14,7 +14,7 @@ from loramix.cli.options import as_changes, named_paths
 from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
 
 if TYPE_CHECKING:
-    from loramix.training.check import Plan
+    from loramix.training.plan import Plan
 
 
 def train(
