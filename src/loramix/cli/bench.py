@@ -43,21 +43,14 @@ def bench(
     import torch
 
     from loramix.cli.continuation import open_mixture
-    from loramix.errors import ConfigurationError
-    from loramix.model.build import XLoraModel
     from loramix.timing import describe_machine, generation_times
 
     with stdout_kept_for_json(as_json), warnings_as_lines():
         torch.set_num_threads(threads)
         opened = open_mixture(mixture, base=base, device=device)
-        if not isinstance(opened.model, XLoraModel):
-            raise ConfigurationError(
-                "A benchmark compares a mixture with its base model.",
-                received=f"the single expert {mixture!r}",
-                remedy="name the folder of a mixture",
-            )
-        ids = torch.tensor([opened.tokenizer(prompt)["input_ids"]], device=opened.model.device)
-        measured = generation_times(opened.model, ids, tokens, rounds)
+        model = opened.as_mixture("A benchmark compares a mixture with its base model.")
+        ids = torch.tensor([opened.tokenizer(prompt)["input_ids"]], device=model.device)
+        measured = generation_times(model, ids, tokens, rounds)
     if as_json:
         print_json({"machine": describe_machine(), **_document(measured)})
     else:

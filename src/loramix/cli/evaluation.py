@@ -47,21 +47,14 @@ def evaluate(
     loramix eval demo --data texts/ --figure perplexity --limit 50 --json
     """
     from loramix.cli.continuation import open_mixture
-    from loramix.errors import ConfigurationError
-    from loramix.model.build import XLoraModel
     from loramix.training.data import read_rows
     from loramix.training.run import evaluate_rows
 
     with stdout_kept_for_json(as_json), warnings_as_lines():
         rows = read_rows(data, split=split, subset=subset)
         opened = open_mixture(mixture, base=base)
-        if not isinstance(opened.model, XLoraModel):
-            raise ConfigurationError(
-                "An evaluation compares the experts of a mixture.",
-                received=f"the single expert {mixture!r}",
-                remedy="name the folder of a mixture",
-            )
-        evaluation = evaluate_rows(opened.model, opened.tokenizer, rows, window=window, limit=limit)
+        model = opened.as_mixture("An evaluation compares the experts of a mixture.")
+        evaluation = evaluate_rows(model, opened.tokenizer, rows, window=window, limit=limit)
     if as_json:
         print_json(evaluation.to_dict())
     else:

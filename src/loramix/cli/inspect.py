@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,6 @@ def inspect(
     from loramix.analysis.show.terminal import shown
     from loramix.cli.continuation import open_mixture
     from loramix.evaluation.ablation import can_leave_out
-    from loramix.model.build import XLoraModel
 
     if sum(given is not None for given in (text, file, data)) != 1:
         raise typer.BadParameter("give one of --text, --file and --data", param_hint="--text")
@@ -58,7 +57,7 @@ def inspect(
         rows = _rows(text, file, data, split, subset)
         opened = open_mixture(mixture, base=base, device=device, routed="name the folder of a mixture")
         texts = [(row.source, row.as_text(opened.tokenizer)) for row in rows]
-        model = cast(XLoraModel, opened.model)
+        model = opened.as_mixture("An inspection shows the routing of a mixture.")
         found = inspect_texts(
             model,
             opened.tokenizer,

@@ -23,6 +23,11 @@ class XLoraMethods(LockstepMethods, FixedMethods):
     """
 
     @property
+    def active_peft_config(self) -> XLoraConfig:
+        """The live configuration."""
+        return self._xlora_config
+
+    @property
     def internal_xlora_scalings(self) -> Float[Tensor, "B S L E"] | None:
         """The scalings of the last forward, before top-k, detached; None before the first."""
         return self._loramix.latest

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loramix.config.base import XLoraConfig
+from loramix.config.base import PeftConfig, XLoraConfig
 from loramix.passes.two_pass import MixtureState
 
 ALL_LAYERS = "all layers"
@@ -88,7 +88,7 @@ class Header:
             text += "; the mixture's settings changed meanwhile"
         return text[0].upper() + text[1:] + "."
 
-    def note_settings(self, config: XLoraConfig) -> None:
+    def note_settings(self, config: PeftConfig) -> None:
         """Remember the settings of a forward that is recorded."""
         settings = {name: getattr(config, name) for name in _SETTINGS}
         self.changed |= bool(self.settings) and settings != self.settings
