@@ -1,4 +1,4 @@
-"""What a mixture's routing does, seen from outside the core: recorded, measured, compared, drawn."""
+"""Looking at a mixture's routing: recording, metrics, comparisons, displays and reports."""
 
 from __future__ import annotations
 

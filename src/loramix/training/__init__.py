@@ -1,4 +1,4 @@
-"""Training a mixture's router, and its experts when asked: with stock trainers, from outside the core."""
+"""Training a mixture's router, and its experts if asked, with stock trainers."""
 
 from __future__ import annotations
 
