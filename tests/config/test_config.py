@@ -10,8 +10,10 @@ import warnings
 
 import pytest
 
-from loramix.config.base import LoraConfig, PeftConfig, PeftType, TaskType, XLoraConfig
+from loramix.config.base import PeftConfig, PeftType, TaskType
+from loramix.config.lora import LoraConfig
 from loramix.config.names import check_expert_names
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import (
     AdapterNameError,
     CheckpointError,
