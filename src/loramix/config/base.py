@@ -44,6 +44,7 @@ class PeftType(str, Enum):  # noqa: UP042 - prints as PEFT's does
 
     LORA = "LORA"
     XLORA = "XLORA"
+    LORAMIX = "LORAMIX"  # a mixture that PEFT cannot read
 
 
 class TaskType(str, Enum):  # noqa: UP042

@@ -31,12 +31,15 @@ class _AssumedSize(int):
 
 @no_type_check
 @dataclass
-class XLoraConfig(PeftConfig, reads=[PeftType.XLORA]):
-    """A mixture: which experts, and how the classifier routes between them.
+class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
+    """A mixture: its experts, the router that makes logits, and the gating that makes scalings of them.
 
-    The classifier maps the base model's last hidden state h (B, S, H) to logits z, and these to scalings s
-    (B, S, L, E): s = softmax(z / softmax_temperature) with `enable_softmax`, else z; with `top_k_lora` all but the k
-    largest become 0; with `enable_softmax_topk` a softmax over those that are left.
+    X-LoRA's router, the classifier, maps the base model's last hidden state h (B, S, H) to logits z; its gating maps
+    these to scalings s (B, S, L, E): s = softmax(z / softmax_temperature) with `enable_softmax`, else z; with
+    `top_k_lora` all but the k largest become 0; with `enable_softmax_topk` a softmax over those that are left.
+
+    A mixture with another router or another gating has `peft_type` LORAMIX, in its file too, so that PEFT refuses it
+    rather than run it with a classifier drawn at random.
 
     Args:
         hidden_size: H, the base model's; where it is not given the base model's is taken when the model is built.
@@ -52,6 +55,9 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA]):
         top_k_lora: experts kept for each token, from 1 to E; None keeps all.
         scaling_pass_value: the scaling of every expert in the scaling pass.
         global_scaling_weight: factor on what the experts add.
+        router: the kind of router (see `loramix.routers`). `xlora_depth`, `xlora_size` and `xlora_dropout_p` are the
+            classifier's; with another kind they keep their defaults.
+        gating: the kind of gating (see `loramix.routers`).
 
     Raises:
         ConfigurationError: a value that cannot work, whatever the base model is.
@@ -73,18 +79,30 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA]):
     top_k_lora: int | None = None
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
+    router: str = "classifier"
+    gating: str = "xlora"
 
     def __post_init__(self) -> None:
-        self.peft_type = PeftType.XLORA
         missing_adapters = cast(object, self.adapters) is None
         if cast(object, self.hidden_size) is None:
-            warn("hidden_size was not given: the base model's is taken when the model is built, 4096 until then.")
             self.hidden_size = _AssumedSize(4096)
+            # Other routers may not read the hidden state; those that do take the base model's size.
+            if self.router == _CLASSIFIER:
+                warn("hidden_size was not given: the base model's is taken when the model is built, 4096 until then.")
         if missing_adapters:
             warn("adapters was not given: this mixture has no experts yet.")
         self.adapters = {} if missing_adapters else as_adapters(self.adapters)
         super().__post_init__()
         self._warn_about_gating()
+
+    @property
+    def peft_type(self) -> PeftType:
+        """XLORA where PEFT can read the mixture, LORAMIX where router or gating are others than X-LoRA's."""
+        return PeftType.LORAMIX if self._beyond_peft() else PeftType.XLORA
+
+    @peft_type.setter
+    def peft_type(self, _value: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Not chosen: it follows from the fields, whatever the constructor was given."""
 
     @property
     def hidden_size_given(self) -> bool:
@@ -94,6 +112,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA]):
     def validate(self) -> None:
         super().validate()
         require_integer("hidden_size", self.hidden_size, at_least=1, remedy="Use base.config.hidden_size.")
+        self._validate_router()
         require_integer("xlora_depth", self.xlora_depth, at_least=1, remedy="Use xlora_depth=1 or more.")
         require(
             self.xlora_depth <= _DEEPEST,
@@ -117,6 +136,23 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA]):
             require_integer("top_k_lora", self.top_k_lora, at_least=None, remedy="Use a whole number, or None.")
         for name in _SWITCHES:
             require_switch(name, getattr(self, name))
+
+    def _validate_router(self) -> None:
+        for name in _BEYOND_PEFT:
+            value = getattr(self, name)
+            require(
+                isinstance(value, str) and bool(value.strip()),
+                f"{name} must be the name of a kind of {name}.",
+                received=f"{name}={value!r}",
+                remedy=f"Leave {name} out, or name a registered kind (see loramix.routers).",
+            )
+        given = [name for name in _OF_THE_CLASSIFIER if getattr(self, name) != _default(name)]
+        require(
+            self.router == _CLASSIFIER or not given,
+            f"{', '.join(given)} {'belongs' if len(given) == 1 else 'belong'} to the classifier.",
+            received=", ".join(f"{name}={getattr(self, name)!r}" for name in ("router", *given)),
+            remedy=f"Leave {', '.join(given)} out, or use router={_CLASSIFIER!r}.",
+        )
 
     def validate_for(self, num_experts: int, hidden_size: int) -> None:
         """Check what is known only when the model is built; every other rule is checked again with it.
@@ -149,7 +185,26 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"hidden_size": int(self.hidden_size)}
+        """All fields by name; `router` and `gating`, which PEFT does not have, only where they are not the default."""
+        values = super().to_dict() | {"hidden_size": int(self.hidden_size)}
+        return {name: value for name, value in values.items() if name not in _BEYOND_PEFT} | self._beyond_peft()
+
+    @classmethod
+    def _known(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+        known = super()._known(values, source)
+        named = [name for name in _BEYOND_PEFT if known.get(name, _default(name)) != _default(name)]
+        require(
+            values.get("peft_type") != PeftType.LORAMIX.value or bool(named),
+            "A configuration with peft_type LORAMIX names a router or a gating that PEFT does not have.",
+            received=", ".join(f"{name}={known.get(name)!r}" for name in _BEYOND_PEFT),
+            remedy='Put "router" or "gating" back into the file, or write "peft_type": "XLORA".',
+        )
+        return known
+
+    def _beyond_peft(self) -> dict[str, str]:
+        """What PEFT does not know: `router` and `gating`, where they are not the default."""
+        values = {name: getattr(self, name) for name in _BEYOND_PEFT}
+        return {name: value for name, value in values.items() if value != _default(name)}
 
     def _to_saved(self) -> dict[str, Any]:
         return self.to_dict() if self.hidden_size_given else self.to_dict() | {"hidden_size": None}
@@ -163,8 +218,15 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA]):
             warn(f"top_k_lora must be at least 1, and is {self.top_k_lora}: no model can be built like this.")
 
 
+_CLASSIFIER = "classifier"
+_OF_THE_CLASSIFIER = ("xlora_depth", "xlora_size", "xlora_dropout_p")
+_BEYOND_PEFT = ("router", "gating")
 _DEEPEST = 1000
 _SWITCHES = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")
+
+
+def _default(name: str) -> object:
+    return XLoraConfig.__dataclass_fields__[name].default
 
 
 def as_adapters(adapters: object) -> dict[str, str]:
