@@ -1,7 +1,7 @@
 """How a mixture layer's products are best made on a CPU: `python -m benchmarks.products` writes docs/products.md.
 
 Two choices of the layer stand on these figures: experts that no token weighs are left out where they are most of all
-(`loramix.layers.scalings.gathered_share`), and layers with one input keep down projections of their own. A third table
+(`loramix.layers.routing.gathered_share`), and layers with one input keep down projections of their own. A third table
 says
 where the time of a decoded token goes in a layer.
 """
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loramix.experts.adapter import LoraWeights
-from loramix.layers.layer import Resident, XLoraLinear
-from loramix.layers.scalings import GATHERED_RANKS, GATHERED_TOKENS, TensorRouting, gathered_share, routed
+from loramix.layers.layer import adapted_layer
+from loramix.layers.routing import GATHERED_RANKS, GATHERED_TOKENS, TensorRouting, gathered_share
+from loramix.layers.slot import routed
+from loramix.layers.stack import LayerExpert
 from loramix.timing import describe_machine
 
 RANK, TOP_K, EXPERTS = 8, 2, 8
@@ -123,14 +125,14 @@ def _add(y: Tensor, low_rank: Tensor, B: Tensor) -> None:
 def profile(hidden: int, rounds: int) -> list[float]:
     """Microseconds of a base layer, with the products of its experts, and as a mixture layer."""
     made = layers(hidden, EXPERTS * RANK, torch.float32)
-    residents = [
+    experts = [
         [
-            Resident(e, LoraWeights(a, b), 1.0, 0.0)
+            LayerExpert(e, LoraWeights(a, b), 1.0, 0.0)
             for e, (a, b) in enumerate(zip(A.split(RANK), B.split(RANK, 1), strict=True))
         ]
         for A, B in made
     ]
-    mixtures = [XLoraLinear(nn.Linear(hidden, hidden, bias=False), r, i) for i, r in enumerate(residents)]
+    mixtures = [adapted_layer(nn.Linear(hidden, hidden, bias=False), r, i) for i, r in enumerate(experts)]
     routing = TensorRouting(torch.rand(1, 1, 1, EXPERTS), 1.0, mixtures[:1])
     x, columns = torch.randn(1, 1, hidden), torch.rand(1, 1, EXPERTS * RANK)
 
@@ -140,7 +142,7 @@ def profile(hidden: int, rounds: int) -> list[float]:
 
     def bare() -> None:
         for layer in mixtures:
-            layer.base_layer(x).add_(F.linear(F.linear(x, layer.lora_A).mul_(columns), layer.lora_B))
+            layer.base_layer(x).add_(F.linear(F.linear(x, layer.stack.lora_A).mul_(columns), layer.stack.lora_B))
 
     def whole() -> None:
         for layer in mixtures:

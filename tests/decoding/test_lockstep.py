@@ -23,7 +23,7 @@ from loramix.decoding.eligibility import MODELS, why_not_this_generation
 from loramix.decoding.lockstep import Lockstep, LockstepReport
 from loramix.errors import CacheError, ConfigurationError
 from loramix.passes.hooks import RoutingHook
-from loramix.passes.two_pass import attach
+from loramix.passes.state import attach
 from support.mixtures import mixture
 from support.tiny import save_expert, save_experts, tokens
 
@@ -125,8 +125,8 @@ def test_a_hook_that_comes_meanwhile_sees_each_token_from_then_on(of_llama: Any)
         def __init__(self) -> None:
             self.tokens = 0
 
-        def made(self, made: Any) -> None:
-            self.tokens += made.final.shape[1]
+        def routed(self, output: Any) -> None:
+            self.tokens += output.final.shape[1]
 
     found = []
     for wanted in (False, True, 5):
@@ -343,8 +343,8 @@ def test_the_log_and_hooks_see_what_they_see_of_two_passes(of_llama: Any) -> Non
         def __init__(self) -> None:
             self.scalings: list[Tensor] = []
 
-        def made(self, made: Any) -> None:
-            self.scalings.append(made.final)
+        def routed(self, output: Any) -> None:
+            self.scalings.append(output.final)
 
     records: list[list[Tensor]] = []
     for lockstep in (False, True):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from loramix.layers.scalings import TensorRouting, current
+from loramix.layers.routing import TensorRouting
+from loramix.layers.slot import current
 from support.mixtures import HARD, SPARSE, far, logits_of, mixture
 from support.tiny import tokens
 

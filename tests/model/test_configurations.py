@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from loramix import PeftModel, XLoraConfig, XLoraModel, get_peft_model
-from loramix.layers.scalings import current
+from loramix.layers.slot import current
 from support.tiny import llama, save_experts, tokens
 
 Adapters = Callable[[int], dict[str, str]]

@@ -8,12 +8,12 @@ import jaxtyping
 import pytest
 import torch
 
-from loramix.routers.gating import activate
+from loramix.routers.gating import largest
 
 
 def test_shapes_in_signatures_are_executed() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError, match="activate"):
-        activate(torch.zeros(3), softmax=True, temperature=1.0)
+    with pytest.raises(jaxtyping.TypeCheckError, match="largest"):
+        largest(torch.zeros(3), "one")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_warning_is_an_error() -> None:

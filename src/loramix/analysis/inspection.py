@@ -16,7 +16,8 @@ from loramix.config.checks import require_integer
 from loramix.errors import DataError, RoutingError
 from loramix.evaluation.ablation import LeaveOneOut, leave_one_out, pad
 from loramix.model.build import XLoraModel
-from loramix.passes.two_pass import evaluating, positions_of
+from loramix.passes.call import positions_of
+from loramix.passes.state import evaluating
 
 LONGEST_PIECE = 1024
 _AT_ONCE = 2048  # tokens of a forward, padding included

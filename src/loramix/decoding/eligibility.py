@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from loramix.passes.cache import TwoPassCache
-from loramix.passes.two_pass import MixtureState
+from loramix.passes.state import MixtureState
 
 MODELS = frozenset(
     {

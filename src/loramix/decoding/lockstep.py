@@ -40,9 +40,11 @@ from loramix.decoding.eligibility import why_not_this_token
 from loramix.decoding.row_cache import RowCache, Write
 from loramix.decoding.scheduler import AHEAD, Pace, Way
 from loramix.errors import ConfigurationError
-from loramix.layers.scalings import Routing, TensorRouting, Watched, override
+from loramix.layers.routing import Routing, TensorRouting
+from loramix.layers.slot import ObservedPass, override
 from loramix.passes.cache import TwoPassCache
-from loramix.passes.two_pass import Mixed, MixtureState, positions_of
+from loramix.passes.call import positions_of
+from loramix.passes.state import MixtureState, RoutedPass
 
 Wanted = bool | int | Literal["lookup"] | None
 """How `generate` is to decode: see `LockstepMethods.generate`; a number is 2 or more."""
@@ -254,7 +256,7 @@ class Lockstep:
         if self._judge(window.outcomes, window.draft, tokens):
             return None
         out, scalings = window.serve()
-        self.state.show(scalings)
+        self.state.set_latest(scalings)
         self._window = None if window.is_used_up else window
         return out
 
@@ -334,7 +336,7 @@ class Lockstep:
         if drafts.shape[1]:
             self._window = Window(drafts, out, made.activated, outcomes, self._settings())
             out, scalings = self._window.serve()
-            self.state.show(scalings)
+            self.state.set_latest(scalings)
         return out
 
     def _together(self, token: _Token, store: RowCache) -> Any:
@@ -390,9 +392,9 @@ class Lockstep:
             self.state.log.enabled,
         )
 
-    def _made(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Mixed:
+    def _made(self, hidden: Tensor, inputs: Mapping[str, Any]) -> RoutedPass:
         """The scalings of the mixture pass; their mean is kept, once the routing is to be fixed."""
-        made = self.state.mixture_pass(hidden, inputs, False)
+        made = self.state.route(hidden, inputs, False)
         if self.after is not None:
             scalings = made.routing.scalings
             self._sum = scalings if self._sum is None else self._sum + scalings
@@ -417,7 +419,7 @@ class Lockstep:
         """One forward over some of the rows: the last hidden states, and what the model returned for `to_head`."""
         store = cast(RowCache, self._store)
         store.write(self._length, tokens.shape[1], *writes)
-        watched = Watched(routing or self.state.scaling_pass(), to_head)
+        watched = ObservedPass(routing or self.state.scaling_pass(), to_head)
         with override(self.state, lambda: watched):
             out = call(
                 input_ids=tokens,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from loramix.decoding.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
-from loramix.passes.two_pass import MixtureState
+from loramix.passes.state import MixtureState
 
 
 @dataclass

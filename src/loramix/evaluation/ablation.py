@@ -20,8 +20,9 @@ from loramix.config.checks import require_integer
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import DataError, RoutingError
 from loramix.model.build import XLoraModel
+from loramix.passes.call import positions_of
 from loramix.passes.hooks import RoutingHook
-from loramix.passes.two_pass import attach, evaluating, positions_of, require_routing
+from loramix.passes.state import attach, evaluating, require_routing
 
 
 @dataclass(frozen=True)

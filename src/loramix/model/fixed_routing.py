@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from loramix import formats
 from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
 from loramix.layers.compress import single_adapter
-from loramix.layers.scalings import TensorRouting, override
-from loramix.model.peft_methods import PeftMethods, layers_of
-from loramix.passes.hooks import Made, RoutingHook
-from loramix.passes.two_pass import observing
+from loramix.layers.routing import TensorRouting
+from loramix.layers.slot import override
+from loramix.model.peft_methods import MixtureMethods, layers_of
+from loramix.passes.hooks import RouterOutput, RoutingHook
+from loramix.passes.state import observing
 
 
-class FixedMethods(PeftMethods):
+class FixedMethods(MixtureMethods):
     """One pass per token, with scalings that are the same for every token."""
 
     def fixed_scalings(self, values: Tensor | Sequence[float]) -> AbstractContextManager[None]:
@@ -136,8 +137,8 @@ class _Final(RoutingHook):
     def __init__(self) -> None:
         self.final = torch.empty(0)
 
-    def made(self, made: Made) -> None:
-        self.final = made.final.detach()
+    def routed(self, output: RouterOutput) -> None:
+        self.final = output.final.detach()
 
 
 @torch.no_grad()

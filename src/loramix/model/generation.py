@@ -20,10 +20,10 @@ from loramix.decoding.requests import (
     wanted_by,
 )
 from loramix.errors import UnsupportedOperationError
-from loramix.model.peft_methods import PeftMethods
+from loramix.model.peft_methods import MixtureMethods
 
 
-class LockstepMethods(PeftMethods):
+class LockstepMethods(MixtureMethods):
     """Generation with both passes in one forward per token, where that is exact and pays."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loramix.config.xlora import XLoraConfig
-from loramix.passes.two_pass import MixtureState
+from loramix.passes.state import MixtureState
 
 ALL_LAYERS = "all layers"
 _SETTINGS = (

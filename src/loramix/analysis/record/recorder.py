@@ -33,8 +33,9 @@ from loramix.config.checks import require_integer
 from loramix.config.xlora import XLoraConfig
 from loramix.decoding.requests import Request, request
 from loramix.passes.cache import TwoPassCache
-from loramix.passes.hooks import CacheFollower, Made, RoutingHook, between_graphs
-from loramix.passes.two_pass import MixtureState, attach, cache_in, require_routing
+from loramix.passes.call import cache_in
+from loramix.passes.hooks import CacheFollower, RouterOutput, RoutingHook, between_graphs
+from loramix.passes.state import MixtureState, attach, require_routing
 
 MAX_TOKENS = 10_000
 Reader = tuple[int, bool]
@@ -199,7 +200,7 @@ class Recorder(RoutingHook):
     def _owns(self, follower: CacheFollower) -> bool:
         return isinstance(follower, Followed) and follower.recorder is self
 
-    def made(self, made: Made) -> None:
+    def routed(self, output: RouterOutput) -> None:
         reader = _reader()
         if self._thread not in (None, reader[0]):
             return
@@ -209,7 +210,7 @@ class Recorder(RoutingHook):
                 return
             self._keep(reader)
             self.header.note(cast(XLoraConfig, state.config))
-            self._waiting[reader] = _Waiting(*self._read(made, reader), request())
+            self._waiting[reader] = _Waiting(*self._read(output, reader), request())
 
     def _recorded(self) -> MixtureState | None:
         """The mixture's state; None where forwards of now are of an experiment, or write candidates for itself."""
@@ -226,9 +227,9 @@ class Recorder(RoutingHook):
         cache.followers = (*(other for other in cache.followers if not self._owns(other)), rows)
         self._caches.add(cache)
 
-    def _read(self, made: Made, reader: Reader) -> tuple[Followed, Part]:
+    def _read(self, output: RouterOutput, reader: Reader) -> tuple[Followed, Part]:
         """What a forward read, and how far its rows have come."""
-        inputs, final = made.inputs, made.final.detach()
+        inputs, final = output.inputs, output.final.detach()
         cache = cache_in(inputs)
         batch, length = final.shape[:2]
         ids = inputs.get("input_ids")

@@ -12,15 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from loramix.errors import LoramixError, RoutingError
-from loramix.layers.scalings import (
-    ConstantRouting,
-    TensorRouting,
-    checkpoint_with,
-    current,
-    override,
-    overriding,
-    routed,
-)
+from loramix.layers.routing import ConstantRouting, TensorRouting
+from loramix.layers.slot import checkpoint_with, current, override, overriding, routed
 
 ONE, TWO = ConstantRouting(1.0), ConstantRouting(2.0)
 
@@ -30,6 +23,7 @@ class FakeStack:
     """Layer `number` with expert 0 at rank 1, c = 2 and expert 2 at rank 2, c = 3."""
 
     number: int = 0
+    rank: int = 3
     layout: int = 0
     expert_of_rank: Tensor = field(default_factory=lambda: torch.tensor([0, 2, 2]))
     rank_scale: Tensor = field(default_factory=lambda: torch.tensor([2.0, 3.0, 3.0]))
@@ -121,7 +115,7 @@ def test_constant_columns_are_the_value_times_each_scale() -> None:
     stack = FakeStack()
     assert torch.equal(ConstantRouting(0.5).columns(stack, torch.zeros(1)), torch.tensor([1.0, 1.5, 1.5]))
     assert ConstantRouting(0.5).columns(stack, torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert torch.equal(ConstantRouting(0.5).experts(stack, torch.tensor([2])), torch.tensor([0.5]))
+    assert torch.equal(ConstantRouting(0.5).experts(stack, torch.tensor([2]), torch.zeros(1)), torch.tensor([0.5]))
     assert ConstantRouting(0.0).silent
     assert not ConstantRouting(0.5).silent
 
@@ -137,7 +131,7 @@ def test_columns_are_weight_times_scale_times_scaling(tokens: tuple[int, ...], l
     for layouts in ([], [stack]):
         routing = TensorRouting(s, weight, layouts)
         assert_close(routing.columns(stack, torch.zeros(1)), expected)
-        assert_close(routing.experts(stack, torch.tensor([2, 0])), weight * own[..., [2, 0]])
+        assert_close(routing.experts(stack, torch.tensor([2, 0]), torch.zeros(1)), weight * own[..., [2, 0]])
         assert routing.columns(stack, torch.zeros(1, dtype=torch.float16)).dtype == torch.float16
 
 
