@@ -34,9 +34,7 @@ types: $(VENV)/.installed-dev ## types
 	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
 
 documents: $(VENV)/.installed-dev ## public names, code blocks, links and examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_public_names.py tests/test_imports.py \
-	    tests/test_architecture.py tests/test_readme.py tests/test_examples.py tests/test_notebook.py \
-	    tests/cli/test_help_page.py tests/documents
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_public_names.py tests/project/test_imports.py tests/docs
 
 site: $(VENV)/.installed-dev ## the documentation, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import decode, forward
 from benchmarks.models import Models
-from loramix.speed import Measurement
+from loramix.timing import Measurement
 
 BATCHES = (1, 2, 4, 8, 16)
 LARGE = 8  # from here on, a forward has fewer rounds

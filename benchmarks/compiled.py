@@ -15,7 +15,7 @@ from torch._inductor.utils import fresh_cache
 from transformers import StaticCache
 
 from benchmarks.models import Models
-from loramix.speed import Contender, Measurement, interleave
+from loramix.timing import Contender, Measurement, interleave
 
 WARM_UPS = 3
 Step = Callable[[], object]

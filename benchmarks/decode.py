@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import Models
-from loramix.speed import Contender, Measurement, interleave
+from loramix.timing import Contender, Measurement, interleave
 
 PEFT_EVERY = 10
 

@@ -12,7 +12,7 @@ from benchmarks.generate import in_common
 from benchmarks.models import Models
 from loramix.demo import bundle
 from loramix.demo.run import PROMPTS
-from loramix.speed import Contender, Measurement, interleave
+from loramix.timing import Contender, Measurement, interleave
 
 LENGTH = 128
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import decode, forward
 from benchmarks.models import Models, build
 from benchmarks.sizes import SIZES
-from loramix.speed import Measurement
+from loramix.timing import Measurement
 
 COUNTS = (4, 16, 64)
 FORWARD_RANK, DECODE_RANK = 16, 8

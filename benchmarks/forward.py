@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.models import Models
-from loramix.speed import Contender, Measurement, interleave
+from loramix.timing import Contender, Measurement, interleave
 
 MARGIN = 1.1  # on the arithmetic limit
 

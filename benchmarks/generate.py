@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import Models
-from loramix.speed import Contender, Measurement, interleave
+from loramix.timing import Contender, Measurement, interleave
 
 LENGTH = 64
 TARGET = 2.3

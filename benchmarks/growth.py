@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.generate import measure_length
 from benchmarks.models import Models
-from loramix.speed import Measurement
+from loramix.timing import Measurement
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import decode
 from benchmarks.models import Models
-from loramix.speed import Measurement
+from loramix.timing import Measurement
 
 LENGTHS = (128, 512, 2048)
 

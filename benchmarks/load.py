@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.models import Models
 from loramix import PeftModel
-from loramix.speed import Contender, Measurement, interleave
+from loramix.timing import Contender, Measurement, interleave
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:

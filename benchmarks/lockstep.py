@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.generate import LENGTH, in_common, write
 from benchmarks.models import Models
-from loramix.pace import AHEAD
-from loramix.speed import Contender, Measurement, interleave
+from loramix.decoding.scheduler import AHEAD
+from loramix.timing import Contender, Measurement, interleave
 
 WEIGHTS = (0.0, 0.003, 0.02, 1.0)
 DRAFTS = (3, AHEAD)

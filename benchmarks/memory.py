@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import Models
-from loramix.speed import Measurement, Samples, peak_bytes
+from loramix.timing import Measurement, Samples, peak_bytes
 
 TEXT, NEW = 1024, 64
 FLOAT = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loramix.speed import Measurement
+from loramix.timing import Measurement
 
 COLOURS = {"PEFT": "#b3541e", "loramix": "#1f6f8b"}  # told apart by every kind of colour vision
 MARKS = {"PEFT": "s", "loramix": "o"}

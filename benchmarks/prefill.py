@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import Models
-from loramix.speed import Contender, Measurement, interleave
+from loramix.timing import Contender, Measurement, interleave
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 LONG = 1024  # from here on, half the rounds

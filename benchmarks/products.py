@@ -1,7 +1,8 @@
 """How a mixture layer's products are best made on a CPU: `python -m benchmarks.products` writes docs/products.md.
 
 Two choices of the layer stand on these figures: experts that no token weighs are left out where they are most of all
-(`loramix.scalings.gathered_share`), and layers with one input keep down projections of their own. A third table says
+(`loramix.layers.scalings.gathered_share`), and layers with one input keep down projections of their own. A third table
+says
 where the time of a decoded token goes in a layer.
 """
 
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loramix.adapter import LoraWeights
-from loramix.layers import Resident, XLoraLinear
-from loramix.scalings import GATHERED_RANKS, GATHERED_TOKENS, TensorRouting, gathered_share, routed
-from loramix.speed import describe_machine
+from loramix.experts.adapter import LoraWeights
+from loramix.layers.layer import Resident, XLoraLinear
+from loramix.layers.scalings import GATHERED_RANKS, GATHERED_TOKENS, TensorRouting, gathered_share, routed
+from loramix.timing import describe_machine
 
 RANK, TOP_K, EXPERTS = 8, 2, 8
 CACHE = 64 * 2**20  # bytes of weights that are gone through, as a model's layers are

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import decode, forward
 from benchmarks.models import Models, build
-from loramix.speed import Measurement
+from loramix.timing import Measurement
 
 RANKS = (4, 8, 16, 32, 64)
 

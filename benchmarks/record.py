@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.generate import LENGTH, write
 from benchmarks.models import Models
-from loramix.routing import record_routing
-from loramix.speed import Contender, Measurement, interleave
+from loramix.analysis import record_routing
+from loramix.timing import Contender, Measurement, interleave
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.generate import PEFT_EVERY
 from benchmarks.plots import draw_growth, draw_scaling, panels
-from loramix.speed import Measurement, Spread
+from loramix.timing import Measurement, Spread
 
 TITLES = {
     "forward": "Forward",

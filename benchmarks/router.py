@@ -19,9 +19,9 @@ from loramix import XLoraModel, get_peft_model
 from loramix.demo import bundle, corpus
 from loramix.demo.router import router_arguments, router_config, router_windows
 from loramix.demo.text import heldout_passages, switching_passages, windows
-from loramix.speed import describe_machine
+from loramix.evaluation.scores import Passage, measure, pad, total
+from loramix.timing import describe_machine
 from loramix.training import RouterCallback, RouterObjectives, init_router
-from loramix.training.evaluation import Passage, measure, pad, total
 
 DOCS = Path(__file__).parent.parent / "docs"
 WINDOWS = 12

@@ -39,7 +39,7 @@ from benchmarks import (
 from benchmarks.models import Models, build
 from benchmarks.report import header, tables
 from benchmarks.sizes import SIZES, Name
-from loramix.speed import Measurement, describe_machine
+from loramix.timing import Measurement, describe_machine
 
 PACKAGES = ("torch", "transformers", "peft", "loramix")
 WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.models import Models
 from loramix import PeftModel
-from loramix.speed import Contender, Measurement, interleave
+from loramix.timing import Contender, Measurement, interleave
 
 IMPORTS = {
     "base": "import transformers; from transformers import LlamaForCausalLM",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.models import Models
 from loramix import XLoraLayer
-from loramix.speed import Contender, Measurement, Samples, interleave, peak_bytes
+from loramix.timing import Contender, Measurement, Samples, interleave, peak_bytes
 from loramix.training import ScalingPassCache, required_bytes
 
 MARGIN = 1.15  # on the arithmetic limit

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from loramix.analysis.show.terminal import legend
 from loramix.demo import DemoResult, run_demo
 from loramix.demo.show import routed_panel
-from loramix.routing.show import legend
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"

@@ -17,10 +17,11 @@ import torch
 from transformers import Trainer
 
 from loramix import XLoraModel, demo, get_peft_model
+from loramix.analysis import Inspection, inspect_texts, plots, write_report
 from loramix.demo import corpus
 from loramix.demo.router import router_arguments, router_config
 from loramix.demo.text import Windows, causal_batch, heldout_passages, windows
-from loramix.routing import Inspection, LeaveOneOut, inspect_texts, leave_one_out, plots, write_report
+from loramix.evaluation import LeaveOneOut, leave_one_out
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "routing.md"

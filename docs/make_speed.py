@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from loramix.speed import Measurement, Spread
+from loramix.timing import Measurement, Spread
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "speed.md"

@@ -32,6 +32,6 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
     """Architecture -> the folders of its experts math, code and prose, of ranks 2, 3 and 4; written once."""
-    from tiny import save_experts
+    from support.tiny import save_experts
 
     return functools.cache(lambda name: save_experts(tmp_path_factory.mktemp(name), name))

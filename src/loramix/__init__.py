@@ -7,21 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loramix.lazy import loaded_at_first_use
+from loramix._lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
-    from loramix.auto import (
-        AutoPeftModel,
-        AutoPeftModelForCausalLM,
-        AutoPeftModelForFeatureExtraction,
-        AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM,
-        AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification,
-    )
-    from loramix.cache import TwoPassCache
-    from loramix.classifier import XLoraClassifier
-    from loramix.config import LoraConfig, PeftConfig, PeftType, TaskType, XLoraConfig
+    from loramix.config.base import LoraConfig, PeftConfig, PeftType, TaskType, XLoraConfig
     from loramix.errors import (
         AdapterError,
         AdapterMismatchError,
@@ -41,8 +30,19 @@ if TYPE_CHECKING:
         UnsupportedAdapterError,
         UnsupportedOperationError,
     )
-    from loramix.layers import XLoraLayer
-    from loramix.model import PeftModel, XLoraModel, get_peft_model, prepare_model_for_kbit_training
+    from loramix.layers.layer import XLoraLayer
+    from loramix.model.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from loramix.model.build import PeftModel, XLoraModel, get_peft_model, prepare_model_for_kbit_training
+    from loramix.passes.cache import TwoPassCache
+    from loramix.routers.classifier import XLoraClassifier
 
 __version__ = "0.1.0"
 
@@ -87,12 +87,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "XLoraClassifier": "classifier",
-    "TwoPassCache": "cache",
-    "XLoraLayer": "layers",
-    **dict.fromkeys(("LoraConfig", "PeftConfig", "PeftType", "TaskType", "XLoraConfig"), "config"),
-    **dict.fromkeys(("PeftModel", "XLoraModel", "get_peft_model", "prepare_model_for_kbit_training"), "model"),
-    **dict.fromkeys((name for name in __all__ if name.startswith("AutoPeft")), "auto"),
+    "XLoraClassifier": "routers.classifier",
+    "TwoPassCache": "passes.cache",
+    "XLoraLayer": "layers.layer",
+    **dict.fromkeys(("LoraConfig", "PeftConfig", "PeftType", "TaskType", "XLoraConfig"), "config.base"),
+    **dict.fromkeys(("PeftModel", "XLoraModel", "get_peft_model", "prepare_model_for_kbit_training"), "model.build"),
+    **dict.fromkeys((name for name in __all__ if name.startswith("AutoPeft")), "model.auto"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
 }
 

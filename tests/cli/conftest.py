@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-import tiny
 from loramix import XLoraConfig, get_peft_model
 from loramix.cli import main
+from support import tiny
 
 EXPERTS = {"math": ["q_proj", "v_proj"], "code": ["q_proj", "down_proj"]}
 

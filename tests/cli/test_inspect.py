@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-import tiny
 from loramix import XLoraConfig, get_peft_model
-from loramix.routing.colours import PALETTE
-from loramix.routing.inspection import Inspection
-from loramix.routing.show import coloured_text, shown, visible
-from routing.records import random_record, record_of
+from loramix.analysis.inspection import Inspection
+from loramix.analysis.show.colours import PALETTE
+from loramix.analysis.show.terminal import coloured_text, shown, visible
+from support import tiny
+from support.records import random_record, record_of
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loramix.demo import base, load, tokenizer
-from loramix.model import XLoraModel
+from loramix.model.build import XLoraModel
 
 
 @pytest.fixture(scope="session")

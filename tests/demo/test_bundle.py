@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from loramix.demo import DOMAINS, bundle
 from loramix.demo.compare import compare, heldout_columns
 from loramix.errors import CheckpointNotFoundError
-from loramix.model import XLoraModel
-from loramix.training.evaluation import BASE, UNIFORM
+from loramix.evaluation.scores import BASE, UNIFORM
+from loramix.model.build import XLoraModel
 
 MEBIBYTE = 2**20
 

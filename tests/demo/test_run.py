@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from loramix.demo import DOMAINS, DemoResult, DemoSettings, run, run_demo
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA
 from loramix.errors import LoramixError, SaveError
-from loramix.model import XLoraModel
+from loramix.model.build import XLoraModel
 
 TINY = DemoSettings(steps=2, batch=2, windows=1, tokens=4)
 

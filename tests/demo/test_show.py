@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+from loramix.analysis.show.colours import expert_colours
+from loramix.analysis.show.terminal import legend
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.picture import draw
 from loramix.demo.routed import RoutedText
 from loramix.demo.show import comparison_table, explanation, routed_panel, verdict
-from loramix.routing.colours import expert_colours
-from loramix.routing.show import legend
-from loramix.training.evaluation import BASE, ORACLE, UNIFORM
+from loramix.evaluation.scores import BASE, ORACLE, UNIFORM
 
 EXPERTS = ["code", "math"]
 ROUTED = RoutedText(

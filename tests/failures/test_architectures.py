@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from failures.test_bad_input import refused
 from loramix import PeftModel, XLoraConfig, errors, get_peft_model
-from oracle.peft_side import PEFT_WARNINGS, write_expert
-from tiny import llama, tokens
+from support.peft_side import PEFT_WARNINGS, write_expert
+from support.tiny import llama, tokens
 
 SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON: dict[str, Any] = {**SIZES, "intermediate_size": 128, "max_position_embeddings": 64, "pad_token_id": 0}

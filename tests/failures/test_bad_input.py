@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from failures.disk import damaged, edited, everything_in
 from loramix import LoraConfig, PeftModel, XLoraConfig, errors, get_peft_model
-from oracle.peft_side import PEFT_WARNINGS
-from tiny import llama, save_expert
+from support.disk import damaged, edited, everything_in
+from support.peft_side import PEFT_WARNINGS
+from support.tiny import llama, save_expert
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Make = Callable[[str, Path], object]

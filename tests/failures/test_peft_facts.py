@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from laws.mixtures import HARD, SPARSE, far, logits_of, mixture
 from loramix import PeftModel, UnsupportedOperationError
-from loramix.log import CAPACITY, ScalingsLog
-from loramix.scalings import ConstantRouting, current
-from tiny import ARCHITECTURES, gpt2, llama, tokens
+from loramix.layers.scalings import ConstantRouting, current
+from loramix.passes.scalings_log import CAPACITY, ScalingsLog
+from support.mixtures import HARD, SPARSE, far, logits_of, mixture
+from support.tiny import ARCHITECTURES, gpt2, llama, tokens
 
 
 def test_names_keep_the_order_of_the_mapping_and_not_of_the_alphabet(experts: Any, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from laws.mixtures import far, mixture
-from tiny import llama, tokens
+from support.mixtures import far, mixture
+from support.tiny import llama, tokens
 
 THREADS, ROUNDS = 8, 4
 

@@ -20,7 +20,7 @@ import json, os, sys, warnings
 import numpy, torch
 import loramix
 from loramix import LoraConfig, PeftConfig, PeftModel, XLoraConfig, get_peft_model
-from tiny import llama
+from support.tiny import llama
 
 warnings.simplefilter("ignore")
 expert, other, folder = sys.argv[1:]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import loramix
-from laws.mixtures import HARD, SPARSE, far, logits_of, mixture
-from loramix.passes import specialise
-from tiny import ARCHITECTURES, llama, save_expert, tokens
+from loramix.passes.two_pass import specialise
+from support.mixtures import HARD, SPARSE, far, logits_of, mixture
+from support.tiny import ARCHITECTURES, llama, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import loramix
-from laws.mixtures import logits_of, mixture
 from loramix import errors
-from tiny import gpt2, llama, qwen3, save_expert
+from support.mixtures import logits_of, mixture
+from support.tiny import gpt2, llama, qwen3, save_expert
 
 Experts = Callable[[str], dict[str, str]]
 Build = Callable[[PreTrainedModel, Experts, Path], object]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import loramix
-from laws.mixtures import mixture
 from loramix import PeftModel
-from tiny import llama, tokens
+from support.mixtures import mixture
+from support.tiny import llama, tokens
 
 Experts = Callable[[str], dict[str, str]]
 

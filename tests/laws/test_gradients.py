@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from laws.mixtures import HARD, SPARSE, mixture
-from loramix.checkpoint import load_adapter
 from loramix.errors import ConfigurationError
-from loramix.functional import lora_mixture_reference
-from loramix.layers import XLoraLayer
-from tiny import ARCHITECTURES, llama, tokens
+from loramix.formats import load_adapter
+from loramix.layers.functional import lora_mixture_reference
+from loramix.layers.layer import XLoraLayer
+from support.mixtures import HARD, SPARSE, mixture
+from support.tiny import ARCHITECTURES, llama, tokens
 
 Experts = Callable[[str], dict[str, str]]
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}

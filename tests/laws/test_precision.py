@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from laws.mixtures import far, logits_of, mixture
-from tiny import llama, tokens
+from support.mixtures import far, logits_of, mixture
+from support.tiny import llama, tokens
 
 Experts = Callable[[str], dict[str, str]]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from laws.mixtures import HARD, SPARSE, far, logits_of, mixture
-from loramix.scalings import TensorRouting, current
-from tiny import tokens
+from loramix.layers.scalings import TensorRouting, current
+from support.mixtures import HARD, SPARSE, far, logits_of, mixture
+from support.tiny import tokens
 
 Experts = Callable[[str], dict[str, str]]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from laws.mixtures import SPARSE, far, logits_of, mixture
-from tiny import ARCHITECTURES, tokens
+from support.mixtures import SPARSE, far, logits_of, mixture
+from support.tiny import ARCHITECTURES, tokens
 
 Experts = Callable[[str], dict[str, str]]
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}

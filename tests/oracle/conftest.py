@@ -24,8 +24,8 @@ EXPERTS: dict[str, list[dict[str, Any]]] = {
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[str, ...]]:
     """(architecture, a key of EXPERTS) -> the experts' folders, written by PEFT once."""
-    from oracle.peft_side import write_expert
-    from tiny import ARCHITECTURES, TARGETS
+    from support.peft_side import write_expert
+    from support.tiny import ARCHITECTURES, TARGETS
 
     @functools.cache
     def of(architecture: str, kind: str) -> tuple[str, ...]:

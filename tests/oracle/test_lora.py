@@ -11,9 +11,9 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from oracle.convolution import tiny_convolution
-from oracle.peft_side import PEFT_WARNINGS, lora, ours, write_expert
-from tiny import ARCHITECTURES, TARGETS, gpt2, llama, opt, tokens
+from support.convolution import tiny_convolution
+from support.peft_side import PEFT_WARNINGS, lora, ours, write_expert
+from support.tiny import ARCHITECTURES, TARGETS, gpt2, llama, opt, tokens
 
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS)
 

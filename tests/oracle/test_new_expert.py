@@ -14,9 +14,9 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import loramix
-from oracle.convolution import tiny_convolution
-from oracle.peft_side import PEFT_WARNINGS, lora, write_expert
-from tiny import gemma3, gpt2, llama, save_expert, tokens
+from support.convolution import tiny_convolution
+from support.peft_side import PEFT_WARNINGS, lora, write_expert
+from support.tiny import gemma3, gpt2, llama, save_expert, tokens
 
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS)
 

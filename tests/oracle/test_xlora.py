@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oracle.peft_side import PEFT_WARNINGS, ours, xlora
-from tiny import ARCHITECTURES, llama, tokens
+from support.peft_side import PEFT_WARNINGS, ours, xlora
+from support.tiny import ARCHITECTURES, llama, tokens
 
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS)
 

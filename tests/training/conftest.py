@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import tiny
 from cli.conftest import byte_tokenizer
+from support import tiny
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 TEXTS = {"math": "1 + 2 = 3; 4 + 5 = 9.", "code": "def f(x): return x", "prose": "The method returns"}

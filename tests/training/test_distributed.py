@@ -38,7 +38,7 @@ CHANGES: dict[str, Any] = {"objectives": {"z_loss": 0.1, "supervised": 0.1}}
 
 
 COMMAND = ("-m", "loramix.cli")
-FSDP_COMMAND = (str(Path(__file__).with_name("fsdp_on_cpu.py")),)
+FSDP_COMMAND = (str(Path(__file__).parents[1] / "support" / "fsdp_on_cpu.py"),)
 
 
 def launch(

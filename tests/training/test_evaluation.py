@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from cli.conftest import byte_tokenizer
 from loramix import DataError, XLoraConfig, get_peft_model
-from loramix.training.evaluation import (
+from loramix.evaluation.scores import (
     BASE,
     MIXTURE,
     ORACLE,
@@ -27,7 +27,7 @@ from loramix.training.evaluation import (
     total,
     without_expert,
 )
-from tiny import llama, tokens
+from support.tiny import llama, tokens
 
 TEXTS = [("1 + 2 = 3", "math"), ("def f(x): # é 😀", "code")]
 
@@ -40,7 +40,7 @@ def mixture(experts: Any, **config: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from tiny import save_expert
+    from support.tiny import save_expert
 
     root, base = tmp_path_factory.mktemp("experts"), llama(vocab_size=257)
     names = {name: save_expert(root / name, base, seed=i, target_modules=["q_proj"]) for i, name in enumerate("abc")}
@@ -144,8 +144,8 @@ def test_without_an_expert_its_weight_is_zero(mode: str, model: Any) -> None:
     try:
         made: list[torch.Tensor] = []
         with without_expert(model, "b"):
-            from loramix.hooks import RoutingHook
-            from loramix.passes import attach
+            from loramix.passes.hooks import RoutingHook
+            from loramix.passes.two_pass import attach
 
             class See(RoutingHook):
                 def made(self, found: Any) -> None:

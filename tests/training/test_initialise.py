@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from loramix import ConfigurationError, DataError, XLoraConfig, get_peft_model
-from loramix.classifier import XLoraClassifier
+from loramix.routers.classifier import XLoraClassifier
 from loramix.training import init_router
 from loramix.training.initialise import LinearRouter, hidden_states, write_linear
-from tiny import llama, tokens
+from support.tiny import llama, tokens
 
 MODES: dict[str, dict[str, Any]] = {
     "dense": {},

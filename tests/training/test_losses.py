@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from loramix.gating import largest
+from loramix.routers.gating import largest
 from loramix.training.losses import IGNORED, entropy_floor, load_balance, supervised, z_loss
 
 SHAPE = (2, 5, 3, 4)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from docs import make_memory
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from docs import make_memory
 from loramix import XLoraConfig, XLoraLayer, get_peft_model
-from loramix.speed import peak_bytes
+from loramix.timing import peak_bytes
 from loramix.training.memory import sizes_of, training_memory
-from tiny import save_expert
+from support.tiny import save_expert
 
 ACTIVATIONS = "activations of one batch (estimate)"
 

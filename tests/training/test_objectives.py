@@ -22,11 +22,11 @@ from loramix import (
     XLoraConfig,
     get_peft_model,
 )
-from loramix.hooks import Made, RoutingHook
-from loramix.passes import attach
+from loramix.passes.hooks import Made, RoutingHook
+from loramix.passes.two_pass import attach
 from loramix.training import ExpertLabels, RouterCallback, RouterObjectives
 from loramix.training.objectives import RouterObjective
-from tiny import ARCHITECTURES, llama, tokens
+from support.tiny import ARCHITECTURES, llama, tokens
 
 OBJECTIVES = {
     "z_loss": RouterObjectives(z_loss=0.5),

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from loramix import ConfigurationError, UnsupportedOperationError, XLoraConfig, get_peft_model
 from loramix.training import ScalingPassCache, required_bytes
-from tiny import ARCHITECTURES, gpt2, llama, opt, tokens
+from support.tiny import ARCHITECTURES, gpt2, llama, opt, tokens
 
 PLENTY = 2**20
 

@@ -29,13 +29,13 @@ from loramix import (
     XLoraModel,
 )
 from loramix.errors import LoramixError, SaveError, TrainingError
-from loramix.layers import XLoraLinear
+from loramix.layers.layer import XLoraLinear
 from loramix.training import run as runs
 from loramix.training.check import check
 from loramix.training.run import last_complete_checkpoint, run_expert_training, run_training
 from loramix.training.settings import Data, ExpertSettings, TrainSettings
-from oracle.peft_side import PEFT_WARNINGS
-from tiny import llama, save_expert
+from support.peft_side import PEFT_WARNINGS
+from support.tiny import llama, save_expert
 from training.conftest import Files, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
@@ -392,7 +392,7 @@ def test_an_expert_is_trained_and_peft_loads_it(files: Files, tmp_path: Path) ->
 def test_a_full_disk_leaves_the_checkpoint_before(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loramix.checkpoint import tensors
+    from loramix.formats import tensors
 
     saved: list[Path] = []
     real = tensors.save_file

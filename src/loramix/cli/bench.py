@@ -11,7 +11,7 @@ from rich.table import Table
 from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
 
 if TYPE_CHECKING:
-    from loramix.speed import Measurement
+    from loramix.timing import Measurement
 
 PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
 WAYS = {
@@ -44,8 +44,8 @@ def bench(
 
     from loramix.cli.continuation import open_mixture
     from loramix.errors import ConfigurationError
-    from loramix.model import XLoraModel
-    from loramix.speed import describe_machine, generation_times
+    from loramix.model.build import XLoraModel
+    from loramix.timing import describe_machine, generation_times
 
     with stdout_kept_for_json(as_json), warnings_as_lines():
         torch.set_num_threads(threads)

@@ -23,15 +23,15 @@ from transformers import (
 from transformers.utils import logging
 
 from loramix import demo
-from loramix.base_files import load_base, load_tokenizer, one_line
+from loramix.analysis.show.live import RoutingStreamer, WrittenToken, stream_routing
 from loramix.cli.shipped import is_shipped
-from loramix.config import PeftConfig, XLoraConfig
+from loramix.config.base import PeftConfig, XLoraConfig
 from loramix.errors import (
     ConfigurationError,
     UnsupportedOperationError,
 )
-from loramix.model import PeftModel, XLoraModel
-from loramix.routing.live import RoutingStreamer, WrittenToken, stream_routing
+from loramix.files.base_models import load_base, load_tokenizer, one_line
+from loramix.model.build import PeftModel, XLoraModel
 
 _CPU = torch.device("cpu")
 

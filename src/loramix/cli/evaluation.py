@@ -13,7 +13,7 @@ from rich.text import Text
 from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
 
 if TYPE_CHECKING:
-    from loramix.training.evaluation import Evaluation
+    from loramix.evaluation.scores import Evaluation
 
 
 class Figure(str, Enum):  # noqa: UP042 - typer shows its values
@@ -50,7 +50,7 @@ def evaluate(
     """
     from loramix.cli.continuation import open_mixture
     from loramix.errors import ConfigurationError
-    from loramix.model import XLoraModel
+    from loramix.model.build import XLoraModel
     from loramix.training.data import read_rows
     from loramix.training.run import evaluate_rows
 
@@ -72,7 +72,7 @@ def evaluate(
 
 def show(evaluation: Evaluation, figure: str) -> None:
     """Print the table, and what the mixture loses without each expert."""
-    from loramix.training.evaluation import BASE, MIXTURE, ORACLE, UNIFORM, columns
+    from loramix.evaluation.scores import BASE, MIXTURE, ORACLE, UNIFORM, columns
 
     found = columns(evaluation, figure)
     groups = list(found[BASE])

@@ -13,7 +13,7 @@ from loramix.cli.shipped import is_shipped
 from loramix.cli.terminal import print_json, warnings_as_lines
 
 if TYPE_CHECKING:
-    from loramix.checkpoint import Description, RouterDescription
+    from loramix.formats import Description, RouterDescription
 
 
 def info(
@@ -34,7 +34,7 @@ def info(
     loramix info ./mixture/math --json
     """
     from loramix import demo
-    from loramix.checkpoint import describe
+    from loramix.formats import describe
 
     with warnings_as_lines():
         description = describe(demo.mixture() if is_shipped(path) else path)

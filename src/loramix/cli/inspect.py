@@ -43,12 +43,12 @@ def inspect(
     """
     from rich.console import Console
 
+    from loramix.analysis.inspection import inspect_texts
+    from loramix.analysis.report.report import check_place, write_report
+    from loramix.analysis.show.terminal import shown
     from loramix.cli.continuation import open_mixture
-    from loramix.model import XLoraModel
-    from loramix.routing.ablation import can_leave_out
-    from loramix.routing.inspection import inspect_texts
-    from loramix.routing.report import check_place, write_report
-    from loramix.routing.show import shown
+    from loramix.evaluation.ablation import can_leave_out
+    from loramix.model.build import XLoraModel
 
     if sum(given is not None for given in (text, file, data)) != 1:
         raise typer.BadParameter("give one of --text, --file and --data", param_hint="--text")

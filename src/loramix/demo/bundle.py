@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loramix.demo.corpus import DOMAINS
 from loramix.errors import CheckpointNotFoundError
-from loramix.model import PeftModel, XLoraModel
+from loramix.model.build import PeftModel, XLoraModel
 
 DATA = Path(__file__).parent / "data"
 

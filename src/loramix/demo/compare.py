@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from loramix.demo.corpus import DOMAINS
 from loramix.demo.text import heldout_passages, switching_passages
-from loramix.model import XLoraModel
-from loramix.training.evaluation import BASE, MIXTURE, ORACLE, Passage, Score, measure, rows, total
+from loramix.evaluation.scores import BASE, MIXTURE, ORACLE, Passage, Score, measure, rows, total
+from loramix.model.build import XLoraModel
 
 XLORA = MIXTURE
 MIXED, SWITCHING = "mixed", "switching"

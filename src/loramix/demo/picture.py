@@ -7,8 +7,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loramix.analysis.show.colours import expert_colours
 from loramix.demo.routed import RoutedText
-from loramix.routing.colours import expert_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

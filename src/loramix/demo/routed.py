@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from loramix.demo.text import encode, start_token
-from loramix.model import XLoraModel
+from loramix.model.build import XLoraModel
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from loramix.checkpoint import check_replaceable
+from loramix.analysis.show.terminal import legend
 from loramix.demo import bundle, corpus
 from loramix.demo.compare import Comparison, compare, heldout_columns
 from loramix.demo.picture import can_draw, draw
@@ -29,8 +29,8 @@ from loramix.demo.router import router_arguments, router_config, router_windows
 from loramix.demo.show import comparison_table, explanation, routed_panel, verdict
 from loramix.demo.text import causal_batch, encode, start_token
 from loramix.errors import LoramixError, SaveError
-from loramix.model import PeftModel, XLoraModel, get_peft_model
-from loramix.routing.show import legend
+from loramix.formats import check_replaceable
+from loramix.model.build import PeftModel, XLoraModel, get_peft_model
 
 PROMPTS = {
     "code": "def read_lines(path):\n    with open(path) as file:\n",

@@ -12,11 +12,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from loramix.analysis.show.colours import expert_colours
+from loramix.analysis.show.terminal import has_colour
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.routed import RoutedText
-from loramix.routing.colours import expert_colours
-from loramix.routing.show import has_colour
-from loramix.training.evaluation import BASE, ORACLE, UNIFORM
+from loramix.evaluation.scores import BASE, ORACLE, UNIFORM
 
 
 def comparison_table(result: Comparison) -> Table:

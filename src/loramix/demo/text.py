@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from loramix.demo import corpus
-from loramix.training.evaluation import Passage, pad
+from loramix.evaluation.scores import Passage, pad
 
 WINDOW = 256
 """Tokens of a window, the start token included."""

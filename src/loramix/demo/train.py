@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from loramix.config import LoraConfig
+from loramix.config.base import LoraConfig
 from loramix.demo import bundle, corpus
 from loramix.demo.router import router_arguments, router_config, router_windows
 from loramix.demo.text import (
@@ -43,8 +43,8 @@ from loramix.demo.text import (
     switching_passages,
     windows,
 )
-from loramix.model import PeftModel, get_peft_model
-from loramix.training.evaluation import measure, total
+from loramix.evaluation.scores import measure, total
+from loramix.model.build import PeftModel, get_peft_model
 
 START = "<|start|>"
 VOCABULARY = 2048

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loramix.lazy import loaded_at_first_use
+from loramix._lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
     from loramix.training.data import ExpertLabels, Row, read_rows
-    from loramix.training.evaluation import Evaluation, evaluate
     from loramix.training.initialise import init_router
     from loramix.training.objectives import FiniteGradients, RouterCallback, RouterObjectives
     from loramix.training.recall import ScalingPassCache, required_bytes
 
 __all__ = [
-    "Evaluation",
     "ExpertLabels",
     "FiniteGradients",
     "RouterCallback",
     "RouterObjectives",
     "Row",
     "ScalingPassCache",
-    "evaluate",
     "init_router",
     "read_rows",
     "required_bytes",
@@ -29,7 +26,6 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("ExpertLabels", "Row", "read_rows"), "data"),
-    **dict.fromkeys(("Evaluation", "evaluate"), "evaluation"),
     "init_router": "initialise",
     **dict.fromkeys(("FiniteGradients", "RouterCallback", "RouterObjectives"), "objectives"),
     **dict.fromkeys(("ScalingPassCache", "required_bytes"), "recall"),

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loramix import checkpoint
-from loramix.adapter import Adapter
-from loramix.base_files import load_config, load_tokenizer, one_line
-from loramix.config import LoraConfig, XLoraConfig
+from loramix import formats
+from loramix.config.base import LoraConfig, XLoraConfig
 from loramix.errors import ConfigurationError, DataError, SaveError
-from loramix.hub import from_anywhere
-from loramix.inject import new_targets, plan
-from loramix.model import hidden_size_of
-from loramix.passes import positions_of
+from loramix.experts.adapter import Adapter
+from loramix.experts.targets import new_targets
+from loramix.files.base_models import load_config, load_tokenizer, one_line
+from loramix.files.hub import from_anywhere
+from loramix.layers.inject import plan
+from loramix.model.build import hidden_size_of
+from loramix.passes.two_pass import positions_of
 from loramix.training.data import Row, pieces, read_rows
 from loramix.training.initialise import check_width, prompt_texts
 from loramix.training.memory import sizes_of, training_memory
@@ -99,7 +100,7 @@ def check(settings: TrainSettings) -> Checked:
     dtype = _dtype(settings.dtype, base_config)
     hollow = _hollow(base_config, dtype)
     config = _mixture_config(settings, hollow)
-    experts = [checkpoint.load_adapter(name, place) for name, place in config.adapters.items()]
+    experts = [formats.load_adapter(name, place) for name, place in config.adapters.items()]
     sites = plan(hollow, [replace(expert, base_weights={}) for expert in experts])
     config.validate_for(len(experts), hidden_size_of(hollow))
     data = settings.data

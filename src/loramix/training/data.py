@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loramix.errors import ConfigurationError, DataError
-from loramix.hooks import EXPERT_IDS
+from loramix.passes.hooks import EXPERT_IDS
 from loramix.training.losses import IGNORED
 
 FORMATS = (("text",), ("messages",), ("prompt", "completion"))

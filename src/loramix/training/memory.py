@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from loramix.checkpoint.mixture import classifier_shapes
-from loramix.config import XLoraConfig
+from loramix.config.base import XLoraConfig
+from loramix.formats.xlora import classifier_shapes
 
 TRAINED = 16  # bytes of a trained parameter: float32, its gradient, and Adam's two moments
 KEPT = 24  # of H, numbers that backward needs of each token in each block of a frozen base (a Llama's, rounded up)

@@ -2,8 +2,8 @@
 
     trainer = Trainer(model, …, callbacks=[RouterCallback(RouterObjectives(z_loss=1e-3, supervised=1.0))])
 
-The losses join the model's own in backward (`loramix.hooks.join_gradient`), so no trainer needs to know of them. The
-reported loss stays the model's own; the objectives' values are logged beside it.
+The losses join the model's own in backward (`loramix.passes.hooks.join_gradient`), so no trainer needs to know of
+them. The reported loss stays the model's own; the objectives' values are logged beside it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from loramix.config import XLoraConfig
+from loramix.analysis.metrics import RoutingMeter
+from loramix.config.base import XLoraConfig
+from loramix.config.checks import require, require_finite
 from loramix.errors import ConfigurationError, TrainingError
-from loramix.gating import largest
-from loramix.hooks import EXPERT_IDS, Made, RoutingHook
-from loramix.passes import attach
-from loramix.routing.metrics import RoutingMeter
-from loramix.rules import require, require_finite
+from loramix.passes.hooks import EXPERT_IDS, Made, RoutingHook
+from loramix.passes.two_pass import attach
+from loramix.routers.gating import largest
 from loramix.training import losses
 from loramix.training.data import check_expert_ids
 

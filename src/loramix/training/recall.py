@@ -23,12 +23,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from loramix.config import XLoraConfig
+from loramix.config.base import XLoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
-from loramix.hooks import EXPERT_IDS, RoutingHook
-from loramix.layers import XLoraLayer
-from loramix.model import XLoraModel
-from loramix.passes import attach
+from loramix.layers.layer import XLoraLayer
+from loramix.model.build import XLoraModel
+from loramix.passes.hooks import EXPERT_IDS, RoutingHook
+from loramix.passes.two_pass import attach
 
 _BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _WITHOUT_EFFECT = frozenset({"labels", "use_cache", "return_dict", "num_items_in_batch", EXPERT_IDS, "cache_position"})

@@ -23,15 +23,15 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from loramix import checkpoint
-from loramix.base_files import load_base, one_line
+from loramix import formats
 from loramix.errors import ConfigurationError, DataError, LoramixError
-from loramix.json_file import read_json_object, write_json
-from loramix.model import XLoraModel, get_peft_model
-from loramix.passes import positions_of
+from loramix.evaluation.scores import Evaluation, cut, evaluate
+from loramix.files.base_models import load_base, one_line
+from loramix.files.json_file import read_json_object, write_json
+from loramix.model.build import XLoraModel, get_peft_model
+from loramix.passes.two_pass import positions_of
 from loramix.training.check import Checked, check, check_expert
 from loramix.training.data import ExpertLabels, Row, pieces, to_dataset
-from loramix.training.evaluation import Evaluation, cut, evaluate
 from loramix.training.initialise import init_router
 from loramix.training.objectives import FiniteGradients, RouterCallback, restore_temperature
 from loramix.training.recall import ScalingPassCache
@@ -248,7 +248,7 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 def _is_complete(path: Path) -> bool:
     try:
         _trainer_state(path)
-        checkpoint.detect(path)
+        formats.detect(path)
     except (OSError, ValueError, LoramixError):
         return False
     return True

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, cast, no_type_check
 
+from loramix.config.checks import require
 from loramix.errors import ConfigurationError
-from loramix.rules import require
 
 _SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 

@@ -1,0 +1,227 @@
+"""A mixture looked at on some text: what it read, how it routed, and what each expert is worth there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loramix.analysis.metrics import confidence_of, leaders_of
+from loramix.analysis.record.pick import some
+from loramix.analysis.record.record import RoutingRecord
+from loramix.analysis.record.recorder import MAX_TOKENS, record_routing
+from loramix.config.checks import require_integer
+from loramix.errors import DataError, RoutingError
+from loramix.evaluation.ablation import LeaveOneOut, leave_one_out, pad
+from loramix.model.build import XLoraModel
+from loramix.passes.two_pass import evaluating, positions_of
+
+LONGEST_PIECE = 1024
+_AT_ONCE = 2048  # tokens of a forward, padding included
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What there is to show.
+
+    Attributes:
+        record: the routing.
+        title: what was looked at.
+        names: what each text is called, by its number in the record; a text without a name has its number.
+        notes: what was cut or left out, a sentence each.
+        worth: what each expert is worth, where that was measured.
+    """
+
+    record: RoutingRecord
+    title: str = "Routing"
+    names: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    worth: LeaveOneOut | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            self.worth is not None
+            and len(self.record.palette) > 1
+            and set(self.worth.without) != set(self.record.palette)
+        ):
+            raise RoutingError(
+                "What the experts are worth is measured with the mixture of the record.",
+                received=f"a record of {some(self.record.palette)}, losses without {some(list(self.worth.without))}",
+                remedy="record and measure the same mixture; inspect_texts(…, leave_out=True) does both",
+            )
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """By how much the loss rises without each expert; empty where that was not measured, or there is only one."""
+        found = {} if self.worth is None else self.worth.differences
+        return {name: found[name] for name in self.record.experts if name in found}
+
+    def name_of(self, sequence: int) -> str:
+        """What to call a text."""
+        return self.names[sequence] if sequence < len(self.names) else f"text {sequence}"
+
+    @property
+    def all_notes(self) -> list[str]:
+        """What is here, what is missing, and what there is to know about the mixture."""
+        record, found = self.record, [self.record.note, *self.notes]
+        if len(record.palette) == 1:
+            found.append("One expert alone: there is nothing to route between, and nothing to leave out.")
+        elif record.shared:
+            found.append(f"The {len(record.header.adapted)} adapted layers share one routing: no layer differs.")
+        if any(bool((part.scalings < 0).any()) for part in record.parts()):
+            found.append("Some scalings are negative: confidence, entropies and effective experts are of the others.")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON: the numbers, and each token that is kept with its weights, means over the layers."""
+        record = self.record
+        part, metrics = record.part, record.metrics()
+        weights = part.scalings.mean(1)
+        number = {sequence: i for i, sequence in enumerate(record.sequences)}
+        columns: dict[str, list[Any]] = {
+            "text": [number[sequence] for sequence in part.sequence.tolist()],
+            "position": part.position.tolist(),
+            "id": part.token.tolist(),
+            "token": record.pieces(),
+            "leader": leaders_of(record.experts, weights),
+            "confidence": _rounded(confidence_of(weights)),
+            "weights": _rounded(weights),
+        }
+        return {
+            "mixture": self.title,
+            "experts": record.experts,
+            "layers": record.header.adapted if record.shared else record.layers,
+            "shared_by_all_layers": record.shared,
+            "notes": self.all_notes,
+            "texts": [self.name_of(number) for number in record.sequences],
+            "load": dict(zip(record.experts, metrics.load, strict=True)),
+            "importance": dict(zip(record.experts, metrics.importance, strict=True)),
+            "metrics": metrics.scalars(),
+            "leave_one_out": None
+            if self.worth is None
+            else {
+                "loss": self.worth.loss,
+                "tokens": self.worth.tokens,
+                "differences": self.differences,
+                "standard_errors": {name: self.worth.errors[name] for name in self.differences if self.worth.errors},
+            },
+            "tokens": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        }
+
+
+def _rounded(values: torch.Tensor) -> list[Any]:
+    return values.double().mul(1e5).round().div(1e5).tolist()
+
+
+@torch.no_grad()
+def inspect_texts(
+    model: XLoraModel,
+    tokenizer: Any,
+    texts: Iterable[tuple[str, str]],
+    *,
+    title: str = "Routing",
+    leave_out: bool = False,
+    window: int | None = None,
+    limit: int = MAX_TOKENS,
+) -> Inspection:
+    """Let a mixture read some texts, and keep its routing.
+
+    A text that is longer than the model reads at once is read in pieces, each from its own beginning, with the start
+    token in front where the tokenizer has one. What was cut, and what was not read, stands in the notes.
+
+    Args:
+        model: the mixture.
+        tokenizer: its tokenizer.
+        texts: name and text of each.
+        title: what to call the whole.
+        leave_out: also measure what each expert is worth: one more reading for each of them.
+        window: tokens of a piece; as many as the base model has positions, at most 1024, when None.
+        limit: of tokens to read, start tokens included.
+
+    Raises:
+        DataError: no text has a token, texts without names, or a window that is longer than the base model's positions.
+        ConfigurationError: a limit or a window that is no number.
+        RoutingError: scalings that are no finite numbers; and as `record_routing`.
+    """
+    positions = positions_of(model.config) or 2**31
+    require_integer("limit", limit, at_least=1, remedy=f"Pass for example limit={MAX_TOKENS}.")
+    if window is not None:
+        remedy = f"Use a window from 2 to {positions}."
+        require_integer("window", window, at_least=None, remedy=remedy)
+        if not 2 <= window <= positions:
+            raise DataError(
+                "A piece of text has at least two tokens, and no more than the base model has positions.",
+                received=f"window={window} with {positions} positions",
+                remedy=remedy,
+            )
+    size = window or min(LONGEST_PIECE, positions)
+    pieces, notes = _cut(tokenizer, texts, size, limit, whole=size == positions)
+    ids = [ids for _, ids in pieces]
+    with record_routing(model, tokenizer, max_tokens=max(1, sum(map(len, ids)))) as record:
+        _read(model, ids, size)
+    record.require_measurable()
+    worth = None
+    if leave_out and len(record.experts) > 1:
+        if any(len(text) > 1 for text in ids):
+            worth = leave_one_out(model, ids, batch=max(1, _AT_ONCE // size))
+        else:
+            notes.append("What each expert is worth was not measured: no text has two tokens.")
+    return Inspection(record, title, [name for name, _ in pieces], notes, worth)
+
+
+def _cut(
+    tokenizer: Any, texts: Iterable[tuple[str, str]], size: int, limit: int, *, whole: bool
+) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """Texts as pieces of at most `size` tokens, up to the limit, and what there is to say about it."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room, found = max(1, size - len(start)), list[tuple[str, list[int]]]()
+    read = total = long = 0
+    for one in texts:
+        name, text = _named(one)
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        total += len(ids)
+        long += len(ids) > room
+        for first in range(0, len(ids), room):
+            piece = start + ids[first : min(first + room, len(ids))]
+            piece = piece[: max(0, limit - read)]
+            if len(piece) > len(start):
+                where = f", tokens {first} to {first + len(piece) - len(start) - 1}" if len(ids) > room else ""
+                found.append((name + where, piece))
+                read += len(piece)
+    if not found:
+        raise DataError(
+            "A text to look at has at least one token.",
+            received="nothing but empty text" if not total else f"a limit of {limit} tokens",
+            remedy="give a longer text" if not total else "read more tokens",
+        )
+    notes: list[str] = []
+    if long:
+        most = "the base model has positions for" if whole else "are read at once"
+        texts_are = "One text is" if long == 1 else f"{long} texts are"
+        notes.append(
+            f"{texts_are} longer than the {size} tokens that {most}: read in pieces, each from its own beginning."
+        )
+    kept = read - len(start) * len(found)
+    if kept < total:
+        notes.append(f"Read: the first {kept} of {total} tokens; the rest lies beyond the limit of {limit}.")
+    return found, notes
+
+
+def _named(one: Any) -> tuple[str, str]:
+    pair: tuple[Any, ...] = tuple(one) if isinstance(one, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise DataError(
+            "A text to look at comes with its name.", received=f"{one!r}"[:200], remedy='pass pairs: [("notes", text)]'
+        )
+    return pair
+
+
+def _read(model: XLoraModel, texts: Sequence[list[int]], size: int) -> None:
+    device = next(model.parameters()).device
+    batch = max(1, _AT_ONCE // size)
+    with evaluating(model):
+        for i in range(0, len(texts), batch):
+            ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
+            model(input_ids=ids, attention_mask=real, use_cache=False)

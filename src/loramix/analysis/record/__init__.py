@@ -1,0 +1,1 @@
+"""Routing records: what the layers mixed by, token by token."""

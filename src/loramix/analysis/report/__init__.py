@@ -1,0 +1,1 @@
+"""A routing as one HTML file."""

@@ -1,0 +1,1 @@
+"""A routing on screen: pictures, a terminal, a notebook, and live text."""

@@ -1,0 +1,139 @@
+"""An inspection in a terminal: the text in the colours of the leading experts, the numbers, and the legend.
+
+Where there is no colour (a pipe, NO_COLOR), text says by marks what colour says elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from loramix.analysis.inspection import Inspection
+from loramix.analysis.metrics import RoutingMetrics, confidence_of, leaders_of
+from loramix.analysis.show.colours import expert_colours
+
+TOKENS = 600  # shown of a long text
+NOBODY = "nobody"  # leads where no expert has a weight
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_UNSEEN = [0x61C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
+_CONTROL = _PICTURES | {0x7F: "␡"} | dict.fromkeys([*range(0x80, 0xA0), *_UNSEEN], "�")
+
+
+def shown(inspection: Inspection, console: Console) -> RenderableType:
+    """All of it, from top to bottom."""
+    parts: list[RenderableType] = [coloured_text(inspection, console, TOKENS)]
+    if inspection.record.kept > TOKENS:
+        left = f"… the first {TOKENS} of {inspection.record.kept} tokens; --html shows more of them, --json all."
+        parts.append(Text(left, style="dim"))
+    parts += [legend(inspection.record.experts, console, inspection.record.palette), Text("")]
+    parts += [experts_table(inspection), metrics_table(inspection.record.metrics())]
+    parts += [Text(visible(note), style="dim") for note in inspection.all_notes]
+    return Group(*parts)
+
+
+def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
+    """The first tokens, each in the colour of its leading expert: bold where it leads clearly, dim where hardly."""
+    record = inspection.record
+    whole = record.select(tokens=torch.arange(record.kept) < most) if record.kept > most else record
+    weights, numbers = whole.weights, whole.sequence_numbers.tolist()
+    leaders, sure = leaders_of(whole.experts, weights), confidence_of(weights).tolist()
+    rows = list(zip(numbers, whole.pieces(), leaders, sure, strict=True))
+    paint, text = expert_colours(record.palette), Text()
+    for number, run in itertools.groupby(rows, key=itemgetter(0)):
+        if text:
+            text.append("\n")
+        text.append(f"── {visible(inspection.name_of(number))}\n", style="dim")
+        before = None
+        for _, piece, leader, confidence in run:
+            if piece:  # what a character's earlier tokens are is in its last one
+                text.append_text(token_text(piece, leader, confidence, paint, console, named=leader != before))
+                before = leader
+    return text
+
+
+def token_text(
+    piece: str, leader: str | None, confidence: float, paint: Mapping[str, str], console: Console, *, named: bool
+) -> Text:
+    """A token in its leading expert's colour, as it is where nobody leads.
+
+    Where there are no colours, it stands behind the expert's name if that is to be named.
+    """
+    if has_colour(console):
+        return Text(visible(piece), style="" if leader is None else f"{_strength(confidence)} {paint[leader]}")
+    return Text((f"⟨{visible(leader or NOBODY)}⟩" if named else "") + visible(piece))
+
+
+def _strength(confidence: float) -> str:
+    return "bold" if confidence > 2 / 3 else "dim" if confidence < 1 / 6 else "not dim"
+
+
+def legend(experts: Sequence[str], console: Console, palette: Sequence[str] | None = None) -> Text:
+    """The experts in their colours; where there are none, how text is marked instead."""
+    if not has_colour(console):
+        return Text("⟨name⟩ stands where another expert takes the lead: " + ", ".join(map(visible, experts)))
+    paint = expert_colours(palette or experts)
+    return Text("  ").join(Text(f"■ {visible(name)}", style=paint[name]) for name in experts)
+
+
+def experts_table(inspection: Inspection) -> Table:
+    """A row for each expert: how often it leads, how much it gets, and what it is worth."""
+    metrics, worth = inspection.record.metrics(), inspection.differences
+    table = Table(title="Experts", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("leads", "mean scaling", *(["loss without it"] if worth else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, load, importance in zip(inspection.record.experts, metrics.load, metrics.importance, strict=True):
+        cells = [f"{load:.1%}", f"{importance:.3f}"]
+        if worth:
+            cells.append(" ".join(worth_texts(inspection, name)))
+        table.add_row(Text(visible(name)), *cells)
+    return table
+
+
+def worth_texts(inspection: Inspection, expert: str) -> tuple[str, str]:
+    """By how much the loss changes without an expert, and what that says of it."""
+    assert inspection.worth is not None
+    error = inspection.worth.errors.get(expert)
+    spread = "" if error is None else f" ± {2 * error:.4f}"
+    return f"{inspection.differences[expert]:+.4f}{spread}", inspection.worth.verdict(expert)
+
+
+def metrics_table(metrics: RoutingMetrics) -> Table:
+    """The numbers that do not depend on the expert, and what each of them says."""
+    table = Table(title=f"{metrics.tokens} tokens", title_justify="left")
+    for column in ("", "value", "meaning"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for name, value, meaning in explained(metrics):
+        table.add_row(name, value, Text(meaning, style="dim"))
+    return table
+
+
+def explained(metrics: RoutingMetrics) -> list[tuple[str, str, str]]:
+    """Name, value and meaning of the numbers."""
+    count = len(metrics.load)
+    return [
+        ("effective experts", f"{metrics.effective_experts:.2f} of {count}", "how many a layer uses, over all tokens"),
+        ("information", f"{metrics.information:.3f}", "0: the routing does not depend on its input"),
+        ("entropy of a token", f"{metrics.mean_entropy:.3f}", "1: all experts alike in each token; 0: one has all"),
+        ("entropy of the mean", f"{metrics.entropy_of_mean:.3f}", "1: all experts alike over all tokens"),
+        ("MaxVio", f"{metrics.max_violation:.2f}", f"0: balanced; {count - 1}: one expert leads everywhere"),
+        ("CV of load", f"{metrics.load_cv:.2f}", "0: each expert leads as often"),
+        ("CV of importance", f"{metrics.importance_cv:.2f}", "0: each expert gets as much"),
+        ("dead experts", f"{metrics.dead_share:.0%}", "as good as never lead"),
+    ]
+
+
+def visible(text: str) -> str:
+    """A text without characters that steer a terminal, or the direction of what follows: marks stand instead."""
+    return text.translate(_CONTROL)
+
+
+def has_colour(console: Console) -> bool:
+    """Whether it shows colours."""
+    return console.color_system is not None and not console.no_color

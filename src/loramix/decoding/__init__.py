@@ -1,0 +1,1 @@
+"""Generation in fewer forwards, with the same text."""

@@ -1,0 +1,202 @@
+"""Keys and values of both passes in one store, by row and slot, for forwards that run both at once.
+
+A row of the scaling pass and its row of the mixture pass stand at different tokens, and slots that wrong drafts wrote
+are written again: so each forward says where its rows write, and masks say what they see. Slots are counted as the two
+passes' own caches count them, so that windows of attention are the same.
+
+B: batch; rows 0 … B-1 are the scaling pass's, rows B … 2 B - 1 the mixture pass's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from loramix.passes.cache import TwoPassCache
+
+CHUNK = 64  # slots by which a store grows at least; one in eight where it is long
+
+
+Rows = slice | Tensor
+"""Rows of a store: a run of them, or their numbers."""
+Write = tuple[Rows, int]
+"""Rows that a forward writes, and the slot of their first token."""
+
+
+def count_of(rows: Rows) -> int:
+    """How many they are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one block for all 2 B rows, the scaling pass's first; grown in chunks, written in place."""
+
+    is_compileable = False
+
+    def __init__(self, base: DynamicLayer, mixed: DynamicLayer, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.window: int | None = getattr(mixed, "sliding_window", None)
+        self.is_sliding = self.window is not None
+        self.sources = base, mixed
+        keys, values = (
+            cast("tuple[Tensor, Tensor]", pair) for pair in ((base.keys, mixed.keys), (base.values, mixed.values))
+        )
+        kept = keys[0].shape[-2]
+        self.offset = mixed.get_seq_length() - kept
+        self.own_keys, self.own_values = self._grown(torch.cat(keys)), self._grown(torch.cat(values))
+        self._share(kept)
+        self.is_initialized = True
+
+    @staticmethod
+    def _grown(tensor: Tensor) -> Tensor:
+        """Room for a chunk more; the rest is zeros, which a mask may hide but not a NaN."""
+        slots = tensor.shape[2]
+        more = max(CHUNK, slots // 8)
+        grown = tensor.new_zeros(*tensor.shape[:2], slots + more, tensor.shape[3])
+        grown[:, :, :slots] = tensor
+        return grown
+
+    def _halves(self) -> tuple[tuple[DynamicLayer, slice], ...]:
+        """Each pass's own layer, and its rows here."""
+        (base, mixed), batch = self.sources, len(self.own_keys) // 2
+        return (base, slice(0, batch)), (mixed, slice(batch, 2 * batch))
+
+    def _share(self, slots: int) -> None:
+        """Let the passes' own caches hold views of this store, for as long as it stands in for them: no copies."""
+        for layer, rows in self._halves():
+            layer.keys, layer.values = self.own_keys[rows, :, :slots], self.own_values[rows, :, :slots]
+
+    def _grow(self) -> None:
+        """A chunk more; slots that have left the window of both passes are dropped."""
+        first = self.plan.start(self, self.plan.length)
+        old = slice(first - self.offset, None)
+        self.own_keys, self.own_values = self._grown(self.own_keys[:, :, old]), self._grown(self.own_values[:, :, old])
+        self.offset = first
+        self._share(self.plan.length - first)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the prompt has been read."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        plan = self.plan
+        while plan.stop - self.offset > self.own_keys.shape[-2]:
+            self._grow()
+        given = 0
+        for rows, slot in plan.writes:
+            count, slots = count_of(rows), slice(slot - self.offset, slot - self.offset + plan.tokens)
+            self.own_keys[rows, :, slots] = key_states[given : given + count]
+            self.own_values[rows, :, slots] = value_states[given : given + count]
+            given += count
+        seen = slice(plan.start(self) - self.offset, plan.stop - self.offset)
+        return self.own_keys[plan.rows, :, seen], self.own_values[plan.rows, :, seen]
+
+    def get_seq_length(self) -> int:
+        return self.plan.stop - self.plan.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        start = self.plan.start(self)
+        return self.plan.stop - start, start
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def hand_back(self, length: int) -> None:
+        """Give the passes' own caches what they would hold had they been filled all along."""
+        for layer, rows in self._halves():
+            kept = slice(0, length - self.offset)
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                kept = slice(max(0, kept.stop - layer.sliding_window + 1), kept.stop)
+                layer.cumulative_length = length
+            layer.keys = self.own_keys[rows, :, kept].clone()
+            layer.values = self.own_values[rows, :, kept].clone()
+
+
+class Plan:
+    """Which rows the next forward has, where they write how many tokens, and which slots they look at.
+
+    Attributes:
+        rows: of the store, in the order of the forward's.
+        writes: each run of them, and the slot of its first token.
+        tokens: of each row.
+        first: the first slot that is written.
+        stop: the slot after the last one.
+        length: tokens that both passes have read for good.
+    """
+
+    rows: Rows
+    writes: tuple[Write, ...]
+    tokens: int
+    first: int
+    stop: int
+    length: int
+
+    def start(self, layer: RowLayer, slot: int | None = None) -> int:
+        """The first slot that the token at `slot` may see; that any token of the forward may see, if that is None."""
+        slot = self.first if slot is None else slot
+        return layer.offset if layer.window is None else max(layer.offset, slot - layer.window + 1)
+
+
+class RowCache(Cache):
+    """Both passes' keys and values."""
+
+    def __init__(self, cache: TwoPassCache, batch: int, mask: Tensor | None) -> None:
+        self.plan = Plan()
+        self.batch = batch
+        self.mask = mask  # (B, T), 0 at padding; None where there is none
+        pairs = zip(
+            cast("list[DynamicLayer]", cache.base.layers), cast("list[DynamicLayer]", cache.layers), strict=True
+        )
+        super().__init__(layers=[RowLayer(one, other, self.plan) for one, other in pairs])
+
+    def write(self, length: int, tokens: int, *writes: Write) -> None:
+        """Say what the next forward writes.
+
+        Args:
+            length: tokens that both passes have read for good.
+            tokens: of each row.
+            *writes: rows and the slot of their first token; the runs of several stand next to each other.
+        """
+        plan, slots = self.plan, [slot for _, slot in writes]
+        plan.length = length
+        first, last = writes[0][0], writes[-1][0]
+        plan.writes = writes
+        plan.rows = slice(first.start, last.stop) if isinstance(first, slice) and isinstance(last, slice) else first
+        plan.tokens, plan.first, plan.stop = tokens, min(slots), max(slots) + tokens
+
+    def masks(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """Additive masks of the next forward, as transformers' models take them; None where each row sees each slot.
+
+        Returns:
+            (rows, 1, tokens, slots), or a mapping of attention kind to that where the model has several.
+        """
+        layers, writes = cast("list[RowLayer]", self.layers), self.plan.writes
+        kinds = {"full_attention" if layer.window is None else "sliding_attention": layer for layer in layers}
+        if kinds.keys() == {"full_attention"} and self.mask is None and len(writes) == self.plan.tokens == 1:
+            return None
+        firsts = torch.cat([torch.full((count_of(rows),), slot, device=device) for rows, slot in writes])
+        texts = torch.arange(2 * self.batch, device=device)[self.plan.rows] % self.batch
+        slots = firsts[:, None, None] + torch.arange(self.plan.tokens, device=device)[:, None]
+        found: dict[str, Tensor] = {}
+        for kind, layer in kinds.items():
+            start, stop = self.plan.start(layer), self.plan.stop
+            places = torch.arange(start, stop, device=device)
+            hidden = places > slots
+            if layer.window is not None:
+                hidden = hidden | (places <= slots - layer.window)
+            if self.mask is not None:
+                padding = (
+                    torch.nn.functional.pad(self.mask, (0, stop - self.mask.shape[1]), value=1)[:, start:stop] == 0
+                )
+                hidden = hidden | padding[texts][:, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+            found[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+        return found if len(found) > 1 else next(iter(found.values()))
+
+    def hand_back(self, length: int) -> None:
+        """Make both halves of the cache that this store was made of hold the first `length` tokens."""
+        for layer in cast("list[RowLayer]", self.layers):
+            layer.hand_back(length)

@@ -1,0 +1,20 @@
+"""What a mixture is worth: its loss on text beside that of its experts, and what each expert contributes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loramix._lazy import loaded_at_first_use
+
+if TYPE_CHECKING:
+    from loramix.evaluation.ablation import LeaveOneOut, leave_one_out
+    from loramix.evaluation.scores import Evaluation, evaluate
+
+__all__ = ["Evaluation", "LeaveOneOut", "evaluate", "leave_one_out"]
+
+_HOMES = {
+    **dict.fromkeys(("Evaluation", "evaluate"), "scores"),
+    **dict.fromkeys(("LeaveOneOut", "leave_one_out"), "ablation"),
+}
+
+__getattr__ = loaded_at_first_use(__name__, _HOMES)

@@ -1,0 +1,189 @@
+"""What an expert is worth: by how much the loss rises when the router may not choose it.
+
+B: batch. S: tokens of a text. V: vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from loramix.analysis.record.pick import own, pick
+from loramix.config.base import XLoraConfig
+from loramix.config.checks import require_integer
+from loramix.errors import DataError, RoutingError
+from loramix.model.build import XLoraModel
+from loramix.passes.hooks import RoutingHook
+from loramix.passes.two_pass import attach, evaluating, positions_of, require_routing
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """Losses in nats a token, with all experts and without each.
+
+    Attributes:
+        loss: the mixture's.
+        without: by the expert that the router could not choose.
+        tokens: how many were predicted.
+        errors: the standard error of each difference, as if tokens were independent; empty where it is not known.
+    """
+
+    loss: float
+    without: dict[str, float]
+    tokens: int
+    errors: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """By how much the loss rises without each expert; negative where the expert hurts."""
+        return {expert: loss - self.loss for expert, loss in self.without.items()}
+
+    def verdict(self, expert: str) -> str:
+        """Whether the expert "helps" or "hurts"; "unclear" where the difference is within two standard errors."""
+        difference = self.differences[expert]
+        if abs(difference) <= 2 * self.errors.get(expert, 0.0):
+            return "unclear"
+        return "hurts" if difference < 0 else "helps"
+
+
+@torch.no_grad()
+def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveOneOut:
+    """The mixture's loss on some texts, and without each expert in turn.
+
+        difference_e = (1 / N) Σ_t d_te,  d_te = ln p(t) − ln p without e (t);  its standard error √(var_t(d_te) / N)
+
+    Args:
+        model: the mixture, a causal language model. With one expert there is nothing to leave out.
+        texts: token ids of each, as a list or a tensor; the first token of a text is given, not predicted.
+        batch: texts in one forward.
+
+    Raises:
+        DataError: what are no token ids, no token to predict, a text beyond the base model's positions, or a loss that
+            is no number.
+        ConfigurationError: `batch` is no number from 1.
+        UnsupportedOperationError: a model without a router.
+        RoutingError: a mixture that makes no scalings, or one of whose experts none can be left out.
+    """
+    require_routing(model)
+    require_integer("batch", batch, at_least=1, remedy="Pass for example batch=8.")
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    chosen = [ids for text in texts if len(ids := _ids(text, vocabulary)) > 1]
+    if not chosen:
+        raise DataError(
+            "A loss needs a text of at least two tokens.",
+            received=f"{len(texts)} texts, none of them so long",
+            remedy="Give longer text.",
+        )
+    longest, most = max(map(len, chosen)), positions_of(model.config)
+    if most is not None and longest > most:
+        raise DataError(
+            "A text is no longer than the base model has positions.",
+            received=f"{longest} tokens with {most} positions",
+            remedy="cut it into pieces, as inspect_texts(…, leave_out=True) does",
+        )
+    names = model.expert_names if len(model.expert_names) > 1 else []
+    with_all = _nats(model, chosen, None, batch)
+    loss, without, errors = float(with_all.mean()), dict[str, float](), dict[str, float]()
+    for name in names:
+        found = _nats(model, chosen, name, batch)
+        without[name] = float(found.mean())
+        errors[name] = float((found - with_all).var(correction=0).div(len(found)).sqrt())
+    if not all(map(math.isfinite, (loss, *without.values()))):
+        raise DataError(
+            "A loss is a number.",
+            received=f"{loss} with all experts, " + ", ".join(f"{value} without {n}" for n, value in without.items()),
+            remedy="look for nan or inf in the weights of the base model, the experts and the router",
+        )
+    return LeaveOneOut(loss, without, len(with_all), errors)
+
+
+def _ids(text: Any, vocabulary: int) -> list[int]:
+    found = own(text)
+    ids = list(cast("Sequence[Any]", found)) if isinstance(found, list | tuple) else None
+    whole = ids is not None and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
+    if ids is None or not whole or not all(0 <= one < vocabulary for one in ids):
+        raise DataError(
+            "A text is a list of token ids of the base model.",
+            received=f"{text!r}"[:200],
+            remedy=f"pass the input_ids of its tokenizer for each text: whole numbers below {vocabulary}",
+        )
+    return ids
+
+
+def _nats(model: XLoraModel, texts: Sequence[list[int]], without: str | None, batch: int) -> Float[Tensor, " N"]:
+    """Of each token that is predicted."""
+    device = next(model.parameters()).device
+    nats: list[Tensor] = []
+    with evaluating(model), nullcontext() if without is None else without_expert(model, without, recorded=False):
+        for i in range(0, len(texts), batch):
+            ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
+            found = token_nats(model(input_ids=ids, attention_mask=real, use_cache=False).logits, ids)
+            nats.append(found[real[:, 1:] == 1].double().cpu())
+    return torch.cat(nats)
+
+
+def token_nats(logits: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S-1"]:
+    """Nats of information of each token after the first: -ln of the probability that the model gave it."""
+    return nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def pad(texts: Sequence[list[int]], padding: int = 0) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
+    """Token lists as one tensor, padded on the right, and 1 where a token is real."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [padding] * (longest - len(text)) for text in texts])
+    real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+    return ids, real
+
+
+@contextmanager
+def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> Generator[None]:
+    """Inside, the router cannot choose one of the experts; the others share its weight as the softmax has it.
+
+    Args:
+        model: the mixture.
+        expert: its name.
+        recorded: whether records under way take in what is routed so.
+
+    Raises:
+        RoutingError: no such expert, or a softmax of a softmax, which gives each expert a weight whatever its logit.
+    """
+    place = pick("expert", model.expert_names, expert)[0]
+    config = cast(XLoraConfig, model.peft_config["default"])
+    if not can_leave_out(model):
+        raise RoutingError(
+            "An expert can be left out where the router can give it no weight.",
+            received="enable_softmax and enable_softmax_topk without a top_k_lora below the number of experts",
+            remedy="set one of the two softmaxes to False, as is better anyway, or top_k_lora",
+        )
+    detach = attach(model, _Without(config, place, not recorded))
+    try:
+        yield
+    finally:
+        detach()
+
+
+def can_leave_out(model: XLoraModel) -> bool:
+    """Whether the router can be kept from an expert: not where a softmax of a softmax gives each of them a weight."""
+    config = cast(XLoraConfig, model.peft_config["default"])
+    kept = config.top_k_lora is not None and config.top_k_lora < len(model.expert_names)
+    return kept or not (config.enable_softmax and config.enable_softmax_topk)
+
+
+class _Without(RoutingHook):
+    def __init__(self, config: XLoraConfig, expert: int, unrecorded: bool) -> None:
+        self.config = config
+        self.expert = expert
+        self.unrecorded = unrecorded
+
+    def logits(self, logits: Tensor, training: bool) -> Tensor:
+        config, index = self.config, torch.tensor([self.expert], device=logits.device)
+        chosen_by_rank = config.top_k_lora is not None and config.top_k_lora < logits.shape[-1]
+        never = config.enable_softmax or config.enable_softmax_topk or chosen_by_rank
+        return logits.index_fill(-1, index, -torch.inf if never else 0.0)

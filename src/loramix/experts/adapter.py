@@ -1,0 +1,89 @@
+"""One LoRA expert in memory: its name, its configuration, and its matrices for each module.
+
+Letters: r the expert's rank in a module; in, out the module's sizes; V, D an embedding's entries and width.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from loramix.config.base import LoraConfig
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The tensors of one module, exactly as PEFT stores them.
+
+    Args:
+        A: linear (r, in); embedding, `lora_embedding_A`, (r, V); convolution (r, in, kh, kw).
+        B: linear (out, r); embedding, `lora_embedding_B`, (D, r); convolution (out, r, 1, 1).
+        bias: of B, (out,), with `lora_bias=True`.
+        magnitude: DoRA's, `lora_magnitude_vector`: (out,), for a convolution (1, out, 1, 1).
+        embedding: whether A and B were stored under an embedding's keys.
+    """
+
+    A: Float[Tensor, "r n *kernel"]
+    B: Float[Tensor, "out r *ones"]
+    bias: Float[Tensor, " out"] | None = None
+    magnitude: Float[Tensor, "*magnitude"] | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r, by the shape of A."""
+        return self.A.shape[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors together."""
+        return sum(tensor.numel() for tensor in (self.A, self.B, self.bias, self.magnitude) if tensor is not None)
+
+
+@dataclass
+class Adapter:
+    """One expert: y = base(x) + c B A x in each of its modules, with c = `scaling(module_path)`.
+
+    Args:
+        name: the expert's name in the mixture.
+        config: its configuration.
+        weights: module path, as in `base.named_modules()`, -> tensors.
+        source: where it was read from: a folder or a Hub identifier; for messages and records.
+        base_weights: module path -> the base model's own weight, where the file holds it (PEFT saves an embedding's
+            when it is adapted or was resized). Equal to the base model's, unless the expert belongs to another one.
+    """
+
+    name: str
+    config: LoraConfig
+    weights: dict[str, LoraWeights]
+    source: str = ""
+    base_weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def rank(self, module_path: str) -> int:
+        """r of a module: `rank_pattern`'s where a key matches, else `r`."""
+        return pattern_value(self.config.rank_pattern, module_path, self.config.r)
+
+    def scaling(self, module_path: str) -> float:
+        """c of a module: alpha / r, or alpha / sqrt(r) with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
+        rank = self.rank(module_path)
+        alpha = pattern_value(self.config.alpha_pattern, module_path, self.config.lora_alpha)
+        return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+
+
+def pattern_value(patterns: Mapping[str, _Value], module_path: str, default: _Value) -> _Value:
+    """The value of the first key that matches the path, or its end after a dot, as a regular expression.
+
+    Source: PEFT 0.21.2, `utils/other.py`, `get_pattern_key`.
+    """
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module_path):
+            return value
+    return patterns.get(module_path, default)

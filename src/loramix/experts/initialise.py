@@ -1,0 +1,77 @@
+"""A new LoRA expert: its modules and its initial matrices (LoRA, arXiv 2106.09685, section 4).
+
+r: the expert's rank in a module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loramix.config.base import LoraConfig
+from loramix.errors import ConfigurationError
+from loramix.experts.adapter import Adapter, LoraWeights, pattern_value
+from loramix.experts.base_layers import dense_weight, expected_shapes, kind_of, refuse_module
+from loramix.experts.targets import ALL_LINEAR, new_targets, refuse_unsupported
+
+
+def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapter:
+    """An expert that adds nothing yet: A random, B zero (for an embedding A zero, B random).
+
+    Args:
+        name: of the expert.
+        model: the base model.
+        config: kept in the adapter; "all-linear" becomes the modules' names.
+
+    Raises:
+        UnsupportedAdapterError: a feature that loramix does not train, or a module that it does not adapt.
+        ConfigurationError: no module to adapt, or an unknown `init_lora_weights`.
+    """
+    refuse_unsupported(config, name)
+    initialise = _initialiser(config)
+    paths = new_targets(model, config)
+    if config.target_modules == ALL_LINEAR:
+        config.target_modules = {path.rpartition(".")[2] for path in paths}
+    for path in paths:
+        refuse_module(model.get_submodule(path), path, name, dora=config.use_dora)
+    weights = {path: _new_weights(model.get_submodule(path), path, config, initialise) for path in paths}
+    return Adapter(name, config, weights, source="")
+
+
+def _new_weights(
+    module: nn.Module, path: str, config: LoraConfig, initialise: Callable[[Tensor], Tensor]
+) -> LoraWeights:
+    rank = pattern_value(config.rank_pattern, path, config.r)
+    shape_A, shape_B = expected_shapes(module, rank)
+    embedding = kind_of(module) == "embedding"
+    A, B = torch.empty(shape_A), torch.empty(shape_B)
+    start, other = (A, B) if not embedding else (B, A)  # the random one, and the one that makes the product zero
+    (nn.init.normal_ if embedding else initialise)(start)
+    if config.init_lora_weights is False:
+        (nn.init.normal_ if embedding else _kaiming)(other)
+    else:
+        other.zero_()
+    bias = torch.zeros(shape_B[0]) if config.lora_bias else None
+    magnitude = torch.linalg.vector_norm(dense_weight(module), dim=1) if config.use_dora else None
+    return LoraWeights(A, B, bias, magnitude, embedding)
+
+
+def _initialiser(config: LoraConfig) -> Callable[[Tensor], Tensor]:
+    choice = config.init_lora_weights
+    if isinstance(choice, bool):
+        return _kaiming
+    if choice == "gaussian":
+        return lambda tensor: nn.init.normal_(tensor, std=1 / tensor.shape[0])
+    raise ConfigurationError(
+        "init_lora_weights of a new expert is True, False or 'gaussian'.",
+        received=f"init_lora_weights={choice!r}",
+        remedy="use init_lora_weights=True; an expert that was trained from another start is loaded as it is",
+    )
+
+
+def _kaiming(tensor: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))

@@ -1,0 +1,161 @@
+"""Which modules an expert adapts, and which features of an expert a mixture cannot carry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from loramix.config.base import LoraConfig
+from loramix.errors import ConfigurationError, UnsupportedAdapterError
+from loramix.experts.base_layers import kind_of
+
+ALL_LINEAR = "all-linear"
+
+_WITHOUT_MEANING_HERE = (
+    "modules_to_save",
+    "target_parameters",
+    "layer_replication",
+    "megatron_config",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "ensure_weight_tying",
+    "runtime_config",
+)
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+def is_target(config: LoraConfig, path: str) -> bool:
+    """Whether the expert adapts the module at `path`, by PEFT's rules.
+
+    Excluded modules come first. An expression must match the whole path. A name matches the path that equals it,
+    whatever `layers_to_transform` says, and paths that end in "." and the name, where the block's index is among
+    `layers_to_transform`. The index is the first number that follows a name from `layers_pattern`; without
+    `layers_pattern` it is the first number below at least two names.
+
+    Args:
+        config: the expert's; "all-linear" must have been replaced by names before.
+        path: as in `base.named_modules()`.
+    """
+    targets = config.target_modules
+    if targets is None or is_excluded(config, path):
+        return False
+    if isinstance(targets, str) or path in targets:
+        return _matches(targets, path)
+    return _matches(targets, path) and _is_in_layers(config, path)
+
+
+def is_excluded(config: LoraConfig, path: str) -> bool:
+    """Whether `exclude_modules` names the module at `path`."""
+    return bool(config.exclude_modules) and _matches(config.exclude_modules, path)
+
+
+def _matches(modules: Iterable[str] | str, path: str) -> bool:
+    if isinstance(modules, str):
+        return re.fullmatch(modules, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in modules)
+
+
+def _is_in_layers(config: LoraConfig, path: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    index = _block_index(config.layers_pattern, path)
+    return index == wanted if isinstance(wanted, int) else index in wanted
+
+
+def _block_index(layers_pattern: list[str] | str | None, path: str) -> int | None:
+    if layers_pattern:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+    else:
+        expressions = [r".*?\.[^.]*\.(\d+)\."]
+    found = (re.match(expression, path) for expression in expressions)
+    return next((int(match[match.re.groups]) for match in found if match), None)
+
+
+def targeted(model: PreTrainedModel, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+    """The modules that `target_modules` names, among those that can be adapted.
+
+    "all-linear" names every linear layer but the head's; None names nothing.
+    """
+    if config.target_modules == ALL_LINEAR:
+        linear = [path for path, module in modules.items() if kind_of(module) == "linear"]
+        return [path for path in linear if not in_head(model, path) and not is_excluded(config, path)]
+    return [path for path, module in modules.items() if kind_of(module) is not None and is_target(config, path)]
+
+
+def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """The modules that a new expert adapts; "all-linear" means every linear layer but the head's.
+
+    Raises:
+        ConfigurationError: `target_modules` is missing, or names no module of this model.
+    """
+    paths = targeted(model, dict(model.named_modules()), config)
+    if not paths:
+        raise ConfigurationError(
+            "target_modules names at least one module of the base model.",
+            received=f"target_modules={config.target_modules!r} for a {type(model).__name__}",
+            remedy='write target_modules="all-linear", or names such as ["q_proj", "v_proj"]',
+        )
+    return paths
+
+
+def carrier_path(model: PreTrainedModel, path: str) -> str:
+    """Where the nearest `PreTrainedModel` above a module is: the part of the model that runs both passes for it."""
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(model.get_submodule(path), PreTrainedModel):
+            return path
+    return path
+
+
+def in_head(model: PreTrainedModel, path: str) -> bool:
+    """Whether a module belongs to the model's head, which runs after both passes."""
+    return carrier_path(model, path) == "" and model.base_model is not model
+
+
+def unsupported_features(config: LoraConfig) -> list[str]:
+    """The settings of an expert, as "field=value", that a mixture cannot carry; empty for those that it can.
+
+    Initialisations such as PiSSA's change the base model's weight: experts trained that way belong to another base
+    than the other experts do, unless PEFT converted them to plain LoRA on saving (and then the field says True).
+    Fields that matter only during training, such as `eva_config`, are no hindrance.
+    """
+    found = [f"{name}={getattr(config, name)!r}" for name in _WITHOUT_MEANING_HERE if getattr(config, name)]
+    if config.bias != "none":
+        found.append(f"bias={config.bias!r}")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
+        found.append(f"init_lora_weights={init!r}")
+    return found
+
+
+def refuse_unsupported(config: LoraConfig, name: str) -> None:
+    """Raise where an expert has a feature that a mixture cannot carry.
+
+    Args:
+        config: the expert's.
+        name: the expert's name, for the message.
+
+    Raises:
+        UnsupportedAdapterError: naming the expert and every such feature.
+    """
+    found = unsupported_features(config)
+    if not found:
+        return
+    changed_base = any(feature.startswith("init_lora_weights") for feature in found)
+    convert = " (PEFT converts it on saving: path_initial_model_for_weight_conversion)" if changed_base else ""
+    raise UnsupportedAdapterError(
+        "A mixture carries LoRA, rsLoRA, DoRA and LoRA biases, and no other features of an expert.",
+        received=f"expert {name!r} with {', '.join(found)}",
+        remedy=f"Leave this expert out, or train it without them{convert}.",
+    )

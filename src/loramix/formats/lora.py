@@ -1,0 +1,224 @@
+"""One LoRA expert in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
+
+Keys are `base_model.model.<module path>.<part>`. Read as well: the prefix missing or repeated, an adapter's name after
+the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. Beside its matrices, an expert that targets an
+embedding holds that embedding's own weight, `<module path>.base_layer.weight`, and one whose vocabulary was resized
+holds `<module path>.weight`.
+
+Source: PEFT 0.21.2, `utils/save_and_load.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from loramix.config.base import LoraConfig
+from loramix.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    LoramixError,
+    UnsupportedAdapterError,
+)
+from loramix.experts.adapter import Adapter, LoraWeights
+from loramix.experts.targets import refuse_unsupported
+from loramix.files.hub import HubOptions, find_any
+from loramix.files.tensors import all_finite, read_tensors
+
+PREFIX = "base_model.model."
+WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+
+_LORA_KEY = re.compile(
+    r"(?P<path>.+)\."
+    r"(?:(?P<matrix>lora_[AB])(?:\.[^.]+)?\.(?P<leaf>weight|bias)"
+    r"|(?P<vector>lora_embedding_[AB]|lora_magnitude_vector)(?:\.[^.]+){0,2})"
+)
+_BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.weight|(?P<embedding>(?:.+\.)?(?:embed_tokens|lm_head))\.weight")
+
+
+def load_adapter(
+    name: str,
+    identifier: str | os.PathLike[str],
+    options: HubOptions | None = None,
+    config: LoraConfig | None = None,
+) -> Adapter:
+    """Read one expert, on the CPU and in its file's dtype.
+
+    Args:
+        name: the expert's name, for the mixture and for messages.
+        identifier: a local folder or a Hub identifier (see `loramix.files.hub`).
+        options: how files are fetched.
+        config: to read the tensors by, instead of the file's own.
+
+    Raises:
+        CheckpointNotFoundError: no such folder or repository, or no adapter in it.
+        CorruptCheckpointError: a file that cannot be read, tensors that contradict the configuration, or numbers that
+            are not finite.
+        IncompleteCheckpointError: tensors are missing.
+        UnsupportedAdapterError: a feature that a mixture cannot carry, before any weight is read.
+        CheckpointError: a mixture instead of an expert.
+        ConfigurationError: values in `adapter_config.json` that no expert can have.
+    """
+    options = options or HubOptions()
+    try:
+        saved = LoraConfig.from_pretrained(
+            identifier, **{field: getattr(options, field) for field in HubOptions.__dataclass_fields__}
+        )
+        config = config or saved
+        refuse_unsupported(config, name)
+        tensors = read_tensors(find_weights(identifier, options))
+        weights, base_weights = parse_tensors(name, config, tensors)
+    except LoramixError as error:
+        raise _naming(name, error) from error
+    return Adapter(name, config, weights, source=os.fspath(identifier), base_weights=base_weights)
+
+
+def _naming(name: str, error: LoramixError) -> LoramixError:
+    if repr(name) in error.received:
+        return error
+    return type(error)(error.rule, received=f"for expert {name!r}: {error.received}", remedy=error.remedy)
+
+
+def find_weights(identifier: str | os.PathLike[str], options: HubOptions) -> Path:
+    """The file with an adapter's tensors; safetensors goes before the pickle.
+
+    Raises:
+        CheckpointNotFoundError: neither is there.
+    """
+    path = find_any(identifier, WEIGHTS_NAMES, options)
+    if path is None:
+        raise CheckpointNotFoundError(
+            f"An adapter's folder holds {' or '.join(WEIGHTS_NAMES)}.",
+            received=f"{os.fspath(identifier)!r}, which has neither",
+            remedy="Give the folder that save_pretrained wrote, or save the adapter again.",
+        )
+    return path
+
+
+def parse_tensors(
+    name: str, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, LoraWeights], dict[str, Tensor]]:
+    """Sort a file's tensors by module.
+
+    Returns:
+        module path -> the expert's tensors, and module path -> the base model's own weight where the file holds it.
+
+    Raises:
+        UnsupportedAdapterError: a key that is none of LoRA's.
+        CorruptCheckpointError: two keys for one tensor, or a tensor that contradicts the configuration.
+        IncompleteCheckpointError: a matrix without its partner, or no matrices at all.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    base_weights: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path, part = _parse_key(name, key)
+        parts = modules.setdefault(path, {}) if part else base_weights
+        if (part or path) in parts:
+            raise CorruptCheckpointError(
+                "A weights file must hold each tensor once.",
+                received=f"expert {name!r}: {key!r} is the second for {part or 'the weight'} of {path!r}",
+                remedy="Save the adapter again.",
+            )
+        parts[part or path] = tensor
+    if not modules:
+        raise IncompleteCheckpointError(
+            "An expert's file holds lora_A and lora_B for at least one module.",
+            received=f"expert {name!r}: {len(tensors)} tensors, none of them LoRA's",
+            remedy="Save the adapter again.",
+        )
+    expert = Adapter(name, config, {})
+    return {path: _weights_of(expert, path, parts) for path, parts in modules.items()}, base_weights
+
+
+def format_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The inverse of `parse_tensors`: PEFT's key -> tensor."""
+    tensors: dict[str, Tensor] = {}
+    for path, weights in adapter.weights.items():
+        names = (EMBEDDING_A, EMBEDDING_B) if weights.embedding else (A, B)
+        parts = zip((*names, BIAS, MAGNITUDE), (weights.A, weights.B, weights.bias, weights.magnitude), strict=True)
+        tensors.update({f"{PREFIX}{path}.{part}": tensor for part, tensor in parts if tensor is not None})
+    for path, tensor in adapter.base_weights.items():
+        inner = "base_layer.weight" if path in adapter.weights else "weight"
+        tensors[f"{PREFIX}{path}.{inner}"] = tensor
+    return tensors
+
+
+def _parse_key(name: str, key: str) -> tuple[str, str | None]:
+    """The module path, and LoRA's part or None for the base model's own weight."""
+    stripped = key
+    while stripped.startswith(PREFIX):
+        stripped = stripped.removeprefix(PREFIX)
+    lora = _LORA_KEY.fullmatch(stripped)
+    if lora is not None:
+        part = lora["vector"] or f"{lora['matrix']}.{lora['leaf']}"
+        if part != "lora_A.bias":
+            return lora["path"], part
+    base = _BASE_KEY.fullmatch(stripped)
+    if base is not None:
+        return base["path"] or base["embedding"], None
+    raise UnsupportedAdapterError(
+        "An expert's file holds LoRA tensors and nothing else.",
+        received=f"expert {name!r}: key {key!r}",
+        remedy="Leave this expert out, or train it without what this tensor belongs to.",
+    )
+
+
+def _weights_of(expert: Adapter, path: str, parts: Mapping[str, Tensor]) -> LoraWeights:
+    embedding = EMBEDDING_A in parts or EMBEDDING_B in parts
+    config = expert.config
+    needed = [EMBEDDING_A, EMBEDDING_B] if embedding else [A, B]
+    needed += [BIAS] if config.lora_bias and not embedding else []
+    needed += [MAGNITUDE] if config.use_dora else []
+    missing = [part for part in needed if part not in parts]
+    if missing:
+        raise IncompleteCheckpointError(
+            "An expert's file holds every tensor of each module.",
+            received=f"expert {expert.name!r}: module {path!r} has {_listed(parts)}, but no {', '.join(missing)}",
+            remedy="Save or download the adapter again.",
+        )
+    if len(parts) > len(needed):
+        raise CorruptCheckpointError(
+            "An expert's file holds the tensors that its configuration asks for.",
+            received=f"expert {expert.name!r}: module {path!r} has {_listed(parts)}, expected {', '.join(needed)} "
+            f"with use_dora={config.use_dora}, lora_bias={config.lora_bias}",
+            remedy="Correct adapter_config.json, or save the adapter again.",
+        )
+    first, second = parts[needed[0]], parts[needed[1]]
+    _check_shapes(expert, path, first, second, parts)
+    if not all_finite(parts.values()):
+        raise CorruptCheckpointError(
+            "An expert's matrices hold finite numbers.",
+            received=f"expert {expert.name!r}: module {path!r} with infinite ones, or NaN",
+            remedy="Download the adapter again, or train it again: its training has diverged.",
+        )
+    return LoraWeights(first, second, parts.get(BIAS), parts.get(MAGNITUDE), embedding)
+
+
+def _check_shapes(expert: Adapter, path: str, first: Tensor, second: Tensor, parts: Mapping[str, Tensor]) -> None:
+    rank, bias, magnitude = expert.rank(path), parts.get(BIAS), parts.get(MAGNITUDE)
+    fits = (
+        all(tensor.is_floating_point() for tensor in parts.values())
+        and first.ndim >= 2
+        and second.ndim == first.ndim
+        and first.shape[0] == second.shape[1] == rank
+        and (bias is None or bias.shape == second.shape[:1])
+        and (magnitude is None or magnitude.numel() == second.shape[0])
+    )
+    if not fits:
+        found = ", ".join(f"{part} {tuple(tensor.shape)} {tensor.dtype}" for part, tensor in parts.items())
+        raise CorruptCheckpointError(
+            "An expert's matrices are A (r, in) and B (out, r), with r from its configuration.",
+            received=f"expert {expert.name!r}: module {path!r} expected r={rank}, found {found}",
+            remedy="Correct r or rank_pattern in adapter_config.json, or save the adapter again.",
+        )
+
+
+def _listed(parts: Iterable[str]) -> str:
+    return ", ".join(parts)

@@ -1,0 +1,112 @@
+"""A mixture of constant scalings as one LoRA adapter: side by side, or as near as a given rank comes.
+
+Experts whose scalings are the same for every token add g · Σ_e s[e] · c_e · B_e A_e to a layer, which is one product of
+their A below each other and their weighed B beside each other, of rank R; and, by its singular values, the nearest one
+of any lower rank (Eckart and Young).
+
+R: total rank of a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loramix.config.base import LoraConfig
+from loramix.errors import ConfigurationError, UnsupportedOperationError
+from loramix.experts.adapter import Adapter, LoraWeights
+from loramix.layers.layer import XLoraLayer, XLoraLinear
+from loramix.layers.scalings import Routing
+
+NAME = "mixture"
+
+
+@torch.no_grad()
+def single_adapter(
+    layers: Mapping[str, XLoraLayer], routing: Routing, like: LoraConfig, *, rank: int | None = None
+) -> tuple[Adapter, float]:
+    """The mixture as one expert.
+
+    Args:
+        layers: the adapted layers by path.
+        routing: constant, or the same for all tokens.
+        like: an expert's configuration, for the base model's name and such.
+        rank: of each layer at most; None keeps all of it.
+
+    Returns:
+        The adapter, and what it leaves out: the Frobenius norm of the difference of all layers' weights, relative to
+        that of what the experts add; 0 without a rank.
+
+    Raises:
+        ConfigurationError: a rank below 1.
+        UnsupportedOperationError: an expert with DoRA or a bias, which a product of two matrices does not hold.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigurationError("A rank is at least 1.", received=f"rank={rank}", remedy="Use rank=16, or None.")
+    weights: dict[str, LoraWeights] = {}
+    lost = whole = 0.0
+    for path, layer in layers.items():
+        both = _side_by_side(path, layer, routing)
+        if rank is not None and both.rank > rank:
+            both, left_out, all_of_it = _nearest(both, rank)
+            lost, whole = lost + left_out, whole + all_of_it
+        else:
+            whole += float(_product(both).square().sum())
+        weights[path] = both
+    largest = max(part.rank for part in weights.values())
+    ranks = {path: part.rank for path, part in weights.items() if part.rank != largest}
+    config = dataclasses.replace(
+        LoraConfig(task_type=like.task_type),
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks),
+        target_modules=set(weights),
+        fan_in_fan_out=like.fan_in_fan_out,
+        base_model_name_or_path=like.base_model_name_or_path,
+        revision=like.revision,
+        inference_mode=True,
+    )
+    return Adapter(NAME, config, weights), (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _side_by_side(path: str, layer: XLoraLayer, routing: Routing) -> LoraWeights:
+    if layer.biased or (isinstance(layer, XLoraLinear) and layer.dora):
+        raise UnsupportedOperationError(
+            "One LoRA adapter holds two matrices for each layer.",
+            received=f"{path!r}: an expert with {'a bias' if layer.biased else 'DoRA'}",
+            remedy="merge into plain weights with merge_and_unload()",
+        )
+    columns = routing.columns(layer, layer.lora_B.float())
+    tensors: dict[str, Any] = {"lora_A": layer.lora_A.float(), "lora_B": layer.lora_B.float() * columns}
+    parts = list(layer.unstack(tensors).values())
+    kept = [part for part in parts if bool(part.B.any())] or parts[:1]
+    A = torch.cat([part.A for part in kept])
+    return LoraWeights(
+        A.contiguous(), torch.cat([part.B for part in kept], dim=1).contiguous(), embedding=layer.is_embedding
+    )
+
+
+def _product(weights: LoraWeights) -> Tensor:
+    return weights.B.flatten(1) @ weights.A.flatten(1)
+
+
+def _nearest(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float, float]:
+    """The nearest product of a lower rank, and the squared norms of what is left out and of the whole."""
+    A, B = weights.A.flatten(1), weights.B.flatten(1)
+    left, upper = torch.linalg.qr(B)
+    right, lower = torch.linalg.qr(A.T)
+    U, S, V = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    rank = min(rank, len(S))
+    root = S[:rank].sqrt()
+    new_B, new_A = left @ U[:, :rank] * root, (right @ V[:rank].T * root).T
+    new = LoraWeights(
+        new_A.reshape(rank, *weights.A.shape[1:]).contiguous(),
+        new_B.reshape(len(new_B), rank, *weights.B.shape[2:]).contiguous(),
+        embedding=weights.embedding,
+    )
+    return new, float(S[rank:].square().sum()), float(S.square().sum())

@@ -1,0 +1,191 @@
+"""Find the layers that experts adapt, number them, replace them.
+
+Everything is checked before the first layer is replaced, so that a refused expert leaves the base model as it was.
+L: adapted layers, numbered 0..L-1 in the order of `named_modules()`; the numbering is part of the checkpoint format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
+from loramix.experts.adapter import Adapter, LoraWeights
+from loramix.experts.base_layers import device_of, expected_shapes, kind_of, refuse_module
+from loramix.experts.targets import carrier_path, in_head, targeted
+from loramix.layers.layer import Resident, XLoraLayer, layer_class
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer to adapt: where it is, and who moves in."""
+
+    path: str
+    module: nn.Module
+    residents: tuple[Resident, ...]
+
+
+def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
+    """The layers that at least one expert adapts, in the order of `named_modules()`.
+
+    Raises:
+        AdapterMismatchError: an expert of another base: other modules, or other shapes.
+        UnsupportedAdapterError: an expert that reaches into a layer that no mixture can adapt.
+    """
+    modules = dict(model.named_modules())
+    for adapter in adapters:
+        _check(adapter, model, modules)
+    paths = [path for path in modules if any(path in adapter.weights for adapter in adapters)]
+    return [Site(path, modules[path], tuple(_residents(path, adapters))) for path in paths]
+
+
+def _residents(path: str, adapters: Sequence[Adapter]) -> Iterator[Resident]:
+    for expert, adapter in enumerate(adapters):
+        if path in adapter.weights:
+            yield Resident(expert, adapter.weights[path], adapter.scaling(path), adapter.config.lora_dropout)
+
+
+def _check(adapter: Adapter, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
+    absent = [path for path in (*adapter.weights, *adapter.base_weights) if path not in modules]
+    if absent:
+        raise _mismatch(adapter, "the base model has no such module", absent)
+    foreign = [path for path, weight in adapter.base_weights.items() if not _is_weight_of(modules[path], weight)]
+    if foreign:
+        raise _mismatch(adapter, "the file holds the weight of its own base model, and it is another one", foreign)
+    for path, weights in adapter.weights.items():
+        refuse_module(modules[path], path, adapter.name, dora=weights.magnitude is not None)
+        _check_shapes(adapter, path, modules[path], weights)
+    missing = [path for path in targeted(model, modules, adapter.config) if path not in adapter.weights]
+    if missing:
+        raise _mismatch(
+            adapter, "target_modules names it in this base model, and the file has no tensors for it", missing
+        )
+
+
+def _is_weight_of(module: nn.Module, saved: Tensor) -> bool:
+    """Whether a weight saved with an expert is the base model's, as far as rounding to another dtype lets it be."""
+    own = getattr(module, "weight", None)
+    if not isinstance(own, Tensor) or own.shape != saved.shape:
+        return False
+    own, saved = own.detach().float(), saved.to(own.device).float()
+    return bool((own - saved).abs().max() <= 0.01 * own.abs().max())
+
+
+def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraWeights) -> None:
+    rank = weights.A.shape[0]
+    found: dict[str, object] = {"A": tuple(weights.A.shape), "B": tuple(weights.B.shape)}
+    shapes = expected_shapes(module, rank)
+    expected: dict[str, object] = dict(zip("AB", shapes, strict=True))
+    is_embedding = kind_of(module) == "embedding"
+    if weights.embedding != is_embedding:
+        kinds = {True: "an embedding", False: "no embedding"}
+        found["of"], expected["of"] = kinds[weights.embedding], kinds[is_embedding]
+    for part in ("bias", "magnitude"):
+        tensor = getattr(weights, part)
+        if tensor is not None:
+            found[part], expected[part] = (tensor.numel(),), (shapes[1][0],)
+    if found != expected:
+        raise AdapterMismatchError(
+            "An expert's matrices fit the base model's layer.",
+            received=f"expert {adapter.name!r}, module {path!r}: expected {expected}, found {found}",
+            remedy=f"use an expert that was trained on this base model, not on {_base_of(adapter)}",
+        )
+
+
+def _mismatch(adapter: Adapter, what: str, paths: Sequence[str]) -> AdapterMismatchError:
+    shown = ", ".join(repr(path) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    return AdapterMismatchError(
+        "An expert adapts the modules of the base model it was trained on.",
+        received=f"expert {adapter.name!r}, module {shown}: {what}",
+        remedy=f"use an expert that was trained on this base model, not on {_base_of(adapter)}",
+    )
+
+
+def _base_of(adapter: Adapter) -> str:
+    name = adapter.config.base_model_name_or_path
+    return repr(name) if name else "another one"
+
+
+def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[str]) -> PreTrainedModel:
+    """The one `PreTrainedModel` above all adapted layers.
+
+    Args:
+        model: the model given to `get_peft_model`.
+        sites: the layers to adapt.
+        names: the experts' names, for errors.
+
+    Raises:
+        UnsupportedAdapterError: an expert adapts the model's head.
+        ModelError: the adapted layers have no such model, or several; or their weights are not in memory.
+    """
+    for site in sites:
+        if in_head(model, site.path):
+            residents = ", ".join(repr(names[r.expert]) for r in site.residents)
+            raise UnsupportedAdapterError(
+                "The head of the model runs after both passes and cannot be routed.",
+                received=f"expert {residents} adapts {site.path!r}",
+                remedy=f"train the expert without {site.path.rpartition('.')[2]!r} in target_modules",
+            )
+    paths = sorted({carrier_path(model, site.path) for site in sites})
+    if len(paths) != 1 or model.config.is_encoder_decoder:
+        raise ModelError(
+            "All adapted layers lie under one decoder.",
+            received=f"{type(model).__name__} with adapted layers in {', '.join(path or 'its root' for path in paths)}",
+            remedy="use a decoder-only base model, or experts that adapt only its language model",
+        )
+    carrier = model.get_submodule(paths[0])
+    assert isinstance(carrier, PreTrainedModel)
+    if "forward" in carrier.__dict__ and "_old_forward" not in carrier.__dict__:
+        raise ModelError(
+            "Both passes run in the forward of the backbone's class.",
+            received=f"a {type(carrier).__name__} whose forward was replaced on the object itself",
+            remedy="put the experts on first, and replace or compile the forward afterwards",
+        )
+    if any(device_of(site.module).type == "meta" for site in sites):
+        raise ModelError(
+            "The base model's weights are in memory when experts are put on it.",
+            received=f"weights on the meta device, such as those of {sites[0].path!r}",
+            remedy="load the base model without offloading to disk or CPU (device_map)",
+        )
+    return carrier
+
+
+def adapt(sites: Sequence[Site], *, precise: bool, dtype: torch.dtype) -> dict[str, XLoraLayer]:
+    """The adapted layers by their paths, ready to take their places; the base model is not touched.
+
+    Args:
+        sites: as `plan` gives them.
+        precise: whether the experts are float32 beside a base of any dtype, as experts that train are.
+        dtype: the base model's, for layers whose own weight is not of a floating dtype.
+    """
+    layers: dict[str, XLoraLayer] = {}
+    layouts: dict[object, int] = {}
+    for number, site in enumerate(sites):
+        kind = layer_class(site.module)
+        assert kind is not None
+        layer = kind(
+            site.module, site.residents, number, dtype=torch.float32 if precise else _dtype(site.module, dtype)
+        )
+        layer.layout = layouts.setdefault(layer.arrangement, len(layouts))
+        layers[site.path] = layer
+    return layers
+
+
+def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, torch.Tensor) and weight.dtype in _COMPUTED else default
+
+
+_COMPUTED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where the model has its module `path`."""
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    module.train(holder.training)
+    setattr(holder, name, module)

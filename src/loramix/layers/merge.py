@@ -1,0 +1,122 @@
+"""Experts whose scalings are the same for every token, merged into the weights of the layers they adapt.
+
+    W' = W + g · Σ_e s[e] · c_e · B_e A_e
+
+and with DoRA, of magnitude m and norm n (SEMANTICS §2),
+
+    W' = W + g · Σ_e s[e] · ((m_e/n_e − 1) W + (m_e/n_e) · c_e · B_e A_e)
+
+R: total rank of a layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loramix.errors import UnsupportedOperationError
+from loramix.layers.layer import XLoraLayer, XLoraLinear
+from loramix.layers.scalings import Routing
+
+
+class Merged(NamedTuple):
+    """What a base layer becomes: its weight, in its own shape and dtype, and its bias, None where it has none."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@torch.no_grad()
+def merge(layers: Mapping[str, XLoraLayer], routing: Routing) -> dict[str, Merged]:
+    """The weights with the experts in them, by path; nothing is changed yet.
+
+    Args:
+        layers: the adapted layers.
+        routing: constant, or the same for all tokens.
+
+    Raises:
+        UnsupportedOperationError: a quantised base layer, one without a bias below an expert that has one, or weights
+            that do not stay finite.
+    """
+    return {path: _merged(path, layer, routing) for path, layer in layers.items()}
+
+
+def put(model: PreTrainedModel, merged: Mapping[str, Merged]) -> None:
+    """Give the base layers, which have taken their places again, their merged weights.
+
+    A weight that others share, as a tied head shares the embedding's, stays theirs.
+    """
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for path, (weight, bias) in merged.items():
+        layer: Any = model.get_submodule(path)
+        tied = uses[id(layer.weight)] > 1
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+        if tied:
+            model.config.get_text_config().tie_word_embeddings = False
+            model.config.tie_word_embeddings = False
+
+
+def _merged(path: str, layer: XLoraLayer, routing: Routing) -> Merged:
+    base: Any = layer.base_layer
+    if type(base) is not nn.Linear and not isinstance(base, Conv1D | nn.Embedding | _ConvNd):
+        raise _refused(path, f"a {type(base).__name__}, whose weight has no plain form")
+    weight = cast("Tensor", base.weight)
+    stretch, up = _up_projection(layer, routing)
+    ranks = sum(layer.ranks)
+    product = _product(layer, up[:, :ranks])
+    new = product if stretch is None else product + _rows(layer, weight.float()) * stretch.unsqueeze(1)
+    new = weight.float() + _like_weight(layer, new)
+    bias = cast("Tensor | None", getattr(base, "bias", None))
+    if layer.biased:
+        if bias is None:
+            raise _refused(path, "an expert's bias, for which the base layer has no place")
+        bias = (bias.float() + up[:, ranks:].sum(1)).to(bias.dtype)
+    if not bool(torch.isfinite(new).all()):
+        raise _refused(path, "weights that become infinite, or NaN")
+    return Merged(new.to(weight.dtype), bias)
+
+
+def _up_projection(layer: XLoraLayer, routing: Routing) -> tuple[Tensor | None, Float[Tensor, "out R"]]:
+    """B with everything that weighs its columns in it; with DoRA also what is added to the rows of W, in shares."""
+    up = layer.lora_B.float()
+    weighed = up * routing.columns(layer, up)
+    if not isinstance(layer, XLoraLinear) or not layer.dora:
+        return None, weighed
+    ratio = layer.dora_ratio().float()
+    stretch = routing.experts(layer, layer.dora_experts).float() @ (ratio - 1)
+    return stretch, weighed * layer.column_ratios(ratio)
+
+
+def _product(layer: XLoraLayer, up: Float[Tensor, "out R"]) -> Float[Tensor, "out inputs"]:
+    experts = layer.unstack(dict(layer.named_parameters(recurse=False))).values()
+    down = torch.cat([weights.A.float().flatten(1) for weights in experts])
+    return up @ down
+
+
+def _rows(layer: XLoraLayer, weight: Tensor) -> Float[Tensor, "out inputs"]:
+    """The base layer's weight with a row for each output."""
+    return weight.T if isinstance(layer.base_layer, Conv1D | nn.Embedding) else weight.flatten(1)
+
+
+def _like_weight(layer: XLoraLayer, rows: Float[Tensor, "out inputs"]) -> Tensor:
+    """The inverse of `_rows`."""
+    transposed = isinstance(layer.base_layer, Conv1D | nn.Embedding)
+    return rows.T if transposed else rows.reshape(cast("Tensor", layer.base_layer.weight).shape)
+
+
+def _refused(path: str, reason: str) -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        "Experts are merged into plain weights.",
+        received=f"{path!r}: {reason}",
+        remedy="keep the experts beside the base model",
+    )

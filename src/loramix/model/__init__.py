@@ -1,0 +1,1 @@
+"""What a user calls: building and loading a mixture, and the methods that a model gains."""

@@ -1,0 +1,119 @@
+"""One call from a checkpoint to a model: the base model's identifier is in the adapter's configuration."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, ClassVar
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from loramix.config.base import PeftConfig
+from loramix.errors import ConfigurationError
+from loramix.files.hub import HubOptions
+from loramix.model.build import PeftModel
+
+
+class AutoPeftModel:
+    """Base model and adapter in one call; the siblings load the base model with a head for their task."""
+
+    base_class: ClassVar[Any] = AutoModel
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        *,
+        adapters: dict[str, str] | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **base: Any,
+    ) -> PeftModel:
+        """Load the base model that the adapter names, then the adapter.
+
+        Args:
+            model_id: folder or Hub identifier of a mixture, or of a LoRA expert.
+            adapter_name: as `PeftModel.from_pretrained`, like the next three.
+            is_trainable: whether what was trained trains on.
+            config: a configuration to use instead of the saved one.
+            adapters: experts to use instead of the saved ones.
+            revision: of the adapter; the base model's is in the adapter's configuration.
+            subfolder: of the adapter.
+            token: access token, for adapter and base model, like the next three.
+            cache_dir: where downloads are kept.
+            local_files_only: look into the cache and nowhere else.
+            force_download: download again what the cache holds.
+            **base: everything else goes to the base model's `from_pretrained` (dtype, device_map, …).
+
+        Raises:
+            ConfigurationError: the adapter does not say what its base model is.
+        """
+        access = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        options = HubOptions(revision=revision, subfolder=subfolder, **access)  # pyright: ignore[reportArgumentType]
+        saved = PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder, **access)
+        if not saved.base_model_name_or_path:
+            raise ConfigurationError(
+                "The adapter's configuration names its base model.",
+                received=f"base_model_name_or_path={saved.base_model_name_or_path!r} in {str(model_id)!r}",
+                remedy="load the base model yourself and call PeftModel.from_pretrained(base, path)",
+            )
+        model = cls.base_class.from_pretrained(
+            saved.base_model_name_or_path, revision=saved.revision or "main", **access, **base
+        )
+        return PeftModel.from_pretrained(
+            model, model_id, adapter_name, is_trainable, config, adapters=adapters, **vars(options)
+        )
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """With a language-modelling head."""
+
+    base_class = AutoModelForCausalLM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """With an encoder and a decoder."""
+
+    base_class = AutoModelForSeq2SeqLM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """With a head that classifies sequences."""
+
+    base_class = AutoModelForSequenceClassification
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """With a head that classifies tokens."""
+
+    base_class = AutoModelForTokenClassification
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """With a head that marks the answer in a text."""
+
+    base_class = AutoModelForQuestionAnswering
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """Without a head."""
+
+    base_class = AutoModel

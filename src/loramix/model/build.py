@@ -1,0 +1,302 @@
+"""Build a mixture on a Hugging Face model, or load one.
+
+The model stays what it was, a `PreTrainedModel` of its own class, with the methods of `methods.py` added:
+`get_peft_model` and `PeftModel.from_pretrained` return the object they were given.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, ABCMeta
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, cast, overload
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loramix import formats
+from loramix.config.base import LoraConfig, PeftConfig, XLoraConfig
+from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError
+from loramix.experts.adapter import Adapter
+from loramix.experts.initialise import new_adapter
+from loramix.files.hub import HubOptions, from_anywhere
+from loramix.layers.inject import adapt, find_carrier, plan, replace
+from loramix.layers.layer import XLoraLayer
+from loramix.model.peft_methods import ADAPTER_NAME, CLASSIFIER, PeftMethods
+from loramix.model.xlora_methods import XLoraMethods
+from loramix.passes.two_pass import MixtureState, rebind_forward, route_checkpoints, specialise
+from loramix.routers.classifier import XLoraClassifier
+
+if TYPE_CHECKING:
+
+    class _Peft(PeftMethods, PreTrainedModel):  # pyright: ignore
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    class _XLora(XLoraMethods, PreTrainedModel): ...  # pyright: ignore
+else:
+    _Peft = _XLora = ABC
+
+
+class PeftModel(_Peft):
+    """Any model with experts on it: `isinstance(model, PeftModel)` holds for what `get_peft_model` returns.
+
+    The model's own class keeps its own `from_pretrained`; this one only recognises it.
+    """
+
+    @staticmethod
+    def from_pretrained(
+        model: PreTrainedModel,
+        model_id: str | PathLike[str],
+        adapter_name: str = ADAPTER_NAME,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        *,
+        adapters: Mapping[str, str] | None = None,
+        **hub: Any,
+    ) -> PeftModel:
+        """Put a saved mixture, or one saved LoRA expert, on a base model.
+
+        Args:
+            model: the base model; it becomes the result.
+            model_id: a folder, or a Hub identifier.
+            adapter_name: kept for PEFT's sake; "default".
+            is_trainable: whether what was trained trains on; otherwise nothing requires gradients.
+            config: a configuration to use instead of the saved one: of the same kind, for the same tensors. Experts
+                that it names otherwise than the saved one count as `adapters`.
+            adapters: experts to use instead of the saved ones: the same names replace by name, all-new names replace
+                in order and become the names.
+            **hub: revision, subfolder, token, cache_dir, local_files_only, force_download. PEFT's `torch_device`,
+                `device_map`, `autocast_adapter_dtype`, `low_cpu_mem_usage` and `ephemeral_gpu_offload` are taken and
+                mean nothing: experts go where the base model's layers are.
+
+        Raises:
+            CheckpointError: files that are missing, broken or incomplete.
+            AdapterError: an expert that this base model cannot carry.
+            ConfigurationError: settings that cannot work.
+            ModelError: a base model that cannot carry a mixture, or carries one already.
+        """
+        _check_base(model)
+        options = _options(hub)
+        config = copy.deepcopy(config)
+        if formats.detect(model_id, options) == "expert":
+            _require_kind(config, LoraConfig, model_id)
+            if adapters is not None:
+                raise ConfigurationError(
+                    "adapters= replaces the experts of a mixture.",
+                    received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
+                    remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
+                )
+            adapter = formats.load_adapter(adapter_name, model_id, options, cast("LoraConfig | None", config))
+            return _build_lora(model, adapter, trainable=is_trainable)
+        _require_kind(config, XLoraConfig, model_id)
+        saved = formats.load_mixture(model_id, options, adapters, cast("XLoraConfig | None", config))
+        saved.config.inference_mode = not is_trainable
+        result = _build_mixture(model, saved.config, saved.experts, saved.classifier, trainable=is_trainable)
+        return result if is_trainable else cast(PeftModel, cast(PreTrainedModel, result).eval())
+
+
+class XLoraModel(PeftModel, _XLora):
+    """A mixture: `isinstance(model, XLoraModel)` tells it from a plain LoRA model."""
+
+
+# Whatever has the methods is an instance, also when unpickled; no method of these classes stands in its way.
+cast(ABCMeta, PeftModel).register(PeftMethods)
+cast(ABCMeta, XLoraModel).register(XLoraMethods)
+
+
+@overload
+def get_peft_model(
+    model: PreTrainedModel, peft_config: XLoraConfig, adapter_name: str = ADAPTER_NAME, mixed: bool = ..., **hub: Any
+) -> XLoraModel: ...
+
+
+@overload
+def get_peft_model(
+    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, mixed: bool = ..., **hub: Any
+) -> PeftModel: ...
+
+
+def get_peft_model(
+    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, mixed: bool = False, **hub: Any
+) -> PeftModel:
+    """Make a mixture of a base model and the experts a configuration names, with a new router; or a new LoRA expert.
+
+    Args:
+        model: the base model; it becomes the result. It is left as it was if anything here fails.
+        peft_config: an `XLoraConfig`, or a `LoraConfig` to train a new expert with. The model keeps a copy.
+        adapter_name: kept for PEFT's sake.
+        mixed: likewise; False.
+        **hub: as for `PeftModel.from_pretrained`, for the experts; but `revision` is the base model's, as in PEFT, and
+            kept in the configuration. An expert says its own: "user/repo@revision".
+
+    Raises:
+        ConfigurationError, CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
+    """
+    _check_base(model)
+    if not isinstance(cast(object, peft_config), XLoraConfig | LoraConfig) or mixed:
+        kind = type(peft_config)
+        raise ModelError(
+            "A model is built from one loramix.XLoraConfig or loramix.LoraConfig.",
+            received="mixed=True" if mixed else f"a {kind.__module__}.{kind.__qualname__}",
+            remedy="pass XLoraConfig(adapters={…}) or LoraConfig(target_modules=…), imported from loramix",
+        )
+    config = copy.deepcopy(peft_config)
+    config.revision = hub.pop("revision", config.revision)
+    options = _options(hub)
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model.config, "_name_or_path", None) or None
+    if isinstance(config, LoraConfig):
+        return _build_lora(model, new_adapter(adapter_name, model, config), trainable=True)
+    assert isinstance(config, XLoraConfig)
+    config.validate_for(len(config.adapters), hidden_size_of(model))
+    config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
+    experts = [formats.load_adapter(name, source, options) for name, source in config.adapters.items()]
+    return _build_mixture(model, config, experts, None, trainable=not config.inference_mode)
+
+
+def _options(hub: Mapping[str, Any]) -> HubOptions:
+    return HubOptions.from_kwargs({name: value for name, value in hub.items() if name not in _ONLY_PEFTS})
+
+
+_ONLY_PEFTS = frozenset(
+    {"torch_device", "device_map", "autocast_adapter_dtype", "low_cpu_mem_usage", "ephemeral_gpu_offload"}
+)
+
+
+def _require_kind(config: PeftConfig | None, kind: type[PeftConfig], model_id: str | PathLike[str]) -> None:
+    if config is not None and not isinstance(config, kind):
+        raise ConfigurationError(
+            "config= is of the kind of the saved one.",
+            received=f"a {type(config).__name__} for {str(model_id)!r}, which needs a {kind.__name__}",
+            remedy=f"pass a {kind.__name__}, or leave config= out",
+        )
+
+
+def prepare_model_for_kbit_training(
+    model: PreTrainedModel,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Freeze a quantised base model, hold what is not quantised in float32, and checkpoint its gradients.
+
+    Args:
+        model: the base model, before `get_peft_model`.
+        use_gradient_checkpointing: trade time for memory.
+        gradient_checkpointing_kwargs: for transformers; `use_reentrant` is False unless given.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    if use_gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+    return model
+
+
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """H: the width of the last hidden state, which the head reads where there is one."""
+    head = model.get_output_embeddings()
+    width = getattr(head, "in_features", None)
+    if isinstance(width, int):
+        return width
+    config = model.config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT projects its last hidden state
+
+
+def _check_base(model: PreTrainedModel) -> None:
+    if not isinstance(cast(object, model), PreTrainedModel):
+        raise ModelError(
+            "The base model is a transformers PreTrainedModel.",
+            received=f"a {type(model).__name__}",
+            remedy="load it with AutoModelForCausalLM.from_pretrained(…)",
+        )
+    if any(isinstance(module, XLoraLayer) or _is_of_peft(module) for module in model.modules()):
+        raise ModelError(
+            "Experts are put on a plain base model.",
+            received=f"a {type(model).__name__} that already carries experts",
+            remedy="call model.unload() first, or load the base model anew",
+        )
+    route_checkpoints(model, dry_run=True)
+
+
+def _is_of_peft(module: object) -> bool:
+    return type(module).__module__.startswith("peft.")
+
+
+def _build_mixture(
+    model: PreTrainedModel,
+    config: XLoraConfig,
+    experts: Sequence[Adapter],
+    saved: Mapping[str, Tensor] | None,
+    *,
+    trainable: bool,
+) -> PeftModel:
+    hidden_size = hidden_size_of(model)
+    config.validate_for(len(experts), hidden_size)
+    config.hidden_size = hidden_size
+    sites = plan(model, experts)
+    classifier = XLoraClassifier(config, len(experts), len(sites))
+    if saved is not None:
+        _load_classifier(classifier, saved)
+    classifier.requires_grad_(trainable).train(model.training)
+    carrier = find_carrier(model, sites, [expert.name for expert in experts])
+    layers = adapt(sites, precise=config.use_trainable_adapters, dtype=model.dtype)
+    classifier.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
+    state = MixtureState(config, experts, layers, classifier)
+    _commit(model, carrier, layers, state, XLoraMethods)
+    _set_trainable(layers, trainable and config.use_trainable_adapters)
+    return cast(XLoraModel, model)
+
+
+def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
+    adapter.config.inference_mode = not trainable
+    sites = plan(model, [adapter])
+    carrier = find_carrier(model, sites, [adapter.name])
+    layers = adapt(sites, precise=True, dtype=model.dtype)
+    state = MixtureState(adapter.config, [adapter], layers, None)
+    _commit(model, carrier, layers, state, PeftMethods)
+    _set_trainable(layers, trainable)
+    return cast(PeftModel, model if trainable else model.eval())
+
+
+def _load_classifier(classifier: XLoraClassifier, saved: Mapping[str, Tensor]) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if own != found:
+        raise AdapterMismatchError(
+            "A saved router fits the base model's hidden size, its adapted layers and the experts.",
+            received=f"expected {own}, found {found}",
+            remedy="load it on the base model it was trained on, with as many experts on the same modules",
+        )
+    classifier.load_state_dict(dict(saved))
+
+
+def _commit(
+    model: PreTrainedModel,
+    carrier: PreTrainedModel,
+    layers: Mapping[str, XLoraLayer],
+    state: MixtureState,
+    methods: type,
+) -> None:
+    """Change the model. All checks are behind us: nothing in here may fail."""
+    state.thawed = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    route_checkpoints(model)
+    for path, layer in layers.items():
+        replace(model, path, layer)
+    if state.classifier is not None:
+        model.add_module(CLASSIFIER, state.classifier)
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(c is carrier for c in m.modules())]
+    for part in parts:
+        part.__dict__["_loramix"] = state
+        part.__class__ = specialise(type(part), *([methods] if part is model else []), carrier=part is carrier)
+    for part in parts:
+        rebind_forward(part)
+
+
+def _set_trainable(layers: Mapping[str, XLoraLayer], trainable: bool) -> None:
+    for layer in layers.values():
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(trainable)

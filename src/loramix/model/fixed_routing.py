@@ -1,0 +1,159 @@
+"""Routing that is fixed: for a while, for good, or into one adapter.
+
+B, S: batch, sequence. L: adapted layers. E: experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loramix import formats
+from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
+from loramix.layers.compress import single_adapter
+from loramix.layers.scalings import TensorRouting, override
+from loramix.model.peft_methods import PeftMethods, layers_of
+from loramix.passes.hooks import Made, RoutingHook
+from loramix.passes.two_pass import observing
+
+
+class FixedMethods(PeftMethods):
+    """One pass per token, with scalings that are the same for every token."""
+
+    def fixed_scalings(self, values: Tensor | Sequence[float]) -> AbstractContextManager[None]:
+        """Inside, in this thread, one pass with the same final scalings for every token.
+
+        Args:
+            values: (E,) for all layers alike, or (L, E).
+
+        Raises:
+            RoutingError: another shape.
+        """
+        rows = self._checked_scalings(values)
+        return override(self._loramix, lambda: self._loramix.routing(rows))
+
+    def _checked_scalings(self, values: Tensor | Sequence[float]) -> Tensor:
+        shapes = [(len(self.expert_names),), (len(self.adapted_modules), len(self.expert_names))]
+        try:
+            scalings = torch.as_tensor(values, dtype=torch.float32, device=cast(Any, self).device)
+        except (TypeError, ValueError, RuntimeError):
+            scalings = torch.empty(0)
+        if tuple(scalings.shape) not in shapes or not bool(torch.isfinite(scalings).all()):
+            raise RoutingError(
+                "Fixed scalings hold one finite number for each expert, or for each layer and expert.",
+                received=f"{values!r}",
+                remedy=f"pass shape {shapes[0]} for {', '.join(self.expert_names)}, or {shapes[1]}",
+            )
+        return scalings if scalings.dim() == 2 else scalings.unsqueeze(0)
+
+    def fix_routing(
+        self,
+        scalings: Tensor | Sequence[float] | None = None,
+        *,
+        prompt: Mapping[str, Tensor] | None = None,
+        after: int | None = None,
+    ) -> None:
+        """From now on, in every thread, one pass per token, with the same scalings; until `unfix_routing()`.
+
+        What is fixed is not saved; `merge_and_unload()` and `save_fixed()` make plain weights, or one adapter, of it.
+
+        Args:
+            scalings: (E,) for all layers alike, or (L, E).
+            prompt: a model input (`input_ids`, `attention_mask`, …): the mean of its tokens' final scalings.
+            after: in each generation, route that many tokens after the prompt, and keep the mean of their final
+                scalings, for each row its own. Forwards outside `generate` go on routing. A cache that such a
+                generation returns holds the mixture pass alone, and is continued with fixed scalings only.
+
+        Raises:
+            ConfigurationError: none of them, or several, or `after` below 1.
+            RoutingError: scalings of another shape.
+        """
+        if sum(given is not None for given in (scalings, prompt, after)) != 1 or (after is not None and after < 1):
+            raise ConfigurationError(
+                "Routing is fixed by scalings, from a prompt, or after a number of tokens: by one of them.",
+                received=f"scalings={scalings!r}, prompt={prompt!r}, after={after!r}",
+                remedy="pass for example fix_routing([0.5, 0.5]), or fix_routing(after=32)",
+            )
+        fixed = None
+        if prompt is not None:
+            before = self._loramix.fixed
+            self._loramix.fixed = None  # the prompt is routed
+            try:
+                fixed = mean_scalings(cast(Any, self), prompt)
+            finally:
+                self._loramix.fixed = before
+        elif scalings is not None:
+            fixed = self._checked_scalings(scalings)
+        self._loramix.fixed, self._loramix.fixed_after = fixed, after
+
+    def unfix_routing(self) -> None:
+        """Route each token again."""
+        self._loramix.fixed = self._loramix.fixed_after = None
+
+    @property
+    def fixed_routing(self) -> Float[Tensor, "L E"] | None:
+        """The scalings that `fix_routing` fixed, or None."""
+        fixed = self._loramix.fixed
+        return None if fixed is None else fixed.expand(len(self.adapted_modules), -1)
+
+    def save_fixed(self, save_directory: str | PathLike[str], *, rank: int | None = None) -> float:
+        """Save a mixture whose routing is fixed as one LoRA adapter, in PEFT's format.
+
+        Args:
+            save_directory: the folder.
+            rank: of each layer at most, by truncated singular values; None puts the experts side by side, exactly.
+
+        Returns:
+            What is left out: the Frobenius norm of the difference of the weights, relative to what the experts add.
+
+        Raises:
+            UnsupportedOperationError: the routing is not fixed, or an expert has DoRA or a bias.
+            SaveError: the folder could not be written.
+        """
+        routing = self._loramix.single_pass()
+        if not isinstance(routing, TensorRouting):
+            raise UnsupportedOperationError(
+                "One adapter holds a mixture whose scalings are the same for every token.",
+                received=f"save_fixed() on a mixture of {', '.join(self.expert_names)}, which routes each token",
+                remedy="call fix_routing(…) before, or use save_pretrained(folder)",
+            )
+        like = self._loramix.experts[0].config
+        adapter, error = single_adapter(layers_of(cast(PreTrainedModel, self)), routing, like, rank=rank)
+        formats.save_adapter(save_directory, adapter)
+        return error
+
+
+class _Final(RoutingHook):
+    """Keeps the final scalings of one forward."""
+
+    def __init__(self) -> None:
+        self.final = torch.empty(0)
+
+    def made(self, made: Made) -> None:
+        self.final = made.final.detach()
+
+
+@torch.no_grad()
+def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "L E"]:
+    """The mean of a text's final scalings over its real tokens."""
+    hook = _Final()
+    inputs = {name: value.to(model.device) for name, value in prompt.items()}
+    with observing(model, hook):
+        model(**inputs, use_cache=False)
+    mask, final = inputs.get("attention_mask"), hook.final
+    if mask is None:
+        mask = torch.ones(final.shape[:2])
+    if mask.shape != final.shape[:2] or not bool(mask.any()):
+        raise RoutingError(
+            "Scalings are fixed from a prompt that is routed, token by token, and is not all padding.",
+            received=f"scalings of shape {tuple(final.shape)} and a mask of shape {tuple(mask.shape)}",
+            remedy="pass input_ids and attention_mask of the same shape, outside fixed_scalings(…)",
+        )
+    return final[mask.to(torch.bool)].mean(0)

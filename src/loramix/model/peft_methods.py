@@ -1,0 +1,282 @@
+"""The methods that a model gains when experts are put on it: PEFT's interface, on a transformers model.
+
+B, S: batch, sequence. L: adapted layers. E: experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from types import MappingProxyType
+from typing import Any, NoReturn, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loramix import formats
+from loramix.config.base import LoraConfig, PeftConfig, PeftType, XLoraConfig
+from loramix.errors import ConfigurationError, UnsupportedOperationError
+from loramix.experts.adapter import Adapter
+from loramix.layers.inject import replace
+from loramix.layers.layer import XLoraLayer
+from loramix.layers.merge import merge, put
+from loramix.layers.scalings import ConstantRouting, Watched, override
+from loramix.passes.two_pass import MixtureState, Specialised
+from loramix.routers.classifier import XLoraClassifier
+
+CLASSIFIER = "internal_xlora_classifier"
+ADAPTER_NAME = "default"
+
+
+_NO_TRAINER = cast("Mapping[str, Tensor]", MappingProxyType({}))
+"""What `save_pretrained` takes its `state_dict` for when nobody gives one, not even None, as trainers do."""
+
+_TAKEN_ON_SAVE = frozenset(
+    {
+        *("safe_serialization", "max_shard_size", "save_function", "variant", "token", "save_peft_format"),
+        *("selected_adapters", "save_embedding_layers", "path_initial_model_for_weight_conversion"),
+    }
+)
+
+
+class PeftMethods:
+    """What a model gains when experts are put on it."""
+
+    _loramix: MixtureState
+    internal_xlora_classifier: XLoraClassifier
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The live configuration, under the name "default"."""
+        return {ADAPTER_NAME: self._loramix.config}
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The live configuration."""
+        return self._loramix.config
+
+    @property
+    def peft_type(self) -> PeftType:
+        """XLORA for a mixture, LORA for a plain LoRA model."""
+        return PeftType(self._loramix.config.peft_type)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name under which `peft_config` holds the configuration."""
+        return ADAPTER_NAME
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Likewise, as a list."""
+        return [ADAPTER_NAME]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """The E experts, in the order of their scalings."""
+        return list(self._loramix.names)
+
+    @property
+    def adapted_modules(self) -> list[str]:
+        """Paths of the L adapted modules, in the order of their scalings."""
+        return list(self._loramix.paths)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The model itself: the base model with the adapted layers in place."""
+        return cast(PreTrainedModel, self)
+
+    def unload(self) -> PreTrainedModel:
+        """Take the experts out again: the plain base model, the same object."""
+        model, state = cast(PreTrainedModel, self), self._loramix
+        for path, layer in layers_of(model).items():
+            replace(model, path, layer.base_layer)
+        if state.classifier is not None:
+            delattr(model, CLASSIFIER)
+        for part in [module for module in model.modules() if isinstance(module, Specialised)]:
+            part.restore()
+        for name in state.thawed:
+            model.get_parameter(name).requires_grad_(True)
+        return model
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Inside, in this thread, the model is its base model: one pass, no experts. Nests."""
+        return override(self._loramix, lambda: ConstantRouting(0.0))
+
+    def enable_adapter_layers(self) -> None:
+        """Undo `disable_adapter_layers`."""
+        self._loramix.enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Make the model its base model, in every thread, until `enable_adapter_layers`."""
+        self._loramix.enabled = False
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters train, and how many there are."""
+        parameters = list(cast(nn.Module, self).parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both, and their ratio in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = _NO_TRAINER,
+        push_to_hub: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Write the adapter: a mixture with its router and its experts, or one LoRA expert (SEMANTICS §4).
+
+        With `state_dict=`, as trainers call it, what trains is also written as `model.safetensors`, by the model's own
+        keys: transformers' Trainer resumes from that file, and reads its best model from it. `from_pretrained` does
+        not look at it.
+
+        Args:
+            save_directory: the folder; what lies there and is not ours is left alone.
+            is_main_process: whether this process writes.
+            state_dict: whole tensors to write instead of the model's own, by the model's own keys; all, some, or None.
+            push_to_hub: upload the folder afterwards.
+            **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, … What transformers, accelerate and PEFT
+                pass to a `save_pretrained` is taken and means nothing here.
+
+        Raises:
+            ConfigurationError: another argument.
+            SaveError: the folder could not be written; what it held is still in place.
+        """
+        unknown = sorted(set(hub) - _TAKEN_ON_SAVE) if not push_to_hub else []
+        if unknown or hub.get("safe_serialization") is False:
+            raise ConfigurationError(
+                "A mixture is saved as safetensors, and takes further arguments only for push_to_hub=True.",
+                received=", ".join(unknown) or "safe_serialization=False",
+                remedy=f"leave {'them' if len(unknown) > 1 else 'it'} out",
+            )
+        hub = {name: value for name, value in hub.items() if name not in _TAKEN_ON_SAVE or name == "token"}
+        if is_main_process:
+            _save(cast(PreTrainedModel, self), save_directory, state_dict)
+        if push_to_hub:
+            cast(Any, self).push_to_hub(hub.pop("repo_id", str(save_directory)), **hub)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Trainer refuses to train a quantised model that says no here."""
+        return bool(getattr(self, "is_quantized", False))
+
+    @property
+    def _keys_to_ignore_on_save(self) -> list[str]:
+        """What a trainer's checkpoint lacks on purpose: all that does not train."""
+        model = cast(nn.Module, self)
+        training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return [name for name in model.state_dict() if name not in training]
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> PreTrainedModel:
+        """Merge the experts into the weights of the base model, where their scalings are the same for every token.
+
+        That is so for a plain LoRA model, and for a mixture after `fix_routing(…)` or inside `fixed_scalings(…)`.
+
+        Args:
+            progressbar: kept for PEFT's sake, like the next two.
+            safe_merge: weights are always checked before any is changed.
+            adapter_names: None, or `["default"]`.
+
+        Returns:
+            The base model, the same object, without experts.
+
+        Raises:
+            UnsupportedOperationError: every token has scalings of its own, or a base layer is quantised; nothing was
+                changed.
+        """
+        model, state = cast(PreTrainedModel, self), self._loramix
+        routing = state.single_pass()
+        if routing is None or adapter_names not in (None, [ADAPTER_NAME]):
+            raise UnsupportedOperationError(
+                "Only experts whose scalings are the same for every token can be merged into the base model.",
+                received=f"merge_and_unload() on a mixture of {', '.join(self.expert_names)}, which routes each token"
+                if routing is None
+                else f"adapter_names={adapter_names!r}",
+                remedy="keep the experts beside the base model, or call model.fix_routing([…]) before",
+            )
+        assert not isinstance(routing, Watched)
+        merged = merge(layers_of(model), routing)
+        self.unload()
+        put(model, merged)
+        return model
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: what is merged leaves the model."""
+        _refuse("merge_adapter", "merge_and_unload(), inside fixed_scalings([…]) for a mixture")
+
+    def unmerge_adapter(self) -> NoReturn:
+        """Likewise."""
+        _refuse("unmerge_adapter", "the model before merge_and_unload(): nothing is merged while experts are there")
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: the experts of a mixture are its configuration's."""
+        _refuse("load_adapter", "PeftModel.from_pretrained(base, checkpoint, adapters={…}) to replace experts")
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        _refuse("add_adapter", "get_peft_model(base, XLoraConfig(adapters={…})) with all experts")
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        _refuse("set_adapter", "fixed_scalings([…]) to run chosen experts only")
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        _refuse("delete_adapter", "unload(), or build the mixture anew without the expert")
+
+    def enable_adapters(self) -> NoReturn:
+        """Likewise."""
+        _refuse("enable_adapters", "enable_adapter_layers()")
+
+    def disable_adapters(self) -> NoReturn:
+        """Likewise."""
+        _refuse("disable_adapters", "disable_adapter_layers(), or the context manager disable_adapter()")
+
+    def get_adapter_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        _refuse("get_adapter_state_dict", "save_pretrained(folder)")
+
+
+def layers_of(model: PreTrainedModel) -> dict[str, XLoraLayer]:
+    """The adapted layers of a model by path, in order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, XLoraLayer)}
+
+
+def _save(model: PreTrainedModel, folder: str | PathLike[str], given: Mapping[str, Tensor] | None) -> None:
+    state = cast(PeftMethods, model)._loramix  # pyright: ignore[reportPrivateUsage]
+    tensors = model.state_dict() | dict(given or {})
+    experts = _experts(model, state, tensors)
+    training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainer_state = training if given is not _NO_TRAINER and training else None
+    if isinstance(state.config, LoraConfig):
+        formats.save_adapter(folder, experts[0], trainer_state)
+        return
+    assert isinstance(state.config, XLoraConfig)
+    prefix = f"{CLASSIFIER}."
+    router = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    formats.save_mixture(folder, state.config, router, experts, trainer_state)
+
+
+def _experts(model: PreTrainedModel, state: MixtureState, tensors: Mapping[str, Tensor]) -> list[Adapter]:
+    """The experts as they are now, from the stacked tensors."""
+    experts = [dataclasses.replace(expert, weights={}) for expert in state.experts]
+    for path, layer in layers_of(model).items():
+        own = {name: tensors[f"{path}.{name}"] for name, _ in layer.named_parameters(recurse=False)}
+        for expert, weights in layer.unstack(own).items():
+            experts[expert].weights[path] = weights
+    return experts
+
+
+def _refuse(call: str, remedy: str) -> NoReturn:
+    raise UnsupportedOperationError(
+        "A mixture's experts are fixed when it is built.", received=f"{call}()", remedy=f"use {remedy}"
+    )

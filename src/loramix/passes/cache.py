@@ -1,0 +1,170 @@
+"""Two key-value caches in one object: the mixture pass's own, and beside it the scaling pass's.
+
+A cache that a user passes in stays the user's object: it gains a twin, and its class becomes a run-time subclass that
+hands every change of shape on to the twin. So it may be reused, cropped, reordered and deep-copied as any cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from loramix.errors import CacheError
+from loramix.passes.hooks import CacheFollower
+
+C = TypeVar("C", bound=Cache)
+
+
+class TwoPassCache(Cache):
+    """A cache of the mixture pass that carries the scaling pass's cache along.
+
+    Not built by hand: `TwoPassCache.pair` makes one of a cache, and a mixture does so by itself.
+
+    Attributes:
+        base: the scaling pass's cache, of the same kind.
+        owner: which mixture filled it; another one refuses it.
+        torn: whether a forward is filling it, or stopped while it did.
+        followers: who is told how its rows change.
+    """
+
+    base: Cache
+    owner: str
+    torn: bool
+    followers: tuple[CacheFollower, ...] = ()
+
+    @staticmethod
+    def pair(mixed: Cache, base: Cache, owner: str) -> TwoPassCache:
+        """Make `mixed` a two-pass cache, in place, with `base` as its twin."""
+        mixed.__class__ = _paired(type(mixed))
+        mixed.__dict__.update(base=base, owner=owner, torn=False)
+        assert isinstance(mixed, TwoPassCache)
+        return mixed
+
+    @staticmethod
+    def adopt(cache: Cache, owner: str) -> TwoPassCache:
+        """`cache` itself as this mixture's two-pass cache; an empty one gains its twin now.
+
+        Raises:
+            CacheError: it was filled by another model, or its two halves have come apart.
+        """
+        if isinstance(cache, TwoPassCache) and cache.owner != owner and cache.is_empty:
+            cache.owner = owner
+        if not isinstance(cache, TwoPassCache):
+            if tokens_in(cache) > 0:
+                raise _foreign("a cache that a model without these experts filled")
+            return TwoPassCache.pair(cache, _empty_copy(cache), owner)
+        if cache.owner != owner:
+            raise _foreign("a cache that another mixture filled")
+        if cache.torn or _lengths_differ(cache):
+            raise CacheError(
+                "Both halves of a two-pass cache hold the same tokens.",
+                received="a cache that an interrupted forward left half filled"
+                if cache.torn
+                else f"{tokens_in(cache)} tokens of the mixture pass, {tokens_in(cache.base)} of the scaling pass",
+                remedy="reset() it or pass an empty one, and change it through its own methods, not through its layers",
+            )
+        return cache
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether neither half holds a token, as after `reset`."""
+        return not self.torn and not tokens_in(self) and not tokens_in(self.base)
+
+    @property
+    def mixed(self) -> Cache:
+        """The mixture pass's cache: this object."""
+        return self
+
+    def separate(self) -> None:
+        """Become the plain cache again that the user made, without a twin."""
+        self.__class__ = type(self).__mro__[2]
+        for name in ("base", "owner", "torn"):
+            del self.__dict__[name]
+        self.__dict__.pop("followers", None)
+
+    def reset(self) -> None:
+        super().reset()
+        self.base.reset()
+        self.torn = False
+        for follower in self.followers:
+            follower.emptied()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.base.crop(tokens_to_remove)
+        for follower in self.followers:
+            follower.cropped(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        self.base.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        for follower in self.followers:
+            follower.reordered(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.base.batch_repeat_interleave(repeats)
+        for follower in self.followers:
+            follower.repeated(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.base.batch_select_indices(indices)
+        for follower in self.followers:
+            follower.reordered(indices)
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        self.base.activate_past_recording()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+
+def _empty_copy(cache: Cache) -> Cache:
+    """Another empty cache of the same kind; an offloading one shares its stream, which cannot be copied."""
+    stream = getattr(cache, "prefetch_stream", None)
+    return copy.deepcopy(cache, {} if stream is None else {id(stream): stream})
+
+
+def _lengths_differ(cache: TwoPassCache) -> bool:
+    """Whether the halves hold different numbers of tokens; not asked where the answer would wait for a device."""
+    if torch.compiler.is_compiling():
+        return False
+    mixed, base = tokens_in(cache), tokens_in(cache.base)
+    waits = isinstance(mixed, Tensor) and mixed.device.type != "cpu"
+    return not waits and bool(mixed != base)
+
+
+def tokens_in(cache: Cache) -> int | Tensor:
+    """How many tokens a cache holds; one that keeps states only, as Mamba's does, knows no more than none or some."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return int(cache.has_previous_state())
+
+
+def _foreign(received: str) -> CacheError:
+    return CacheError(
+        "A mixture continues only what it has read itself.",
+        received=received,
+        remedy="pass an empty cache, or one that this mixture returned",
+    )
+
+
+@functools.cache
+def _paired(kind: type[Cache]) -> type[TwoPassCache]:
+    if issubclass(kind, TwoPassCache):
+        return kind
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (TwoPassCache, kind), names)
+
+
+def _rebuild(kind: type[Cache]) -> TwoPassCache:
+    paired = _paired(kind)
+    return paired.__new__(paired)

@@ -1,0 +1,1 @@
+"""Serving a mixture; empty so far."""

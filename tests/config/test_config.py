@@ -1,0 +1,387 @@
+"""Configurations: PEFT's fields and files, the rules of X-LoRA, and what a broken file says."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import warnings
+
+import pytest
+
+from loramix.config.base import LoraConfig, PeftConfig, PeftType, TaskType, XLoraConfig
+from loramix.config.names import check_expert_names
+from loramix.errors import (
+    AdapterNameError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    CorruptCheckpointError,
+    SaveError,
+    UnsupportedAdapterError,
+)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import peft
+
+EXPERTS = {"math": "a", "code": "b"}
+
+
+def xlora(**changes):
+    return XLoraConfig(**{"hidden_size": 64, "adapters": EXPERTS, **changes})
+
+
+def write(folder, content):
+    (folder / "adapter_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+class TestAgainstPeft:
+    @pytest.mark.parametrize("name", ["LoraConfig", "XLoraConfig"])
+    def test_fields_and_defaults_are_peft_s(self, name):
+        ours, theirs = {"LoraConfig": LoraConfig, "XLoraConfig": XLoraConfig}[name], getattr(peft, name)
+        assert [entry.name for entry in dataclasses.fields(ours)] == [
+            entry.name for entry in dataclasses.fields(theirs)
+        ]
+        settings = {"hidden_size": 64, "adapters": {}} if name == "XLoraConfig" else {}
+        assert ours(**settings).to_dict() | {"peft_version": None} == theirs(**settings).to_dict() | {
+            "peft_version": None
+        }
+
+    def test_enumerations_are_peft_s(self):
+        assert [task.value for task in TaskType] == [task.value for task in peft.TaskType]
+        assert all(peft.PeftType(kind.value) == kind.value for kind in PeftType)
+
+    def test_peft_reads_our_lora_file(self, tmp_path):
+        config = LoraConfig(
+            r=4,
+            lora_alpha=7,
+            target_modules=["q_proj", "v_proj"],
+            exclude_modules=["0.q_proj"],
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"v_proj": 3.5},
+            use_rslora=True,
+            layers_to_transform=[0, 1],
+            layers_pattern=["layers"],
+            task_type="CAUSAL_LM",
+            base_model_name_or_path="user/base",
+        )
+        config.save_pretrained(tmp_path)
+        theirs = peft.LoraConfig.from_pretrained(tmp_path)
+        assert theirs.to_dict() | {"peft_version": None} == config.to_dict()
+
+    def test_peft_reads_our_xlora_file(self, tmp_path):
+        config = xlora(xlora_depth=3, top_k_lora=1, layerwise_scalings=True, task_type=TaskType.CAUSAL_LM)
+        config.save_pretrained(tmp_path)
+        theirs = peft.XLoraConfig.from_pretrained(tmp_path)
+        assert theirs.to_dict() | {"peft_version": None} == config.to_dict()
+        assert list(theirs.adapters) == ["math", "code"]
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"target_modules": ["v", "q"], "use_dora": True},
+            {"target_modules": ".*q", "init_lora_weights": "eva", "eva_config": peft.tuners.lora.EvaConfig()},
+            {"init_lora_weights": "gaussian", "bias": "all", "modules_to_save": ["lm_head"]},
+            {"layer_replication": [[0, 2], [1, 2]], "trainable_token_indices": {"embed_tokens": [1]}},
+            {"use_qalora": True, "qalora_group_size": 8, "megatron_core": None},
+        ],
+    )
+    def test_any_peft_file_reads_and_is_written_back_as_it_was(self, tmp_path, settings):
+        theirs = peft.LoraConfig(r=3, **settings)
+        theirs.save_pretrained(tmp_path)
+        ours = PeftConfig.from_pretrained(tmp_path)
+        assert isinstance(ours, LoraConfig)
+        before = json.loads((tmp_path / "adapter_config.json").read_text())
+        ours.save_pretrained(tmp_path)
+        after = json.loads((tmp_path / "adapter_config.json").read_text())
+        for name in ("target_modules", "exclude_modules"):
+            before[name] = sorted(before[name]) if isinstance(before[name], list) else before[name]
+        assert after == before
+
+
+class TestFiles:
+    def test_layout_is_sorted_and_stable(self):
+        text = LoraConfig(target_modules=["b", "a", "c"]).to_json()
+        assert json.loads(text)["target_modules"] == ["a", "b", "c"]
+        assert list(json.loads(text)) == sorted(json.loads(text))
+        assert "runtime_config" not in text
+        assert text.startswith('{\n  "alora_invocation_tokens": null,\n')
+
+    def test_adapters_keep_their_order(self, tmp_path):
+        xlora(adapters={"1": "x", "0": "y"}).save_pretrained(tmp_path)
+        assert list(XLoraConfig.from_pretrained(tmp_path).adapters.items()) == [("1", "x"), ("0", "y")]
+
+    def test_the_base_class_dispatches(self, tmp_path):
+        xlora().save_pretrained(tmp_path)
+        assert type(PeftConfig.from_pretrained(tmp_path)) is XLoraConfig
+        assert type(PeftConfig.from_pretrained(tmp_path.parent, subfolder=tmp_path.name)) is XLoraConfig
+
+    def test_fields_of_a_later_peft_are_ignored_with_a_warning(self, tmp_path):
+        write(tmp_path, {"peft_type": "LORA", "r": 3, "shiny_new": 1})
+        with pytest.warns(UserWarning, match=r"shiny_new\. They are ignored"):
+            assert LoraConfig.from_pretrained(tmp_path).r == 3
+
+    def test_runtime_config_is_not_stored(self, tmp_path):
+        write(tmp_path, {"peft_type": "LORA", "runtime_config": {"ephemeral_gpu_offload": True}})
+        assert LoraConfig.from_pretrained(tmp_path).runtime_config is None
+
+    def test_unknown_keyword_names_the_known_ones(self, tmp_path):
+        with pytest.raises(ConfigurationError, match="colour") as caught:
+            LoraConfig.from_pretrained(tmp_path, colour="red")
+        assert "revision" in caught.value.remedy
+
+    @pytest.mark.parametrize(
+        ("content", "found"),
+        [
+            ("", "Expecting value"),
+            ('{"peft_type": "LORA", "r": ', "Expecting value"),
+            ("[1, 2]", "a list"),
+            ('"LORA"', "a str"),
+            ('{"r": 8}', "peft_type=None"),
+            ('{"peft_type": 3}', "peft_type=3"),
+            ('{"peft_type": "LORA", "r": 1, "r": 2}', "'r' twice"),
+            ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "Expecting value"),
+        ],
+    )
+    def test_a_broken_file_is_named(self, tmp_path, content, found):
+        write(tmp_path, content)
+        with pytest.raises(CorruptCheckpointError) as caught:
+            PeftConfig.from_pretrained(tmp_path)
+        assert str(tmp_path / "adapter_config.json") in caught.value.received
+        assert found in caught.value.received
+        assert caught.value.remedy
+
+    def test_bytes_that_are_no_text(self, tmp_path):
+        (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(CorruptCheckpointError, match="utf-8"):
+            PeftConfig.from_pretrained(tmp_path)
+
+    def test_two_experts_of_one_name_in_the_file(self, tmp_path):
+        write(tmp_path, '{"peft_type": "XLORA", "hidden_size": 8, "adapters": {"math": "a", "math": "b"}}')
+        with pytest.raises(AdapterNameError, match="'math' twice") as caught:
+            PeftConfig.from_pretrained(tmp_path)
+        assert str(tmp_path) in caught.value.received
+
+    def test_a_bad_value_names_its_file(self, tmp_path):
+        write(tmp_path, {"peft_type": "LORA", "r": 0})
+        with pytest.raises(ConfigurationError, match="r=0 in") as caught:
+            LoraConfig.from_pretrained(tmp_path)
+        assert str(tmp_path) in caught.value.received
+
+    @pytest.mark.parametrize(
+        ("other", "found"),
+        [(None, "has none"), ("config.json", "a model's folder"), ("xlora_config.json", "original xlora library")],
+    )
+    def test_a_folder_without_an_adapter(self, tmp_path, other, found):
+        if other:
+            (tmp_path / other).write_text("{}")
+        with pytest.raises(CheckpointNotFoundError, match=found) as caught:
+            PeftConfig.from_pretrained(tmp_path)
+        assert str(tmp_path) in caught.value.received
+        assert "adapter_config.json" in caught.value.rule
+
+    def test_the_other_kind_is_refused(self, tmp_path):
+        xlora().save_pretrained(tmp_path / "x")
+        LoraConfig().save_pretrained(tmp_path / "l")
+        with pytest.raises(CheckpointError, match="'XLORA'") as caught:
+            LoraConfig.from_pretrained(tmp_path / "x")
+        assert "XLoraConfig.from_pretrained" in caught.value.remedy
+        with pytest.raises(CheckpointError, match="'LORA'"):
+            XLoraConfig.from_pretrained(tmp_path / "l")
+
+    @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "IA3", "ADALORA"])
+    def test_other_adapters_are_refused_by_name(self, tmp_path, kind):
+        write(tmp_path, {"peft_type": kind})
+        with pytest.raises(UnsupportedAdapterError, match=kind):
+            PeftConfig.from_pretrained(tmp_path)
+
+    def test_saving_where_a_file_lies(self, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(SaveError, match="file") as caught:
+            LoraConfig().save_pretrained(tmp_path / "file")
+        assert isinstance(caught.value.__cause__, OSError)
+        assert (tmp_path / "file").read_text() == "mine"
+
+
+class TestXLora:
+    def test_what_was_not_given_is_said_at_the_caller_s_line(self):
+        with pytest.warns(UserWarning, match="was not given") as seen:
+            config = XLoraConfig()
+        assert (config.hidden_size, config.adapters, config.hidden_size_given) == (4096, {}, False)
+        assert [str(warning.message).split()[0] for warning in seen] == ["hidden_size", "adapters"]
+        assert {warning.filename for warning in seen} == {__file__}
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"enable_softmax_topk": True, "enable_softmax": False}, "without top_k_lora"),
+            ({"enable_softmax_topk": True, "top_k_lora": 1}, "performs worse"),
+            ({"top_k_lora": 0}, "at least 1"),
+        ],
+    )
+    def test_doubtful_settings_warn_once(self, settings, message):
+        with pytest.warns(UserWarning, match=message) as seen:
+            xlora(**settings)
+        assert len(seen) == 1
+
+    def test_good_settings_are_silent(self):
+        config = xlora(top_k_lora=2, enable_softmax_topk=True, enable_softmax=False, softmax_temperature=0.5)
+        assert config.peft_type is PeftType.XLORA
+        assert config.hidden_size_given
+
+    def test_the_type_cannot_be_chosen(self):
+        assert xlora(peft_type="LORA").peft_type is PeftType.XLORA
+
+    @pytest.mark.parametrize(
+        ("settings", "named"),
+        [
+            ({"xlora_depth": 0}, "xlora_depth=0"),
+            ({"xlora_depth": 1.5}, "xlora_depth=1.5"),
+            ({"xlora_depth": True}, "xlora_depth=True"),
+            ({"xlora_depth": 2, "xlora_size": 0}, "xlora_size=0"),
+            ({"xlora_depth": 2, "xlora_dropout_p": 1.0}, "xlora_dropout_p=1.0"),
+            ({"xlora_depth": 2, "xlora_dropout_p": -0.1}, "xlora_dropout_p=-0.1"),
+            ({"softmax_temperature": 0}, "softmax_temperature=0"),
+            ({"softmax_temperature": -1.0}, "softmax_temperature=-1.0"),
+            ({"softmax_temperature": float("inf")}, "softmax_temperature=inf"),
+            ({"softmax_temperature": float("nan")}, "softmax_temperature=nan"),
+            ({"hidden_size": 0}, "hidden_size=0"),
+            ({"top_k_lora": 1.0}, "top_k_lora=1.0"),
+            ({"scaling_pass_value": float("nan")}, "scaling_pass_value=nan"),
+            ({"global_scaling_weight": "1"}, "global_scaling_weight='1'"),
+            ({"layerwise_scalings": "false"}, "layerwise_scalings='false'"),
+            ({"task_type": "POETRY"}, "task_type='POETRY'"),
+            ({"adapters": ["a"]}, "adapters=['a']"),
+            ({"adapters": {"math": None}}, "adapters['math']=None"),
+        ],
+    )
+    def test_what_cannot_work_is_an_error_that_names_it(self, settings, named):
+        with pytest.raises(ConfigurationError) as caught:
+            xlora(**settings)
+        field = next(iter(settings)) if len(settings) == 1 else list(settings)[-1]
+        assert named in caught.value.received
+        assert caught.value.rule.startswith(field) or field == "adapters"
+        assert caught.value.remedy
+
+    def test_size_and_dropout_matter_only_with_depth(self):
+        assert xlora(xlora_depth=1, xlora_size=0, xlora_dropout_p=2.0).xlora_size == 0
+
+    def test_names_that_cannot_be_folders(self):
+        with pytest.raises(AdapterNameError, match=r"\.\./x"):
+            xlora(adapters={"../x": "a"})
+
+    def test_paths_become_strings(self, tmp_path):
+        assert xlora(adapters={"math": tmp_path}).adapters == {"math": str(tmp_path)}
+
+    def test_adapters_are_a_copy(self):
+        given = dict(EXPERTS)
+        config = xlora(adapters=given)
+        config.adapters["more"] = "c"
+        assert given == EXPERTS
+
+    @pytest.mark.parametrize(
+        ("settings", "experts", "hidden", "named"),
+        [
+            ({}, 0, 64, "adapters="),
+            ({"top_k_lora": 3}, 2, 64, "top_k_lora=3"),
+            ({"hidden_size": 32}, 2, 64, "hidden_size=32"),
+        ],
+    )
+    def test_rules_known_when_the_model_is_built(self, settings, experts, hidden, named):
+        config = xlora(**settings)
+        with pytest.raises(ConfigurationError) as caught:
+            config.validate_for(experts, hidden)
+        assert named in caught.value.received
+        assert caught.value.remedy
+
+    def test_top_k_below_one_is_an_error_when_the_model_is_built(self):
+        with pytest.warns(UserWarning, match="top_k_lora"):
+            config = xlora(top_k_lora=0)
+        with pytest.raises(ConfigurationError, match="top_k_lora=0"):
+            config.validate_for(2, 64)
+
+    @pytest.mark.parametrize("k", [None, 1, 2])
+    def test_what_fits_passes(self, k):
+        xlora(top_k_lora=k).validate_for(2, 64)
+
+    def test_live_changes_are_checked_again(self):
+        config = xlora()
+        config.softmax_temperature = 0.0
+        with pytest.raises(ConfigurationError, match="softmax_temperature"):
+            config.validate_for(2, 64)
+
+
+class TestHiddenSizeNotGiven:
+    @pytest.fixture
+    def config(self):
+        with pytest.warns(UserWarning, match="hidden_size"):
+            return XLoraConfig(adapters=EXPERTS)
+
+    @pytest.mark.parametrize(
+        "duplicate",
+        [copy.copy, copy.deepcopy, dataclasses.replace, lambda config: pickle.loads(pickle.dumps(config))],
+        ids=["copy", "deepcopy", "replace", "pickle"],
+    )
+    def test_every_copy_remembers(self, config, duplicate):
+        again = duplicate(config)
+        assert (again.hidden_size, again.hidden_size_given) == (4096, False)
+        again.validate_for(2, 64)
+
+    def test_the_file_remembers(self, config, tmp_path):
+        config.save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match="hidden_size"):
+            again = XLoraConfig.from_pretrained(tmp_path)
+        assert not again.hidden_size_given
+        assert again == config
+
+    def test_the_dictionary_holds_a_plain_number(self, config):
+        assert type(config.to_dict()["hidden_size"]) is int
+        assert "hidden_size=4096" in repr(config)
+
+    def test_assigning_it_gives_it(self, config):
+        config.hidden_size = 4096
+        assert config.hidden_size_given
+        with pytest.raises(ConfigurationError, match="4096"):
+            config.validate_for(2, 64)
+
+
+class TestLora:
+    @pytest.mark.parametrize(
+        ("settings", "named"),
+        [
+            ({"r": 0}, "r=0"),
+            ({"r": "8"}, "r='8'"),
+            ({"rank_pattern": {"q": 0}}, "rank_pattern['q']=0"),
+            ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q']='x'"),
+            ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+            ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+            ({"bias": "some"}, "bias='some'"),
+            ({"target_modules": "(", "r": 8}, "'('"),
+            ({"exclude_modules": "("}, "'('"),
+            ({"rank_pattern": {"(": 1}}, "'('"),
+            ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform=[0]"),
+            ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern='h'"),
+            ({"use_dora": True, "lora_bias": True}, "use_dora=True, lora_bias=True"),
+        ],
+    )
+    def test_what_cannot_work_is_an_error_that_names_it(self, settings, named):
+        with pytest.raises(ConfigurationError) as caught:
+            LoraConfig(**settings)
+        assert named in caught.value.received
+        assert caught.value.remedy
+
+    def test_lists_of_modules_become_sets(self):
+        config = LoraConfig(target_modules=["q", "v", "q"], exclude_modules=["k"])
+        assert (config.target_modules, config.exclude_modules) == ({"q", "v"}, {"k"})
+
+    def test_a_changed_dictionary_changes_nothing(self):
+        config = LoraConfig(rank_pattern={"q": 2})
+        config.to_dict()["rank_pattern"]["q"] = 99
+        assert config.rank_pattern == {"q": 2}
+
+
+def test_expert_names_of_a_configuration_are_checked_by_the_public_helper():
+    check_expert_names(xlora().adapters)

@@ -1,0 +1,48 @@
+"""A forward, and a decode step on a static cache, trace into one graph each and compute what they do eagerly.
+
+In a process of its own: pytest's checker of shapes, which users do not have, cannot be traced.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import copy
+import sys
+
+import torch
+from torch.testing import assert_close
+from transformers import StaticCache
+
+from loramix import XLoraConfig, get_peft_model
+from support.tiny import HIDDEN, llama, tokens
+
+layerwise, *folders = sys.argv[1:]
+adapters = {str(number): folder for number, folder in enumerate(folders)}
+config = XLoraConfig(hidden_size=HIDDEN, adapters=adapters, layerwise_scalings=layerwise == "True", top_k_lora=2)
+model = get_peft_model(llama(), config).eval()
+compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+with torch.no_grad():
+    assert_close(compiled(tokens(), use_cache=False).logits, model(tokens(), use_cache=False).logits)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(tokens(), past_key_values=cache, use_cache=True)
+    other = copy.deepcopy(cache)
+    for seed in range(2):
+        token = tokens(2, 1, seed=seed)
+        expected = model(token, past_key_values=other, use_cache=True).logits
+        assert_close(compiled(token, past_key_values=cache, use_cache=True).logits, expected)
+    assert cache.get_seq_length() == cache.base.get_seq_length() == 11
+"""
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_forward_and_a_decode_step_are_one_graph(layerwise: bool, experts: Callable[[str], dict[str, str]]) -> None:
+    command = [sys.executable, "-c", CODE, str(layerwise), *experts("llama").values()]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

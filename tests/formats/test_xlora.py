@@ -1,0 +1,374 @@
+"""Reading mixtures: ours, PEFT's, with other experts, and every way in which they can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loramix.config.base import XLoraConfig
+from loramix.errors import (
+    AdapterNameError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    UnsupportedAdapterError,
+)
+from loramix.files.hub import HubOptions
+from loramix.formats import load_adapter, load_mixture, save_adapter, save_mixture
+from loramix.formats.xlora import classifier_shapes
+from support.checkpoints import HIDDEN, make_expert, make_mixture, same_expert, same_tensors, tiny_llama
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KEY = "base_model.internal_xlora_classifier."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_mixture(tmp_path / "mixture", *make_mixture(xlora_depth=2, xlora_size=8))
+    return tmp_path / "mixture"
+
+
+@pytest.fixture
+def others(tmp_path):
+    """Two more experts, saved elsewhere."""
+    for seed, name in ((50, "new1"), (60, "new2")):
+        save_adapter(tmp_path / name, make_expert(name, seed=seed, r=4))
+    return {name: tmp_path / name for name in ("new1", "new2")}
+
+
+def as_peft(folder, tmp_path):
+    """Turn a mixture of ours into one as PEFT lays it out: the experts elsewhere, by path."""
+    places = {name: tmp_path / "elsewhere" / name for name in ("math", "code")}
+    for name, place in places.items():
+        place.parent.mkdir(exist_ok=True)
+        (folder / name).rename(place)
+    edit(folder, adapters={name: str(place) for name, place in places.items()})
+    return folder
+
+
+def edit(folder, **changes):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite(folder, change):
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"xlora_depth": 1, "layerwise_scalings": True},
+            {"xlora_depth": 2, "xlora_size": 8, "xlora_dropout_p": 0.1},
+            {"xlora_depth": 4, "xlora_size": 8, "xlora_dropout_p": 0.0, "layerwise_scalings": True},
+            {"top_k_lora": 1, "enable_softmax": False, "scaling_pass_value": 0.333, "global_scaling_weight": 0.5},
+            {"names": ("1", "0")},
+            {"names": ("médecine", "数学", "a.b")},
+        ],
+    )
+    def test_what_is_saved_is_loaded_bit_by_bit(self, tmp_path, settings):
+        config, classifier, experts = make_mixture(**settings)
+        save_mixture(tmp_path, config, classifier, experts)
+        again = load_mixture(tmp_path)
+        assert again.config == config
+        assert list(again.config.adapters) == list(config.adapters)
+        assert same_tensors(again.classifier, classifier)
+        assert [expert.name for expert in again.experts] == [expert.name for expert in experts]
+        assert all(same_expert(one, two) for one, two in zip(experts, again.experts, strict=True))
+
+    def test_the_layout(self, folder):
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        assert files == sorted(
+            [CONFIG, WEIGHTS, *(f"{name}/{file}" for name in ("math", "code") for file in (CONFIG, WEIGHTS))]
+        )
+        assert set(load_file(folder / WEIGHTS)) == {
+            f"{KEY}layers.{i}.{part}" for i in (0, 3) for part in ("weight", "bias")
+        }
+
+    def test_it_can_be_moved(self, folder, tmp_path):
+        before = load_mixture(folder)
+        shutil.move(folder, tmp_path / "moved")
+        after = load_mixture(tmp_path / "moved")
+        assert all(same_expert(one, two) for one, two in zip(before.experts, after.experts, strict=True))
+        assert [expert.source for expert in after.experts] == [f"{tmp_path}/moved/{name}" for name in ("math", "code")]
+
+    def test_hub_identifiers_are_kept_and_local_paths_become_folders(self, tmp_path):
+        config, classifier, experts = make_mixture()
+        config.adapters = {"math": "user/math@v1", "code": str(tmp_path / "somewhere")}
+        save_mixture(tmp_path / "saved", config, classifier, experts)
+        assert load_mixture(tmp_path / "saved").config.adapters == {"math": "user/math@v1", "code": "code"}
+        assert config.adapters["code"] == str(tmp_path / "somewhere")
+
+    def test_the_folder_s_experts_go_before_the_identifiers(self, folder, others):
+        edit(folder, adapters={"math": str(others["new1"]), "code": str(others["new2"])})
+        assert [expert.rank("model.layers.0.q") for expert in load_mixture(folder).experts] == [2, 3]
+
+    def test_a_subfolder(self, folder):
+        again = load_mixture(folder.parent, HubOptions(subfolder="mixture"))
+        assert [expert.name for expert in again.experts] == ["math", "code"]
+
+    def test_a_trainer_s_file_in_the_folder_changes_nothing(self, folder):
+        before = load_mixture(folder)
+        save_file({"internal_xlora_classifier.layers.0.weight": torch.zeros(1)}, folder / "model.safetensors")
+        assert same_tensors(load_mixture(folder).classifier, before.classifier)
+
+
+class TestPeft:
+    def test_what_peft_drops_is_refused_and_said(self, peft_folder):
+        with pytest.raises(IncompleteCheckpointError) as caught:
+            load_mixture(peft_folder / "xlora")
+        assert "layers.0.weight, layers.0.bias" in caught.value.received
+        assert "PEFT 0.20 to 0.21.2 drop" in caught.value.received
+        assert str(peft_folder / "xlora") in caught.value.received
+        assert "PEFT 0.19.1" in caught.value.remedy
+
+    def test_a_complete_file_of_peft_s_is_read(self, peft_folder, tmp_path):
+        folder = shutil.copytree(peft_folder / "xlora", tmp_path / "xlora")
+        dropped = {f"{KEY}layers.0.weight": torch.ones(8, HIDDEN), f"{KEY}layers.0.bias": torch.ones(8)}
+        rewrite(folder, lambda tensors: tensors | dropped)
+        mixture = load_mixture(folder)
+        assert set(mixture.classifier) == {"layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"}
+        assert mixture.config.adapters == {"0": str(peft_folder / "plain"), "1": str(peft_folder / "rslora")}
+        assert same_expert(mixture.experts[1], load_adapter("1", peft_folder / "rslora"))
+        assert (folder / "1" / WEIGHTS).exists()
+
+    def test_experts_that_peft_trained_and_did_not_save_are_warned_about(self, folder, tmp_path):
+        edit(as_peft(folder, tmp_path), use_trainable_adapters=True)
+        with pytest.warns(UserWarning, match=r"trained expert .* does not hold it") as seen:
+            load_mixture(folder)
+        assert [str(warning.message).split("'")[1] for warning in seen] == ["math", "code"]
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("depth", [1, 2, 4])
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize("layerwise", [False, True])
+    def test_the_classifier_s_shapes_are_peft_s(self, depth, dropout, layerwise):
+        import peft
+        from peft.tuners.xlora.classifier import XLoraClassifier
+
+        settings = {"hidden_size": HIDDEN, "xlora_depth": depth, "xlora_size": 8, "xlora_dropout_p": dropout}
+        config = peft.XLoraConfig(adapters={}, layerwise_scalings=layerwise, **settings)
+        theirs = XLoraClassifier(torch.nn.Linear(1, 1), config, n_classes=3, n_layers=5, device="cpu")
+        ours = classifier_shapes(XLoraConfig(adapters={}, **settings), out=15 if layerwise else 3)
+        assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+
+    def test_peft_reads_our_configurations(self, folder):
+        import peft
+
+        theirs = peft.PeftConfig.from_pretrained(folder)
+        assert (type(theirs).__name__, list(theirs.adapters)) == ("XLoraConfig", ["math", "code"])
+        assert type(peft.PeftConfig.from_pretrained(folder / "math")).__name__ == "LoraConfig"
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_peft_reads_our_mixture_from_inside_its_folder(self, peft_folder, tmp_path, monkeypatch):
+        import peft
+
+        experts = [load_adapter(str(i), peft_folder / name) for i, name in enumerate(("plain", "rslora"))]
+        settings = {"xlora_depth": 3, "xlora_size": 8, "names": ("0", "1")}
+        config, classifier, _ = make_mixture(**settings)
+        config.adapters = {"0": str(peft_folder / "plain"), "1": str(peft_folder / "rslora")}
+        save_mixture(tmp_path, config, classifier, experts)
+        monkeypatch.chdir(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).base_model
+        assert same_tensors(theirs.internal_xlora_classifier.state_dict(), classifier)
+        q = theirs.lora_model.model.model.layers[0].self_attn.q_proj
+        for i, expert in enumerate(experts):
+            weights = expert.weights["model.layers.0.self_attn.q_proj"]
+            assert torch.equal(q.lora_A[str(i)].weight, weights.A)
+            assert torch.equal(q.lora_B[str(i)].weight, weights.B)
+
+    def test_experts_elsewhere_by_path(self, folder, tmp_path):
+        before = load_mixture(folder)
+        after = load_mixture(as_peft(folder, tmp_path))
+        assert all(same_expert(one, two) for one, two in zip(before.experts, after.experts, strict=True))
+
+    def test_experts_inside_by_another_relative_path(self, folder):
+        (folder / "experts").mkdir()
+        (folder / "math").rename(folder / "experts" / "one")
+        edit(folder, adapters={"math": "experts/one", "code": "x/y"})
+        mixture = load_mixture(folder)
+        assert mixture.experts[0].source == f"{folder}/experts/one"
+        assert mixture.config.adapters == {"math": "experts/one", "code": "x/y"}
+
+
+class TestFromTheHub:
+    @pytest.fixture
+    def hub(self, folder, tmp_path, monkeypatch):
+        def refuse(*_args, **_kwargs):
+            raise AssertionError("a request left the machine")
+
+        monkeypatch.setattr("socket.socket.connect", refuse)
+        repo = tmp_path / "cache" / "models--user--mixture"
+        shutil.copytree(folder, repo / "snapshots" / ("c" * 40))
+        (repo / "refs").mkdir()
+        (repo / "refs" / "v2").write_text("c" * 40)
+        return HubOptions(revision="v2", cache_dir=tmp_path / "cache", local_files_only=True)
+
+    def test_the_experts_come_from_the_same_revision(self, folder, hub):
+        mixture = load_mixture("user/mixture", hub)
+        expected = load_mixture(folder)
+        assert all(same_expert(one, two) for one, two in zip(mixture.experts, expected.experts, strict=True))
+        assert [expert.source for expert in mixture.experts] == ["user/mixture/math", "user/mixture/code"]
+
+    def test_experts_that_are_nowhere_are_named(self, hub, tmp_path):
+        shutil.rmtree(tmp_path / "cache" / "models--user--mixture" / "snapshots" / ("c" * 40) / "code")
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            load_mixture("user/mixture", hub)
+        assert "'code'" in caught.value.received
+        assert "'user/code'" in caught.value.received
+        assert "adapters=" in caught.value.remedy
+
+    def test_replacing_experts_by_local_ones(self, hub, others):
+        mixture = load_mixture("user/mixture", hub, adapters=others)
+        assert [expert.name for expert in mixture.experts] == ["new1", "new2"]
+
+
+class TestReplacingExperts:
+    def ranks(self, mixture):
+        return {expert.name: expert.rank("model.layers.0.q") for expert in mixture.experts}
+
+    def test_the_same_names_replace_by_name(self, folder, others):
+        mixture = load_mixture(folder, adapters={"code": others["new2"], "math": others["new1"]})
+        assert list(self.ranks(mixture)) == ["math", "code"]
+        assert mixture.config.adapters == {"math": str(others["new1"]), "code": str(others["new2"])}
+        assert self.ranks(mixture) == {"math": 4, "code": 4}
+
+    def test_some_of_the_names_replace_only_those(self, folder, others):
+        mixture = load_mixture(folder, adapters={"code": others["new1"]})
+        assert self.ranks(mixture) == {"math": 2, "code": 4}
+        assert mixture.config.adapters == {"math": "user/math", "code": str(others["new1"])}
+
+    def test_new_names_replace_in_order(self, folder, others):
+        mixture = load_mixture(folder, adapters={"new2": others["new2"], "new1": others["new1"]})
+        assert [expert.name for expert in mixture.experts] == list(mixture.config.adapters) == ["new2", "new1"]
+
+    def test_the_checkpoint_s_own_experts_need_not_be_there(self, folder, others):
+        shutil.rmtree(folder / "math")
+        shutil.rmtree(folder / "code")
+        assert len(load_mixture(folder, adapters=others).experts) == 2
+
+    @pytest.mark.parametrize(
+        "names", [[], ["new1"], ["math", "new1"], ["new1", "new2", "new3"], ["math", "code", "new1"]]
+    )
+    def test_a_wrong_count_or_old_and_new_names_are_an_error(self, folder, names):
+        with pytest.raises(ConfigurationError) as caught:
+            load_mixture(folder, adapters=dict.fromkeys(names, "x"))
+        assert all(repr(name) in caught.value.received for name in [*names, "math", "code"])
+        assert "exactly 2 new ones" in caught.value.remedy
+
+    def test_new_names_must_be_folders(self, folder):
+        with pytest.raises(AdapterNameError, match=r"'\.\./x'"):
+            load_mixture(folder, adapters={"../x": "a", "y": "b"})
+
+    def test_a_replacement_that_is_missing_is_named(self, folder):
+        with pytest.raises(CheckpointNotFoundError, match=r"'math'.*/no/such"):
+            load_mixture(folder, adapters={"math": "/no/such"})
+
+
+class TestWrong:
+    def test_an_expert_instead_of_a_mixture(self, folder):
+        with pytest.raises(CheckpointError, match="'LORA'") as caught:
+            load_mixture(folder / "math")
+        assert str(folder / "math") in caught.value.received
+
+    def test_a_missing_folder(self, tmp_path):
+        with pytest.raises(CheckpointNotFoundError, match="gone"):
+            load_mixture(tmp_path / "gone")
+
+    def test_no_weights(self, folder):
+        (folder / WEIGHTS).unlink()
+        with pytest.raises(CheckpointNotFoundError, match="neither"):
+            load_mixture(folder)
+
+    @pytest.mark.parametrize("content", [b"", b"\0" * 64])
+    def test_a_broken_classifier_file(self, folder, content):
+        (folder / WEIGHTS).write_bytes(content)
+        with pytest.raises(CorruptCheckpointError) as caught:
+            load_mixture(folder)
+        assert str(folder / WEIGHTS) in caught.value.received
+
+    def test_an_expert_that_is_missing(self, folder):
+        shutil.rmtree(folder / "math")
+        edit(folder, adapters={"math": "./not-here", "code": "code"})
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            load_mixture(folder)
+        assert "'math'" in caught.value.received
+        assert "./not-here" in caught.value.received
+        assert str(folder) in caught.value.received
+        assert '"math"' in caught.value.remedy
+
+    def test_a_broken_expert_inside_does_not_fall_back_to_the_identifier(self, folder, others):
+        edit(folder, adapters={"math": str(others["new1"]), "code": str(others["new2"])})
+        (folder / "math" / WEIGHTS).write_bytes(b"")
+        with pytest.raises(CorruptCheckpointError, match="'math'"):
+            load_mixture(folder)
+
+    def test_an_unsupported_expert(self, folder):
+        edit(folder / "code", use_qalora=True)
+        with pytest.raises(UnsupportedAdapterError, match=r"'code'.*use_qalora=True"):
+            load_mixture(folder)
+
+    @pytest.mark.parametrize("path", ["", ".", "..", "math/.."])
+    def test_a_path_that_means_the_mixture_itself(self, folder, path):
+        shutil.rmtree(folder / "math")
+        edit(folder, adapters={"math": path, "code": "code"})
+        with pytest.raises(CheckpointError) as caught:
+            load_mixture(folder)
+        assert "'math'" in caught.value.received
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            (lambda t: t | {f"{KEY}layers.1.weight": torch.ones(2, 2)}, "layers.1.weight"),
+            (lambda t: t | {f"{KEY}layers.0.weight": torch.ones(8, 99)}, "(8, 99)"),
+            (lambda t: t | {f"{KEY}layers.3.weight": torch.ones(3, 8), f"{KEY}layers.3.bias": torch.ones(3)}, "(3, 8)"),
+            (lambda t: t | {"base_model.other": torch.ones(1)}, "base_model.other"),
+            (lambda t: t | {"internal_xlora_classifier.layers.0.bias": torch.ones(8)}, "layers.0.bias"),
+        ],
+    )
+    def test_tensors_that_the_configuration_does_not_ask_for(self, folder, change, named):
+        rewrite(folder, change)
+        with pytest.raises(CorruptCheckpointError) as caught:
+            load_mixture(folder)
+        assert named in caught.value.received
+        assert str(folder / WEIGHTS) in caught.value.received
+
+    def test_layerwise_outputs_that_no_number_of_layers_gives(self, tmp_path):
+        save_mixture(tmp_path, *make_mixture(layerwise_scalings=True))
+        rewrite(tmp_path, lambda t: {key: torch.ones(5, *tensor.shape[1:]) for key, tensor in t.items()})
+        with pytest.raises(CorruptCheckpointError, match="5 outputs, which is no multiple of the 2"):
+            load_mixture(tmp_path)
+
+    @pytest.mark.parametrize(
+        "change", [lambda t: t * float("nan"), lambda t: t.int()], ids=["not a number", "whole numbers"]
+    )
+    def test_numbers_that_no_classifier_has(self, folder, change):
+        key = f"{KEY}layers.0.weight"
+        rewrite(folder, lambda tensors: tensors | {key: change(tensors[key])})
+        with pytest.raises(CorruptCheckpointError, match="finite floating-point"):
+            load_mixture(folder)
+
+    @pytest.mark.parametrize("adapters", [None, {}])
+    @pytest.mark.filterwarnings("ignore:adapters was not given")
+    def test_a_mixture_of_nothing(self, folder, adapters):
+        edit(folder, adapters=adapters)
+        with pytest.raises(ConfigurationError, match="names its experts"):
+            load_mixture(folder)
+
+    def test_a_file_without_any_tensor(self, folder):
+        rewrite(folder, lambda t: {})
+        with pytest.raises(IncompleteCheckpointError, match=r"layers\.3\.bias"):
+            load_mixture(folder)
+
+    def test_names_that_clash_in_the_file(self, folder):
+        edit(folder, adapters={"math": "a", "Math": "b"})
+        with pytest.raises(AdapterNameError, match=r"'math' and 'Math'.*adapter_config\.json"):
+            load_mixture(folder)

@@ -1,0 +1,36 @@
+"""Mixtures whose routing is far from uniform, and what the laws look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import loramix
+from support.tiny import ARCHITECTURES, tokens
+
+SPARSE: dict[str, Any] = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2}
+HARD: dict[str, Any] = {"enable_softmax": False, "top_k_lora": 2}
+SHARPNESS = 5.0
+
+
+def mixture(experts: Mapping[str, str], architecture: str = "llama", base: Any = None, **config: Any) -> Any:
+    """A mixture on a new base model, its router drawn with one seed, in eval mode."""
+    base = base or ARCHITECTURES[architecture]()
+    torch.manual_seed(3)
+    settings = {"adapters": dict(experts), "hidden_size": 64, "xlora_size": 32, **config}
+    model = loramix.get_peft_model(base, loramix.XLoraConfig(**settings))
+    with torch.no_grad():
+        model.internal_xlora_classifier.layers[-1].weight.mul_(SHARPNESS)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor | None = None, **inputs: Any) -> Tensor:
+    return model(tokens() if ids is None else ids, **inputs).logits
+
+
+def far(one: Tensor, other: Tensor) -> bool:
+    return bool((one.float() - other.float()).abs().max() > 1e-3)
