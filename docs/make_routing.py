@@ -79,7 +79,7 @@ a router that was never trained; below, that of the demo.
 
 What to do: train the router. Initialise it from texts, `init_router(model, "prompts", …)`. Name the expert of each text
 in the data and add the objective `supervised`. Check that the training text has more than one kind of text. See
-[training.md](training.md).
+[Train](training.md).
 
 ### One expert takes all
 
@@ -92,7 +92,7 @@ report.
 What to do: put text of all kinds into the training data. The objective `entropy_floor` keeps the mean over a batch from
 collapsing and costs less than `load_balance`, which asks for the same load on all experts. A higher
 `softmax_temperature`, or an annealed one, keeps several experts in use while the router learns. What each of them gains
-is measured in [router.md](router.md).
+is measured in [Starts and objectives](router.md).
 
 ### Which expert hurts
 

@@ -46,6 +46,12 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
     assert dead_links(document, document.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_that_are_named_exist(document: Path) -> None:
+    named = re.findall(r"(?<=[` ])(?:tests|docs|benchmarks|examples)/[\w./-]*\w", document.read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize(
     "link", ["[a](no-such.md)", "[a](README.md#no-such)", "[a](#no-such)", "[![a](no-such.png)](README.md)"]
 )
