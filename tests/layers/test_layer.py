@@ -157,6 +157,18 @@ def test_an_absent_experts_scaling_has_no_effect(kind: str) -> None:
     assert not torch.allclose(run(layer, x, s + torch.tensor([0.0, 0.0, 0.0, 5.0])), expected)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without"])
+@pytest.mark.parametrize(("kind", "extra"), CASES)
+def test_what_several_stacks_add_is_summed(kind: str, extra: str, grad: bool) -> None:
+    base = BASES[kind]()
+    experts = members(base, bias=extra == "bias", dora=extra == "dora")
+    together = build(base, experts)
+    stacks = [adapted_layer(base, part, 0).stack for part in (experts[2:], experts[:2])]
+    apart, x, s = type(together)(base, *stacks).eval(), inputs(base), torch.randn(B, S, 4)
+    with torch.set_grad_enabled(grad):
+        assert_close(run(apart, x, s), run(together, x, s), **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_silence_is_the_base_layer_bit_by_bit(kind: str) -> None:
     base = BASES[kind]()
@@ -279,20 +291,19 @@ def test_a_base_layer_that_returns_float32_under_autocast(tokens: int) -> None:
     assert_close(found, expected, atol=0.1, rtol=0.05)
 
 
-def test_experts_are_gathered_only_where_most_are_not_weighed() -> None:
+def test_experts_are_gathered_only_where_nearly_all_scalings_are_zero() -> None:
     base = nn.Linear(IN, OUT)
-    many = [LayerExpert(e, LoraWeights(torch.randn(8, IN), torch.randn(OUT, 8)), 1.0, 0.0) for e in range(16)]
+    many = [LayerExpert(e, LoraWeights(torch.randn(2, IN), torch.randn(OUT, 2)), 1.0, 0.0) for e in range(64)]
     layer = build(base, many)
 
     def gathers(scalings: Tensor) -> bool:
         return TensorRouting(scalings, 1.0, [layer.stack]).gathered(layer.stack) is not None
 
-    few, apart, dense, long = (torch.zeros(1, s, 1, 16) for s in (1, 8, 1, 9))
-    few[..., :2] = long[..., :2] = 0.5
-    apart[0, range(8), 0, range(8)] = 1.0  # each token its own expert: together they weigh half of them
-    dense[:] = 1 / 16
+    few, more, apart, dense, long = (torch.zeros(1, s, 1, 64) for s in (1, 1, 8, 1, 9))
+    few[..., :2] = long[..., :2] = more[..., :3] = 0.5
+    apart[0, range(8), 0, range(8)] = 1.0  # each token has an expert of its own: together they need eight
+    dense[:] = 1 / 64
     with torch.no_grad():
-        assert [gathers(scalings) for scalings in (few, apart, dense, long)] == [True, False, False, False]
-        layer.bfloat16()
-        assert not gathers(few)
+        chosen = [gathers(scalings) for scalings in (few, more, apart, dense, long)]
+        assert chosen == [True, False, False, False, False]
     assert not gathers(few)  # gradients

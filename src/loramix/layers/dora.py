@@ -51,13 +51,13 @@ class DoraStack(LinearStack):
     part_of_rank: Tensor
     dora_norm: Tensor
 
-    def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module) -> Tensor:
+    def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module, base_y: Tensor) -> Tensor:
         ratio = self._ratio(base_layer)
         h = self._low_rank(x, base_layer)
-        scalings = fit_tokens(routing.experts(self, self.dora_experts, h), y.shape[:-1], self.adapts)
+        scalings = fit_tokens(routing.experts(self, self.dora_experts, h), h.shape[:-1], self.adapts)
         columns = fit_tokens(routing.columns(self, h), h.shape[:-1], self.adapts)
         bias = getattr(base_layer, "bias", None)
-        unbiased = y if bias is None else y - bias
+        unbiased = base_y if bias is None else base_y - bias
         gain = (scalings.to(ratio.dtype) @ (ratio - 1)).to(y.dtype) * unbiased
         return y + gain + F.linear(gate(h, columns), self.lora_B * self._column_ratios(ratio)).to(y.dtype)
 

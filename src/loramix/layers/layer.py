@@ -66,11 +66,13 @@ class XLoraLayer(nn.Module):
         routing = current()
         modules = cast("dict[str, nn.Module]", self._modules)  # as attributes they are looked for, each time
         base_layer = modules["base_layer"]
-        y: Tensor = base_layer(x, *args, **kwargs)
+        base_y: Tensor = base_layer(x, *args, **kwargs)
         if routing.silent:
-            return y
-        for stack in cast("dict[str, ExpertStack]", modules["stacks"]._modules).values():
-            y = stack.add_to(y, x, routing, base_layer)
+            return base_y
+        stacks = cast("dict[str, ExpertStack]", modules["stacks"]._modules)
+        y = base_y if len(stacks) == 1 else base_y.clone()
+        for stack in stacks.values():
+            y = stack.add_to(y, x, routing, base_layer, base_y)
         return y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

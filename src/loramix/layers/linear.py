@@ -23,15 +23,15 @@ class LinearStack(ExpertStack):
 
     adapts = "linear layer"
 
-    def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module) -> Tensor:
+    def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module, base_y: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not self._is_plain(base_layer):
-            return super().add_to(y, x, routing, base_layer)
+            return super().add_to(y, x, routing, base_layer, base_y)
         parameters = cast("dict[str, Tensor]", self._parameters)  # as attributes they are looked for, each time
         down, up = parameters["lora_A"], parameters["lora_B"]
         if x.is_cuda and not routing.reads_low_rank and usable(y, x, down, up):
             return add_mixture(y, x, down, fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts), up)
         if x.dtype != down.dtype:
-            return super().add_to(y, x, routing, base_layer)
+            return super().add_to(y, x, routing, base_layer, base_y)
         gathered = routing.gathered(self)
         if gathered is not None:
             down, up = down.index_select(0, gathered.ranks), up.index_select(1, gathered.ranks)

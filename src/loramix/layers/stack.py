@@ -111,14 +111,15 @@ class ExpertStack(nn.Module):
     expert_of_rank: Tensor
     rank_scale: Tensor
 
-    def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module) -> Tensor:
+    def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module, base_y: Tensor) -> Tensor:
         """`y + Δ(x)`; y may be overwritten where nobody else can hold it.
 
         Args:
-            y: what the base layer made of x.
+            y: what the experts' part is added to.
             x: the layer's input.
             routing: of this pass.
             base_layer: the layer itself.
+            base_y: what the base layer made of x; y itself, unless another stack has added its part.
 
         Raises:
             RoutingError: the scalings are those of other tokens.
