@@ -13,10 +13,13 @@ import functools
 from collections.abc import Callable
 
 import hypothesis
+import jaxtyping
 import pytest
+import shape_checker
 import torch
 import transformers
 
+jaxtyping.jaxtyped = shape_checker.jaxtyped
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
