@@ -15,9 +15,10 @@ from collections.abc import Callable
 import hypothesis
 import jaxtyping
 import pytest
-import shape_checker
 import torch
 import transformers
+
+import shape_checker
 
 jaxtyping.jaxtyped = shape_checker.jaxtyped
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

@@ -1,9 +1,9 @@
-"""The run-time checker behind the jaxtyping annotations: pytest's settings name `check`, conftest.py installs `jaxtyped`.
+"""The run-time checker behind the jaxtyping annotations: pytest's settings name `check`, conftest.py sets `jaxtyped`.
 
 jaxtyping's own decorator binds the arguments of every call and has them checked twice, arrays in the signature or not:
-that was more than half of the suite's time. Here beartype checks each argument and each result once, and only a function
-with arrays in its signature has a context for their shapes. The other rules are jaxtyping's: an annotation that cannot
-be resolved at run time is not checked; of a dataclass, `__init__` is.
+that was half of the suite's time. Here beartype checks each argument and each result once, and only a function with
+arrays in its signature has a context for their shapes. The other rules are jaxtyping's: an annotation that cannot be
+resolved at run time is not checked; of a dataclass, `__init__` is.
 """
 
 from __future__ import annotations
