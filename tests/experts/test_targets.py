@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import UnsupportedAdapterError
 from loramix.experts.targets import is_target, refuse_unsupported, unsupported_features
 

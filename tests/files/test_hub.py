@@ -11,7 +11,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from loramix.config.base import LoraConfig, PeftConfig
+from loramix.config.base import PeftConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import CheckpointNotFoundError, ConfigurationError
 from loramix.files.hub import HubOptions, find_any, find_file, is_local
 

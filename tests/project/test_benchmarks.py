@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import products, report
+import typer
+from benchmarks import numerics, products, report
 from benchmarks.limit import Weights
 from benchmarks.models import Models, build
 from benchmarks.plots import draw_scaling, panels
 from benchmarks.run import WORKS, kept_works, main, preamble
 from benchmarks.sizes import SIZES
+from safetensors.torch import load_file, save_file
 
 from loramix.timing import Contender, Measurement, interleave, peak_bytes, spread
 
@@ -172,3 +174,32 @@ def test_the_committed_page_of_products_tells_the_rule_that_is_in_force() -> Non
     docs = Path(__file__).parents[2] / "docs"
     rule = products.page(rounds=1, hiddens=(), largest=8).partition("A layer gathers")[2].partition("\n\n")[0]
     assert rule in (docs / "products.md").read_text(encoding="utf-8")
+
+
+def test_frozen_numerics_are_those_of_the_same_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "frozen.safetensors"
+    numerics.freeze(file, only="convolution bias")
+    numerics.compare(file, only="convolution bias")
+    assert "convolution bias: identical" in capsys.readouterr().out
+    frozen = load_file(file)
+    frozen["convolution bias/loaded/trained"][0, 0, 0] += 1e-3
+    save_file(frozen, file, {"circumstances": json.dumps(numerics.circumstances())})
+    numerics.compare(file, only="convolution bias", tolerance=0.1)
+    with pytest.raises(typer.Exit):
+        numerics.compare(file, only="convolution bias")
+    assert "convolution bias: DIFFERS by 0.001 in loaded/trained" in capsys.readouterr().out
+
+
+def test_a_difference_is_a_number_where_it_can_be_one() -> None:
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0])
+    before = {"same": nan, "nan": nan, "moved": one, "tokens": one.long(), "gone": one, "dtype": one}
+    now = {
+        "same": nan.clone(),
+        "nan": one,
+        "moved": one + 0.5,
+        "tokens": one.long() + 1,
+        "dtype": one.double(),
+        "new": one,
+    }
+    infinite = dict.fromkeys(("nan", "tokens", "gone", "dtype", "new"), float("inf"))
+    assert numerics.differences(before, now) == {"same": 0.0, "moved": 0.5, **infinite}

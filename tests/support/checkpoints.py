@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from loramix.config.base import LoraConfig, XLoraConfig
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter, LoraWeights
 from loramix.formats.xlora import classifier_shapes
 

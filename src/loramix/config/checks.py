@@ -1,12 +1,31 @@
-"""The checks that configurations are made of: each raises ConfigurationError with rule, received and remedy."""
+"""The checks that configurations are made of: each raises ConfigurationError with rule, received and remedy.
+
+What works but is doubtful is a warning.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
 from collections.abc import Collection, Mapping
-from typing import cast
+from pathlib import Path
+from typing import cast, no_type_check
 
 from loramix.errors import ConfigurationError
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+@no_type_check  # a checker's frame would count as the caller's
+def warn(message: str) -> None:
+    """Warn at the first line outside this package and outside the dataclasses' generated `__init__`."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and (
+        frame.f_code.co_filename == "<string>" or frame.f_code.co_filename.startswith(_PACKAGE)
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def require(holds: bool, rule: str, *, received: str, remedy: str) -> None:

@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex, cast
 import torch
 from torch import Tensor
 
-from loramix.config.base import XLoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.decoding.draft_head import DraftHead
 from loramix.decoding.drafts import Repeats, Window
 from loramix.decoding.eligibility import why_not_this_token

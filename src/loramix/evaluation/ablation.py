@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loramix.analysis.record.pick import own, pick
-from loramix.config.base import XLoraConfig
 from loramix.config.checks import require_integer
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import DataError, RoutingError
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import RoutingHook

@@ -14,7 +14,7 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 
 _Value = TypeVar("_Value")
 

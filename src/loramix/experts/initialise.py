@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError
 from loramix.experts.adapter import Adapter, LoraWeights, pattern_value
 from loramix.experts.base_layers import dense_weight, expected_shapes, kind_of, refuse_module

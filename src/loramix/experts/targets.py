@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError, UnsupportedAdapterError
 from loramix.experts.base_layers import kind_of
 

@@ -64,6 +64,24 @@ def save_files(folder: Path, writers: Mapping[str, Writer], removed: Iterable[st
         raise _save_error(folder, error, _NEW) from error
 
 
+def save_text(path: Path, text: str) -> None:
+    """Save one text file, UTF-8, by the same law.
+
+    Raises:
+        SaveError: with the cause; its text says which state is in force.
+    """
+    save_files(path.parent, {path.name: text_writer(text)})
+
+
+def text_writer(text: str) -> Writer:
+    """What writes a text, UTF-8 with its line ends as they are, to the path that it is given."""
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8", newline="\n")
+
+    return write
+
+
 def finish_interrupted(folder: Path) -> None:
     """Finish a save of this folder, or of the one above, that was stopped after its commit.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from loramix.errors import AdapterNameError, CorruptCheckpointError
+from loramix.files.atomic import save_text
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -45,11 +46,12 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write a file beside its place and put it there: whoever reads it finds a whole one."""
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(target)
+    """Write one JSON object, indented by 2; whoever reads the file finds the earlier one or the whole new one.
+
+    Raises:
+        SaveError: the file could not be written; an earlier one is still in place.
+    """
+    save_text(Path(path), json.dumps(content, indent=2) + "\n")
 
 
 def _corrupt(path: str | os.PathLike[str], rule: str, found: str) -> CorruptCheckpointError:

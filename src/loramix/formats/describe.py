@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
-from loramix.config.base import PeftConfig, PeftType
+from loramix.config.base import PeftConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter
 from loramix.files.hub import HubOptions
 from loramix.formats.lora import load_adapter
@@ -111,7 +112,7 @@ def detect(identifier: str | os.PathLike[str], options: HubOptions | None = None
         UnsupportedAdapterError: neither LoRA nor X-LoRA.
     """
     config = PeftConfig.from_pretrained(identifier, **_kwargs(options))
-    return Kind.MIXTURE if config.peft_type == PeftType.XLORA else Kind.EXPERT
+    return Kind.MIXTURE if isinstance(config, XLoraConfig) else Kind.EXPERT
 
 
 def describe(identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Description:

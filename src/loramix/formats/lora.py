@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

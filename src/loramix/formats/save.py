@@ -16,11 +16,13 @@ from typing import cast
 
 from torch import Tensor
 
-from loramix.config.base import CONFIG_NAME, PeftConfig, PeftType, XLoraConfig
+from loramix.config.base import PeftConfig, PeftType
+from loramix.config.folder import CONFIG_NAME
 from loramix.config.names import check_expert_names
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import AdapterNameError, ConfigurationError, SaveError
 from loramix.experts.adapter import Adapter
-from loramix.files.atomic import Writer, finish_interrupted, save_files
+from loramix.files.atomic import Writer, finish_interrupted, save_files, text_writer
 from loramix.files.hub import is_local
 from loramix.files.tensors import is_ours, write_tensors
 from loramix.formats.lora import WEIGHTS_NAMES, format_tensors
@@ -100,7 +102,7 @@ def save_mixture(
     writers[_WEIGHTS_NAME] = partial(
         write_tensors, tensors={CLASSIFIER_PREFIX + name: tensor for name, tensor in classifier.items()}
     )
-    writers[CONFIG_NAME] = _config_writer(saved)
+    writers[CONFIG_NAME] = text_writer(saved.to_json())
     save_files(folder, writers, _stale(folder, writers))
 
 
@@ -134,16 +136,8 @@ def _check_unchanged(config: XLoraConfig, classifier: Mapping[str, Tensor], expe
 def _adapter_writers(adapter: Adapter) -> dict[str, Writer]:
     return {
         _WEIGHTS_NAME: partial(write_tensors, tensors=format_tensors(adapter)),
-        CONFIG_NAME: _config_writer(adapter.config),
+        CONFIG_NAME: text_writer(adapter.config.to_json()),
     }
-
-
-def _config_writer(config: PeftConfig) -> Writer:
-    return partial(_write_text, text=config.to_json())
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _trainer_writer(folder: Path, trainer_state: Mapping[str, Tensor] | None) -> dict[str, Writer]:

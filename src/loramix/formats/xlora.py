@@ -24,7 +24,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loramix.config.base import CONFIG_NAME, XLoraConfig, as_adapters
+from loramix.config.folder import CONFIG_NAME
+from loramix.config.xlora import XLoraConfig, as_adapters
 from loramix.errors import (
     CheckpointNotFoundError,
     ConfigurationError,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter, LoraWeights
 from loramix.layers.layer import XLoraLayer, XLoraLinear

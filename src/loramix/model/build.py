@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramix import formats
-from loramix.config.base import LoraConfig, PeftConfig, XLoraConfig
+from loramix.config.base import PeftConfig
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError
 from loramix.experts.adapter import Adapter
 from loramix.experts.initialise import new_adapter

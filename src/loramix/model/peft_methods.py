@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix import formats
-from loramix.config.base import LoraConfig, PeftConfig, PeftType, XLoraConfig
+from loramix.config.base import PeftConfig, PeftType
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
 from loramix.layers.inject import replace

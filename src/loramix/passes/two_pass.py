@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from loramix.config.base import LoraConfig, XLoraConfig
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import CacheError, ConfigurationError, RoutingError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
 from loramix.layers.layer import XLoraLayer

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loramix.config.base import XLoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError
 
 

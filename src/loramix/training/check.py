@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loramix import formats
-from loramix.config.base import LoraConfig, XLoraConfig
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError, SaveError
 from loramix.experts.adapter import Adapter
 from loramix.experts.targets import new_targets

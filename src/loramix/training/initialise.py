@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loramix.config.base import XLoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook

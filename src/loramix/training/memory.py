@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from loramix.config.base import XLoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.formats.xlora import classifier_shapes
 
 TRAINED = 16  # bytes of a trained parameter: float32, its gradient, and Adam's two moments

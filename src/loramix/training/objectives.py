@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from loramix.analysis.metrics import RoutingMeter
-from loramix.config.base import XLoraConfig
 from loramix.config.checks import require, require_finite
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, TrainingError
 from loramix.passes.hooks import EXPERT_IDS, Made, RoutingHook
 from loramix.passes.two_pass import attach

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from loramix.config.base import XLoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.layers.layer import XLoraLayer
 from loramix.model.build import XLoraModel

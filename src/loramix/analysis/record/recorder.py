@@ -29,8 +29,8 @@ from loramix.analysis.record.header import Header
 from loramix.analysis.record.parts import Kept, Part, Reservoir, Shards, Source, Store
 from loramix.analysis.record.reading import held_before, packed_starts, real_slots
 from loramix.analysis.record.record import RoutingRecord
-from loramix.config.base import XLoraConfig
 from loramix.config.checks import require_integer
+from loramix.config.xlora import XLoraConfig
 from loramix.decoding.requests import Request, request
 from loramix.passes.cache import TwoPassCache
 from loramix.passes.hooks import CacheFollower, Made, RoutingHook, between_graphs
