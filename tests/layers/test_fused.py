@@ -43,6 +43,7 @@ def run_apart(file: str, *options: str, **environment: str) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_in_tritons_interpreter() -> None:
     run_apart("kernel_in_interpreter.py", TRITON_INTERPRET="1")
@@ -70,6 +71,7 @@ def test_a_tiling_covers_all_inputs_and_ends_in_no_empty_share(wide: bool) -> No
     assert seen == {1, 2, 4, 8, 16}
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("capability", [80, 90])
@@ -161,17 +163,26 @@ def test_a_cpu_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not fused.usable(torch.ones(3, 5), torch.ones(3, 4), torch.ones(7, 4), torch.ones(5, 7))
 
 
-@pytest.mark.parametrize(("switch", "wanted"), [("0", False), ("1", True), (None, True)])
-def test_the_environment_turns_the_kernels_off(switch: str | None, wanted: bool) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "LORAMIX_FUSED"}
-    environment |= {} if switch is None else {"LORAMIX_FUSED": switch}
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, bool]:
+    """Whether the kernels are wanted by a module that is imported under each value of LORAMIX_FUSED, "" for none."""
     code = (
-        "import importlib.util, sys; found = importlib.util.find_spec\n"
+        "import importlib, importlib.util, os; found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *more: name if name == 'triton' else found(name, *more)\n"
-        "from loramix.layers import fused; print(fused.WANTED)"
+        "from loramix.layers import fused\n"
+        "for switch in ('0', '1', ''):\n"
+        "    os.environ['LORAMIX_FUSED'] = switch\n"
+        "    if not switch: del os.environ['LORAMIX_FUSED']\n"
+        "    print(switch, importlib.reload(fused).WANTED, sep='=')"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(wanted)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = (line.split("=") for line in done.stdout.splitlines())
+    return {switch: value == "True" for switch, value in told}
+
+
+@pytest.mark.parametrize(("switch", "expected"), [("0", False), ("1", True), ("", True)], ids=["0", "1", "unset"])
+def test_the_environment_turns_the_kernels_off(switch: str, expected: bool, wanted: dict[str, bool]) -> None:
+    assert wanted[switch] == expected
 
 
 def test_small_products_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from loramix.experts.base_layers import expected_shapes
 from loramix.experts.targets import new_targets
 from loramix.layers.inject import adapt, find_carrier, plan
 from loramix.layers.layer import XLoraLayer
-from support.tiny import ARCHITECTURES, TARGETS, gpt2, llama, opt, tokens
+from support.tiny import ARCHITECTURES, TARGETS, build, gpt2, llama, opt, tokens
 
 Q, V = "model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj"
 
@@ -169,7 +169,7 @@ def test_a_backbone_without_a_head_is_adapted_too() -> None:
 
 def test_encoder_decoders_are_refused_by_name() -> None:
     sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    model = build(transformers.T5ForConditionalGeneration, **sizes)
     with pytest.raises(ModelError, match="T5ForConditionalGeneration"):
         loramix.get_peft_model(model, loramix.LoraConfig(target_modules=["q"]))
     assert not any(isinstance(module, XLoraLayer) for module in model.modules())

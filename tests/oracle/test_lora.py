@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from support.convolution import tiny_convolution
+from support.mixtures import logits_of
 from support.peft_side import PEFT_WARNINGS, lora, ours, write_expert
 from support.tiny import ARCHITECTURES, TARGETS, gpt2, llama, opt, tokens
 
@@ -107,11 +108,6 @@ def assert_each_expert_equals_pefts(model: Any, experts: Any, base: Base) -> Non
 def one_hot(model: Any, expert: int) -> torch.Tensor:
     with model.fixed_scalings([float(i == expert) for i in range(len(model.expert_names))]):
         return logits_of(model)
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model(input_ids=tokens()).logits
 
 
 def assert_far(one: torch.Tensor, other: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import loramix
 from support.convolution import tiny_convolution
+from support.mixtures import logits_of
 from support.peft_side import PEFT_WARNINGS, lora, write_expert
 from support.tiny import gemma3, gpt2, llama, save_expert, tokens
 
@@ -130,8 +131,3 @@ def test_a_loaded_state_of_a_dora_expert_brings_its_norms(tmp_path: Path) -> Non
     assert (logits_of(one) - logits_of(other)).abs().max() > 1e-3
     one.load_state_dict(other.state_dict())
     assert_close(logits_of(one), logits_of(other), atol=1e-6, rtol=1e-6)
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model(input_ids=tokens()).logits

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from benchmarks import numerics, products, report
+from benchmarks import demo, numerics, products, report
 from benchmarks.limit import Weights
 from benchmarks.models import Models, build
 from benchmarks.plots import draw_scaling, panels
@@ -28,6 +30,18 @@ TINY = SIZES["tiny"]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The three models of the tiny size."""
     return build(TINY, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def measured(models: Models) -> Iterator[Callable[[str], list[Measurement]]]:
+    """What a work measures in as few rounds as show its structure, the demo with one prompt; each work runs once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "PROMPTS", dict(list(demo.PROMPTS.items())[:1]))
+        yield functools.cache(lambda work: WORKS[work](models, rounds_of(work)))
+
+
+def rounds_of(work: str) -> int:
+    return 1 if work == "start" else 2  # each of its rounds starts three processes
 
 
 def test_the_limit_is_the_formula_of_the_page() -> None:
@@ -93,19 +107,23 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert (spread([1.0, 2.0, 3.0, 4.0, 5.0]).lower, spread([1.0, 2.0, 3.0, 4.0, 5.0]).upper) == (2.0, 4.0)
 
 
-@pytest.mark.parametrize("work", [work for work in WORKS if work != "compiled"])
-def test_every_work_measures_every_contender(models: Models, work: str) -> None:
-    rounds = 1 if work == "start" else 2  # each of its rounds starts three processes
-    for measured in WORKS[work](models, rounds):
-        assert {"base", "loramix"} <= set(measured.samples)
-        assert all(len(found) == (rounds if measured.unit == "s" else 1) for found in measured.samples.values())
-        assert measured.limit is not None or work in ("demo", "start", "load")
-        told = report.tables([measured])
-        assert all(name.removesuffix(", forward") in told for name in measured.samples)
-        assert measured.facts.get("tokens in common") == measured.facts.get("new")
-        assert report.table([measured]).count("\n") == 2
+@pytest.mark.parametrize(
+    "work",
+    [pytest.param(w, marks=[pytest.mark.slow] if w == "start" else []) for w in WORKS if w != "compiled"],
+)
+def test_every_work_measures_every_contender(measured: Callable[[str], list[Measurement]], work: str) -> None:
+    for found in measured(work):
+        assert {"base", "loramix"} <= set(found.samples)
+        rounds = rounds_of(work) if found.unit == "s" else 1
+        assert all(len(each) == rounds for each in found.samples.values())
+        assert found.limit is not None or work in ("demo", "start", "load")
+        told = report.tables([found])
+        assert all(name.removesuffix(", forward") in told for name in found.samples)
+        assert found.facts.get("tokens in common") == found.facts.get("new")
+        assert report.table([found]).count("\n") == 2
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_one_graph(tmp_path: Path) -> None:
     """In a process of its own: pytest's checker of shapes, which users do not have, cannot be traced."""
     target = tmp_path / "figures.json"
@@ -132,8 +150,8 @@ def test_the_run_writes_what_the_report_reads(tmp_path: Path, capsys: pytest.Cap
     assert target.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
-def test_growth_is_drawn_with_its_limits(models: Models, tmp_path: Path) -> None:
-    works = {name: WORKS[name](models, 2) for name in ("prefill", "ranks", "batch")}
+def test_growth_is_drawn_with_its_limits(measured: Callable[[str], list[Measurement]], tmp_path: Path) -> None:
+    works = {name: measured(name) for name in ("prefill", "ranks", "batch")}
     first, second = panels(works)
     assert [panel.work for panel, _ in first[2]] == ["ranks", "prefill", "batch"]
     assert [panel.work for panel, _ in second[2]] == ["ranks", "batch"]
