@@ -298,7 +298,8 @@ def test_memory_is_bounded_and_the_sample_is_told(routed: Any, direct: Direct) -
 
 
 def test_each_token_has_the_same_chance_to_be_kept() -> None:
-    from loramix.analysis.record.parts import Part, Reservoir
+    from loramix.analysis.record.part import Part
+    from loramix.analysis.record.stores import Reservoir
 
     counts = torch.zeros(60)
     for seed in range(100):
@@ -351,7 +352,7 @@ def test_what_is_recorded_is_what_the_layers_mix_by(routed: Any, shared: Any, di
 COMPILED = """
 import sys; sys.path[:0] = {path!r}
 import torch
-from cli.conftest import byte_tokenizer
+from support.byte_tokenizer import byte_tokenizer
 from support.mixtures import mixture
 from loramix.analysis import record_routing, stream_routing
 from support.tiny import tokens

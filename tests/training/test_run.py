@@ -36,7 +36,7 @@ from loramix.training.run import last_complete_checkpoint, run_expert_training, 
 from loramix.training.settings import Data, ExpertSettings, TrainSettings
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import llama, save_expert
-from training.conftest import Files, write_lines
+from support.training_files import Files, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
 
@@ -392,7 +392,7 @@ def test_an_expert_is_trained_and_peft_loads_it(files: Files, tmp_path: Path) ->
 def test_a_full_disk_leaves_the_checkpoint_before(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loramix.formats import tensors
+    from loramix.files import tensors
 
     saved: list[Path] = []
     real = tensors.save_file

@@ -6,7 +6,6 @@ S: tokens of a forward. L: adapted layers, 1 where they share their scalings. E:
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,11 +17,11 @@ from rich.text import Text
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from loramix.analysis.colours import expert_colours
 from loramix.analysis.metrics import confidence_of, leaders_of
-from loramix.analysis.record.pieces import Pieces, require_tokenizer
-from loramix.analysis.record.reading import held_before
-from loramix.analysis.show.colours import expert_colours
-from loramix.analysis.show.terminal import NOBODY, legend, token_text, visible
+from loramix.analysis.record.slots import held_before
+from loramix.analysis.record.token_text import IncrementalDecoder, require_tokenizer
+from loramix.analysis.show.terminal import led_by, legend, token_text, visible
 from loramix.decoding.requests import Request, request
 from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.passes.call import cache_in
@@ -69,7 +68,7 @@ class RoutingStreamer(BaseStreamer):
         self._paint = expert_colours(experts)
         self._special = set(tokenizer.all_special_ids)
         self._call: Request | None = None
-        self._pieces = Pieces(tokenizer)
+        self._pieces = IncrementalDecoder(tokenizer)
         self._length = 0  # of the text so far
         self._leader: str | None = None  # of what was shown last
 
@@ -89,7 +88,7 @@ class RoutingStreamer(BaseStreamer):
         ids: list[int] = value.flatten().tolist()
         if request() is not self._call:  # a call of `generate` begins with its prompt
             self._call, self.tokens, self._length, self._leader = request(), [], len(ids), None
-            self._pieces = Pieces(self.tokenizer)
+            self._pieces = IncrementalDecoder(self.tokenizer)
             self.routed.forget()
             prompt = self._pieces.read([token for token in ids if token not in self._special])
             self._print(Text(visible(prompt), style="dim"))
@@ -109,10 +108,9 @@ class RoutingStreamer(BaseStreamer):
         if rest and self.tokens:
             self.tokens[-1] = self.tokens[-1]._replace(text=self.tokens[-1].text + rest)
             self._show(self.tokens[-1]._replace(text=rest))
-        leads = Counter(token.leader or NOBODY for token in self.tokens)
-        shares = ", ".join(f"{visible(name)} {many / len(self.tokens):.0%}" for name, many in leads.most_common())
+        leaders = [token.leader for token in self.tokens]
         self.console.print("\n", legend(self.experts, self.console), sep="\n")
-        self.console.print(Text(f"{len(self.tokens)} tokens, led by {shares}" if leads else "no token", style="dim"))
+        self.console.print(Text(f"{len(leaders)} tokens, {led_by(leaders)}" if leaders else "no token", style="dim"))
 
     def _show(self, token: WrittenToken) -> None:
         if token.text:

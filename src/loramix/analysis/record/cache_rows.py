@@ -1,4 +1,4 @@
-"""How far the rows of a cache have come in their texts, through everything that happens to them.
+"""Which texts the rows of a cache hold, and up to which token, through everything that happens to the cache.
 
 B: rows. S: tokens of a forward. T: slots that the cache holds, padding among them.
 """
@@ -15,43 +15,43 @@ from loramix.decoding.requests import Request
 from loramix.passes.hooks import CacheFollower
 
 
-class Place(NamedTuple):
-    """How far a row has come: the number of its text, and how many of its tokens have been read."""
+class TextPosition(NamedTuple):
+    """How far a row has read: the number of its text, and how many of the text's tokens."""
 
     sequence: int
     length: int
 
 
 @runtime_checkable
-class Follows(Protocol):
-    """Who wants to know."""
+class RowsObserver(Protocol):
+    """What a change of the rows is reported to."""
 
     def commit(self) -> None:
-        """What was read can not be taken back any more."""
+        """The tokens of the last forward can no longer be taken back."""
 
-    def take_back(self, rows: Followed, tokens: int) -> None:
+    def take_back(self, rows: CacheRows, tokens: int) -> None:
         """So many slots at the end of the rows are gone."""
 
 
-class Followed(CacheFollower):
-    """How far the rows of a cache, or of a forward without one, have come.
+class CacheRows(CacheFollower):
+    """How far the rows of a cache, or of a forward without one, have read.
 
-    It keeps nobody alive: copies of a cache outlive a record.
+    It holds its observer weakly: copies of a cache may outlive a record.
 
     Attributes:
-        places: of each row; None before its first token.
+        places: where each row stands; None before its first token.
         real: (B, T), False at padding.
     """
 
-    def __init__(self, recorder: Follows | None, batch: int) -> None:
-        self._recorder = weakref.ref(recorder) if recorder is not None else lambda: None
-        self.places: list[Place | None] = [None] * batch
+    def __init__(self, observer: RowsObserver | None, batch: int) -> None:
+        self._observer = weakref.ref(observer) if observer is not None else lambda: None
+        self.places: list[TextPosition | None] = [None] * batch
         self.real = torch.zeros(batch, 0, dtype=torch.bool)
 
     @property
-    def recorder(self) -> Follows | None:
-        """Who wants to know; None once nobody does."""
-        return self._recorder()
+    def observer(self) -> RowsObserver | None:
+        """The observer; None once it is gone."""
+        return self._observer()
 
     @property
     def batch(self) -> int:
@@ -70,37 +70,40 @@ class Followed(CacheFollower):
         self.real = self.real[rows]
 
     def _commit(self) -> None:
-        recorder = self.recorder
-        if recorder is not None:
-            recorder.commit()
+        observer = self.observer
+        if observer is not None:
+            observer.commit()
 
     def cropped(self, tokens: int) -> None:
-        recorder = self.recorder
-        if tokens > 0 and recorder is not None:
-            recorder.take_back(self, tokens)
+        observer = self.observer
+        if tokens > 0 and observer is not None:
+            observer.take_back(self, tokens)
 
     def emptied(self) -> None:
         self._commit()
         self.places = [None] * self.batch
         self.real = self.real[:, :0]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheRows:
         """The copy goes on by itself: where both do, the text forks."""
         self._commit()
-        other = Followed(self.recorder, self.batch)
+        other = CacheRows(self.observer, self.batch)
         other.places, other.real = list(self.places), self.real.clone()
         return other
 
 
-class Uncached:
-    """The texts of a `generate` without a cache, which reads all of each text again for each token."""
+class RereadTexts:
+    """The texts of a `generate` without a cache, which reads each whole text again for each token.
+
+    Without it each of these forwards would be recorded as new texts, and every token as often as it was read.
+    """
 
     def __init__(self, call: Request) -> None:
         self.call = call
-        self._texts: list[tuple[Tensor, Place]] = []
+        self._texts: list[tuple[Tensor, TextPosition]] = []
 
-    def meet(self, tokens: Tensor, real: Tensor, rows: Followed) -> Tensor:
-        """(B, S), which tokens are new; rows stand where they were, by the tokens that they begin with."""
+    def find_new(self, tokens: Tensor, real: Tensor, rows: CacheRows) -> Tensor:
+        """(B, S), True at tokens that were not read before; each row is set to the text that it begins with."""
         new = real.clone()
         for row in range(len(tokens)):
             ids = tokens[row][real[row]]
@@ -111,7 +114,7 @@ class Uncached:
                 new[row] &= real[row].cumsum(0) > found.length
         return new
 
-    def keep(self, tokens: Tensor, real: Tensor, rows: Followed) -> None:
-        """These are the texts now: what a row holds beyond its text is what it is padded with."""
+    def remember(self, tokens: Tensor, real: Tensor, rows: CacheRows) -> None:
+        """Remember the texts of this forward, without the padding that follows a finished text."""
         several = zip(tokens, real, rows.places, strict=True)
         self._texts = [(ids[mask][: place.length], place) for ids, mask, place in several if place]

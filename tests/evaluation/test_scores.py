@@ -10,23 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cli.conftest import byte_tokenizer
-from loramix import DataError, XLoraConfig, get_peft_model
-from loramix.evaluation.scores import (
-    BASE,
-    MIXTURE,
-    ORACLE,
-    UNIFORM,
-    Passage,
-    Score,
-    columns,
-    cut,
-    evaluate,
-    measure,
-    token_nats,
-    total,
-    without_expert,
-)
+from loramix import ConfigurationError, DataError, XLoraConfig, get_peft_model
+from loramix.evaluation.ablation import without_expert
+from loramix.evaluation.losses import token_nats
+from loramix.evaluation.passages import Passage, cut_passages, window_size, windows
+from loramix.evaluation.scores import BASE, MIXTURE, ORACLE, UNIFORM, Score, columns, evaluate, measure, total
+from support.byte_tokenizer import byte_tokenizer
 from support.tiny import llama, tokens
 
 TEXTS = [("1 + 2 = 3", "math"), ("def f(x): # é 😀", "code")]
@@ -60,25 +49,46 @@ class Uniform(torch.nn.Module):
 
 def test_a_passages_bytes_are_its_texts() -> None:
     for window in (5, 9, 100):
-        passages = cut(byte_tokenizer(), TEXTS, window=window)
+        passages = list(cut_passages(byte_tokenizer(), TEXTS, window=window))
         for text, group in TEXTS:
             sizes = [size for p in passages for g, size in zip(p.groups, p.bytes, strict=True) if g == group]
             assert sum(sizes) == len(text.encode())
         assert all(len(p.ids) <= window and p.ids[0] == 0 and len(p.groups) == len(p.ids) - 1 for p in passages)
 
 
+@pytest.mark.parametrize(("size", "start", "overlap"), [(4, [], 0), (4, [0], 0), (4, [], 1), (2, [], 1), (9, [0], 0)])
+def test_windows_hold_each_token_of_a_text_once_beside_the_overlap(size: int, start: list[int], overlap: int) -> None:
+    for count in range(10):
+        found = list(windows(list(range(10, 10 + count)), size, start=start, overlap=overlap))
+        pieces = [window.ids[len(start) :] for window in found]
+        assert all(window.ids[: len(start)] == start and len(window.ids) <= size for window in found)
+        assert all(window.first + 10 == piece[0] for window, piece in zip(found, pieces, strict=True))
+        whole = [token for i, piece in enumerate(pieces) for token in piece[overlap if i else 0 :]]
+        assert whole == (list(range(10, 10 + count)) if count > overlap else [])
+
+
+def test_a_window_fits_the_base_model() -> None:
+    config = llama().config
+    assert (window_size(config), window_size(config, 7)) == (128, 7)
+    for wrong in (1, 129):
+        with pytest.raises(DataError, match="128 positions"):
+            window_size(config, wrong)
+    with pytest.raises(ConfigurationError):
+        window_size(config, True)
+
+
 def test_passages_are_limited_by_group() -> None:
-    passages = cut(byte_tokenizer(), [("x" * 100, "a"), ("y" * 100, "b")], window=11, limit=3)
+    passages = list(cut_passages(byte_tokenizer(), [("x" * 100, "a"), ("y" * 100, "b")], window=11, limit=3))
     assert [p.groups[0] for p in passages] == ["a"] * 3 + ["b"] * 3
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(DataError, match="not a fast one"):
-        cut(SimpleNamespace(is_fast=False), TEXTS, window=8)
+        list(cut_passages(SimpleNamespace(is_fast=False, bos_token_id=0), TEXTS, window=8))
 
 
 def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary() -> None:
-    scores = measure(Uniform(), cut(byte_tokenizer(), TEXTS, window=64))
+    scores = measure(Uniform(), list(cut_passages(byte_tokenizer(), TEXTS, window=64)))
     for text, group in TEXTS:
         size = len(text.encode())
         assert scores[group].loss == pytest.approx(math.log(257))
@@ -93,7 +103,7 @@ def test_nats_of_a_known_distribution() -> None:
 
 
 def test_the_batch_does_not_change_the_score(model: Any) -> None:
-    passages = cut(byte_tokenizer(), TEXTS * 3, window=7)
+    passages = list(cut_passages(byte_tokenizer(), TEXTS * 3, window=7))
     one, many = measure(model, passages, batch=1), measure(model, passages, batch=8)
     for group, score in one.items():
         assert many[group].nats == pytest.approx(score.nats, rel=1e-5)
@@ -118,7 +128,7 @@ def test_each_row_is_what_it_says(model: Any) -> None:
 
 
 def test_the_oracle_is_never_worse_than_an_expert(model: Any) -> None:
-    passages = cut(byte_tokenizer(), TEXTS, window=64)
+    passages = list(cut_passages(byte_tokenizer(), TEXTS, window=64))
     found = evaluate(model, passages, leave_one_out=False)
     for group, score in found.row(ORACLE).items():
         assert score.nats == min(found.scores[name][group].nats for name in "abc")

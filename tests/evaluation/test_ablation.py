@@ -13,7 +13,7 @@ from loramix import DataError, RoutingError
 from loramix.analysis import record_routing
 from loramix.evaluation import leave_one_out
 from loramix.evaluation.ablation import without_expert
-from support.mixtures import mixture
+from support.mixtures import SPARSE, mixture
 from support.tiny import tokens
 
 MODES: dict[str, dict[str, Any]] = {
@@ -26,7 +26,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_what_cannot_be_left_out_or_read_is_told(routed: Any) -> None:
+def test_what_cannot_be_left_out_or_read_is_told(experts: Callable[[str], dict[str, str]]) -> None:
+    routed = mixture(experts("llama"), layerwise_scalings=True, **SPARSE)
     with pytest.raises(RoutingError, match="which none of the 3 matches"), without_expert(routed, "nobody"):
         pass
     longest = routed.config.max_position_embeddings

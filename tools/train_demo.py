@@ -1,7 +1,7 @@
-"""How everything in `data/` was made: `python -m loramix.demo.train --out DIR`.
+"""Trains what ships in `src/loramix/demo/data`: `python -m tools.train_demo --out DIR`.
 
-Four stages, each seeded, each skipped when its result is already there: the tokenizer, the base model, one LoRA expert
-for each domain, the router. The log `train.log` lies beside the results.
+Four stages, each seeded, each skipped when its result exists: the tokenizer, the base model, one LoRA expert for each
+domain, the router. The log `train.log` is written beside the results.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ STAGES: dict[str, tuple[str, Callable[[Path, Log], None]]] = {
 
 def main() -> None:
     """Run the stages that have not run yet."""
-    parser = argparse.ArgumentParser(prog="python -m loramix.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.train_demo", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--stage", nargs="*", choices=list(STAGES), default=list(STAGES), help="default: all")
     options = parser.parse_args()

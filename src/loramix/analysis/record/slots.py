@@ -1,6 +1,6 @@
-"""Which slots of a forward hold a token of a text: padding, several texts in one row.
+"""Which slots of a forward hold a token, and where a text begins in a row that holds several.
 
-B, S: rows and tokens of a forward. T: slots that the cache held before. K: slots that a mask speaks of.
+B, S: rows and tokens of a forward. T: slots that the cache held before. K: slots that a mask covers.
 """
 
 from __future__ import annotations
