@@ -74,6 +74,7 @@ class FixedMethods(MixtureMethods):
 
         Raises:
             ConfigurationError: none of them, or several, or `after` below 1.
+            UnsupportedOperationError: `after` for a router that needs no scaling pass.
             RoutingError: scalings of another shape.
         """
         if sum(given is not None for given in (scalings, prompt, after)) != 1 or (after is not None and after < 1):
@@ -81,6 +82,12 @@ class FixedMethods(MixtureMethods):
                 "Routing is fixed by scalings, from a prompt, or after a number of tokens: by one of them.",
                 received=f"scalings={scalings!r}, prompt={prompt!r}, after={after!r}",
                 remedy="pass for example fix_routing([0.5, 0.5]), or fix_routing(after=32)",
+            )
+        if after is not None and not self._loramix.needs_scaling_pass:
+            raise UnsupportedOperationError(
+                "Routing is fixed after some tokens to leave out the scaling pass.",
+                received=f"after={after} for router={self._loramix.config.router!r}, which needs none",
+                remedy="fix the routing by scalings or from a prompt",
             )
         fixed = None
         if prompt is not None:
