@@ -33,6 +33,15 @@ def test_the_places_of_the_linear_layers_are_those_of_the_file_format(
     assert [router.layers[place].weight.shape for place in places] == [*zip(widths[1:], widths, strict=False)]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_its_tensors_are_known_without_building_it(depth: int, dropout: float, layerwise: bool) -> None:
+    router = classifier(xlora_depth=depth, xlora_dropout_p=dropout, layerwise_scalings=layerwise)
+    shapes = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
+    assert XLoraClassifier.tensors(router.config, layers=L, experts=E) == shapes
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_the_logits_are_those_of_the_layers_one_after_the_other(depth: int) -> None:
     router, hidden = classifier(xlora_depth=depth), torch.randn(2, 4, H)

@@ -37,6 +37,7 @@ from loramix.errors import (
 from loramix.files.atomic import save_text
 from loramix.files.hub import HubOptions
 from loramix.files.json_file import read_json_object
+from loramix.files.location import Location
 
 
 class PeftType(str, Enum):  # noqa: UP042 - prints as PEFT's does
@@ -147,7 +148,8 @@ class PeftConfig:
             UnsupportedAdapterError: an adapter that is neither LoRA nor X-LoRA.
             ConfigurationError: values that cannot work.
         """
-        return cls.from_json_file(find_config(pretrained_model_name_or_path, HubOptions.from_kwargs(hub_kwargs)))
+        location = Location(pretrained_model_name_or_path, HubOptions.from_kwargs(hub_kwargs))
+        return cls.from_json_file(find_config(location))
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Self:

@@ -16,7 +16,8 @@ from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError
 from loramix.experts.adapter import Adapter, LoraWeights, pattern_value
 from loramix.experts.base_layers import dense_weight, expected_shapes, kind_of, refuse_module
-from loramix.experts.targets import ALL_LINEAR, new_targets, refuse_unsupported
+from loramix.experts.features import refuse_unsupported
+from loramix.experts.targets import ALL_LINEAR, new_targets
 
 
 def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapter:

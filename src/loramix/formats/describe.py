@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from enum import Enum
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from loramix.config.base import PeftConfig
-from loramix.config.xlora import XLoraConfig
+from loramix.config.base import TaskType
 from loramix.experts.adapter import Adapter
 from loramix.files.hub import HubOptions
-from loramix.formats.lora import load_adapter
-from loramix.formats.xlora import load_mixture
-
-
-class Kind(str, Enum):  # noqa: UP042 - equal to its string, and printed as JSON like one
-    """What a checkpoint is."""
-
-    EXPERT = "expert"
-    MIXTURE = "mixture"
+from loramix.files.location import Location
+from loramix.formats.load import Kind, kind_of, read_expert, read_mixture
 
 
 @dataclass(frozen=True)
@@ -54,9 +44,10 @@ class ExpertDescription:
 
 @dataclass(frozen=True)
 class RouterDescription:
-    """The classifier of a mixture.
+    """The router of a mixture.
 
     Args:
+        kind: "classifier" is X-LoRA's.
         parameters: number of its parameters.
         depth: linear layers.
         hidden_size: H, its input.
@@ -64,6 +55,7 @@ class RouterDescription:
         top_k: experts kept for each token; None keeps all.
     """
 
+    kind: str
     parameters: int
     depth: int
     hidden_size: int
@@ -103,53 +95,44 @@ class Description:
         return {**asdict(self), "kind": self.kind.value, "num_experts": self.num_experts}
 
 
-def detect(identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Kind:
-    """Say what a checkpoint is, by its configuration.
-
-    Raises:
-        CheckpointNotFoundError: no such folder or repository, or no adapter in it.
-        CorruptCheckpointError: a configuration that cannot be read.
-        UnsupportedAdapterError: neither LoRA nor X-LoRA.
-    """
-    config = PeftConfig.from_pretrained(identifier, **_kwargs(options))
-    return Kind.MIXTURE if isinstance(config, XLoraConfig) else Kind.EXPERT
-
-
 def describe(identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Description:
     """Describe a checkpoint without its base model.
 
     Raises:
         CheckpointError, AdapterError, ConfigurationError: what `load_adapter` and `load_mixture` raise.
     """
-    if detect(identifier, options) is Kind.EXPERT:
-        return _describe_expert(identifier, options)
-    mixture = load_mixture(identifier, options)
+    location = Location(identifier, options or HubOptions())
+    return _mixture(location) if kind_of(location) is Kind.MIXTURE else _lone_expert(location)
+
+
+def _mixture(location: Location) -> Description:
+    mixture = read_mixture(location)
     config = mixture.config
-    router = RouterDescription(
-        parameters=sum(tensor.numel() for tensor in mixture.classifier.values()),
-        depth=config.xlora_depth,
-        hidden_size=config.hidden_size,
-        layerwise=config.layerwise_scalings,
-        top_k=config.top_k_lora,
-    )
     bases = (config.base_model_name_or_path, *(e.config.base_model_name_or_path for e in mixture.experts))
     return Description(
         Kind.MIXTURE,
-        os.fspath(identifier),
+        os.fspath(location.identifier),
         base_model=next((base for base in bases if base), None),
         task_type=_plain(config.task_type),
-        num_layers=len({path for expert in mixture.experts for path in expert.weights}),
+        num_layers=mixture.num_layers,
         experts=tuple(_expert(expert) for expert in mixture.experts),
-        router=router,
+        router=RouterDescription(
+            kind=config.router,
+            parameters=sum(tensor.numel() for tensor in mixture.router.values()),
+            depth=config.xlora_depth,
+            hidden_size=config.hidden_size,
+            layerwise=config.layerwise_scalings,
+            top_k=config.top_k_lora,
+        ),
     )
 
 
-def _describe_expert(identifier: str | os.PathLike[str], options: HubOptions | None) -> Description:
-    place = (options.subfolder if options else None) or os.fspath(identifier)
-    expert = load_adapter(os.path.basename(os.path.abspath(place)), identifier, options)  # noqa: PTH100, PTH119
+def _lone_expert(location: Location) -> Description:
+    place = location.options.subfolder or os.fspath(location.identifier)
+    expert = read_expert(location, os.path.basename(os.path.abspath(place)))  # noqa: PTH100, PTH119
     return Description(
         Kind.EXPERT,
-        os.fspath(identifier),
+        os.fspath(location.identifier),
         base_model=expert.config.base_model_name_or_path,
         task_type=_plain(expert.config.task_type),
         num_layers=len(expert.weights),
@@ -176,8 +159,4 @@ def _expert(expert: Adapter) -> ExpertDescription:
 
 
 def _plain(task_type: str | None) -> str | None:
-    return str(getattr(task_type, "value", task_type)) if task_type is not None else None
-
-
-def _kwargs(options: HubOptions | None) -> Mapping[str, Any]:
-    return {} if options is None else {entry.name: getattr(options, entry.name) for entry in fields(options)}
+    return None if task_type is None else TaskType(task_type).value

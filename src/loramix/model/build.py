@@ -95,7 +95,7 @@ class PeftModel(_Peft):
         _require_kind(config, XLoraConfig, model_id)
         saved = formats.load_mixture(model_id, options, adapters, cast("XLoraConfig | None", config))
         saved.config.inference_mode = not is_trainable
-        result = _build_mixture(model, saved.config, saved.experts, saved.classifier, trainable=is_trainable)
+        result = _build_mixture(model, saved.config, saved.experts, saved.router, trainable=is_trainable)
         return result if is_trainable else cast(PeftModel, cast(PreTrainedModel, result).eval())
 
 

@@ -57,6 +57,26 @@ class XLoraClassifier(nn.Module):
             width = config.xlora_size
         self.layers = nn.Sequential(*parts, nn.Linear(width, distinct * n_classes, dtype=torch.float32))
 
+    @staticmethod
+    def tensors(config: XLoraConfig, *, layers: int, experts: int) -> dict[str, tuple[int, ...]]:
+        """The classifier's tensors by name, and their shapes.
+
+        The linear layers lie at every third place of the sequence with dropout, at every second without.
+
+        Args:
+            config: depth, sizes, dropout, layerwise.
+            layers: L.
+            experts: E.
+        """
+        step = 3 if config.xlora_dropout_p > 0 else 2
+        out = experts * (layers if config.layerwise_scalings else 1)
+        widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), out]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i in range(config.xlora_depth):
+            shapes[f"layers.{i * step}.weight"] = (widths[i + 1], widths[i])
+            shapes[f"layers.{i * step}.bias"] = (widths[i + 1],)
+        return shapes
+
     def forward(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S L E"]:
         """Logits of every layer; where layers share them, one tensor seen L times."""
         return self.distinct(hidden).expand(-1, -1, self.n_layers, -1)
