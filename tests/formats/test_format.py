@@ -138,14 +138,14 @@ def test_alone_it_is_no_checkpoint(tmp_path):
 
 def test_a_format_that_claims_to_match_and_reads_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Ordering, "matches", lambda self, location: True)
-    with pytest.raises(UnsupportedOperationError, match="'ordering', which is only written"):
+    with pytest.raises(UnsupportedOperationError, match="'ordering', which is write-only"):
         load_mixture(tmp_path)
 
 
 def test_what_is_only_read_is_not_written(tmp_path):
-    with pytest.raises(UnsupportedOperationError, match="'listed', which is only read"):
+    with pytest.raises(UnsupportedOperationError, match="'listed', which is read-only"):
         save_mixture(tmp_path, *make_mixture(), format="listed")
-    with pytest.raises(UnsupportedOperationError, match="'single', which is only read"):
+    with pytest.raises(UnsupportedOperationError, match="'single', which is read-only"):
         save_adapter(tmp_path, make_expert("math"), format="single")
     assert contents(tmp_path) == {}
 

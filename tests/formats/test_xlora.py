@@ -434,7 +434,7 @@ class TestWrong:
         save_adapter(tmp_path / "new", make_expert("new", modules=["model.layers.0.q", "model.layers.2.q"]))
         with pytest.raises(AdapterMismatchError) as caught:
             load_mixture(tmp_path / "mixture", adapters={"code": tmp_path / "new"})
-        assert "'code', which make it 3 layers" in caught.value.received
+        assert "'code', with which 3 layers are adapted" in caught.value.received
         assert f"(6, {HIDDEN}), found (4, {HIDDEN})" in caught.value.received
         assert "target_modules" in caught.value.remedy
 

@@ -15,8 +15,9 @@ from loramix.analysis.record.recorder import MAX_TOKENS, record_routing
 from loramix.config.checks import require_integer
 from loramix.errors import DataError, RoutingError
 from loramix.evaluation.ablation import LeaveOneOut, leave_one_out, pad
+from loramix.experts.base_model import positions_of
 from loramix.model.build import XLoraModel
-from loramix.passes.two_pass import evaluating, positions_of
+from loramix.passes.two_pass import evaluating
 
 LONGEST_PIECE = 1024
 _AT_ONCE = 2048  # tokens of a forward, padding included

@@ -1,4 +1,4 @@
-"""Where a configuration lies: `adapter_config.json` in an adapter's folder, and what a folder without one may be."""
+"""Finding `adapter_config.json` in an adapter's folder, and saying what a folder without it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find_config(location: Location) -> Path:
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or no `adapter_config.json` in it; the message says
-            what the folder holds instead.
+            what the folder is instead.
     """
     path = location.find(CONFIG_NAME)
     if path is None:
@@ -24,7 +24,7 @@ def find_config(location: Location) -> Path:
 
 
 def _no_adapter(location: Location) -> CheckpointNotFoundError:
-    """Tell the likeliest mistakes apart: a base model's folder, the original library's, any other."""
+    """Recognise the likeliest mistakes: a base model's folder, and one of the original X-LoRA library."""
     remedy = "Give the folder that save_pretrained wrote, or subfolder= where it lies deeper."
     if location.find("xlora_config.json"):
         found = "which is a checkpoint of the original xlora library"

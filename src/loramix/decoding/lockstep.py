@@ -40,9 +40,10 @@ from loramix.decoding.eligibility import why_not_this_token
 from loramix.decoding.row_cache import RowCache, Write
 from loramix.decoding.scheduler import AHEAD, Pace, Way
 from loramix.errors import ConfigurationError
+from loramix.experts.base_model import positions_of
 from loramix.layers.scalings import Routing, TensorRouting, Watched, override
 from loramix.passes.cache import TwoPassCache
-from loramix.passes.two_pass import Mixed, MixtureState, positions_of
+from loramix.passes.two_pass import Mixed, MixtureState
 
 Wanted = bool | int | Literal["lookup"] | None
 """How `generate` is to decode: see `LockstepMethods.generate`; a number is 2 or more."""

@@ -19,9 +19,10 @@ from loramix.analysis.record.pick import own, pick
 from loramix.config.checks import require_integer
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import DataError, RoutingError
+from loramix.experts.base_model import positions_of
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import RoutingHook
-from loramix.passes.two_pass import attach, evaluating, positions_of, require_routing
+from loramix.passes.two_pass import attach, evaluating, require_routing
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which features of an expert a mixture cannot carry; the configuration alone tells."""
+"""Features of an expert that a mixture does not support, by the expert's configuration."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def unsupported_features(config: LoraConfig) -> list[str]:
-    """The settings of an expert, as "field=value", that a mixture cannot carry; empty for those that it can.
+    """The settings of an expert, as "field=value", that a mixture does not support.
 
-    Initialisations such as PiSSA's change the base model's weight: experts trained that way belong to another base
-    than the other experts do, unless PEFT converted them to plain LoRA on saving (and then the field says True).
-    Fields that matter only during training, such as `eva_config`, are no hindrance.
+    Initialisations such as PiSSA's change the base model's weights: an expert trained that way belongs to another base
+    model than the other experts, unless PEFT converted it to plain LoRA on saving (the field is then True). Fields
+    that matter in training only, such as `eva_config`, are accepted.
     """
     found = [f"{name}={getattr(config, name)!r}" for name in _WITHOUT_MEANING_HERE if getattr(config, name)]
     if config.bias != "none":
@@ -41,14 +41,14 @@ def unsupported_features(config: LoraConfig) -> list[str]:
 
 
 def refuse_unsupported(config: LoraConfig, name: str) -> None:
-    """Raise where an expert has a feature that a mixture cannot carry.
+    """Refuse an expert with a feature that a mixture does not support.
 
     Args:
-        config: the expert's.
+        config: the expert's configuration.
         name: the expert's name, for the message.
 
     Raises:
-        UnsupportedAdapterError: naming the expert and every such feature.
+        UnsupportedAdapterError: naming the expert and all such features.
     """
     found = unsupported_features(config)
     if not found:
@@ -56,7 +56,7 @@ def refuse_unsupported(config: LoraConfig, name: str) -> None:
     changed_base = any(feature.startswith("init_lora_weights") for feature in found)
     convert = " (PEFT converts it on saving: path_initial_model_for_weight_conversion)" if changed_base else ""
     raise UnsupportedAdapterError(
-        "A mixture carries LoRA, rsLoRA, DoRA and LoRA biases, and no other features of an expert.",
+        "A mixture supports LoRA, rsLoRA, DoRA and LoRA biases, and no other features of an expert.",
         received=f"expert {name!r} with {', '.join(found)}",
         remedy=f"Leave this expert out, or train it without them{convert}.",
     )

@@ -1,4 +1,4 @@
-"""Which modules an expert adapts."""
+"""The modules that an expert adapts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_target(config: LoraConfig, path: str) -> bool:
     `layers_pattern` it is the first number below at least two names.
 
     Args:
-        config: the expert's; "all-linear" must have been replaced by names before.
+        config: the expert's configuration; `target_modules` is not "all-linear".
         path: as in `base.named_modules()`.
     """
     targets = config.target_modules
@@ -36,7 +36,7 @@ def is_target(config: LoraConfig, path: str) -> bool:
 
 
 def is_excluded(config: LoraConfig, path: str) -> bool:
-    """Whether `exclude_modules` names the module at `path`."""
+    """Whether `exclude_modules` matches the module at `path`."""
     return bool(config.exclude_modules) and _matches(config.exclude_modules, path)
 
 
@@ -65,9 +65,14 @@ def _block_index(layers_pattern: list[str] | str | None, path: str) -> int | Non
 
 
 def targeted(model: PreTrainedModel, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
-    """The modules that `target_modules` names, among those that can be adapted.
+    """The paths of the modules that `target_modules` matches and experts can adapt.
 
-    "all-linear" names every linear layer but the head's; None names nothing.
+    "all-linear" matches every linear layer but the head's; None matches nothing.
+
+    Args:
+        model: the base model.
+        modules: its modules by path.
+        config: the expert's configuration.
     """
     if config.target_modules == ALL_LINEAR:
         linear = [path for path, module in modules.items() if kind_of(module) == "linear"]
@@ -76,10 +81,10 @@ def targeted(model: PreTrainedModel, modules: Mapping[str, nn.Module], config: L
 
 
 def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """The modules that a new expert adapts; "all-linear" means every linear layer but the head's.
+    """The paths of the modules that a new expert adapts; otherwise as `targeted`.
 
     Raises:
-        ConfigurationError: `target_modules` is missing, or names no module of this model.
+        ConfigurationError: `target_modules` is missing, or matches no module of this model.
     """
     paths = targeted(model, dict(model.named_modules()), config)
     if not paths:
@@ -92,7 +97,7 @@ def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
 
 
 def carrier_path(model: PreTrainedModel, path: str) -> str:
-    """Where the nearest `PreTrainedModel` above a module is: the part of the model that runs both passes for it."""
+    """The path of the nearest `PreTrainedModel` above a module: the part of the model that runs the passes for it."""
     while path:
         path = path.rpartition(".")[0]
         if isinstance(model.get_submodule(path), PreTrainedModel):
@@ -101,5 +106,5 @@ def carrier_path(model: PreTrainedModel, path: str) -> str:
 
 
 def in_head(model: PreTrainedModel, path: str) -> bool:
-    """Whether a module belongs to the model's head, which runs after both passes."""
+    """Whether a module belongs to the model's head, which runs after the passes."""
     return carrier_path(model, path) == "" and model.base_model is not model

@@ -11,7 +11,7 @@ from loramix.files.hub import HubOptions, find_any
 
 @dataclass(frozen=True)
 class Location:
-    """A folder whose files are each looked for once: on the Hub, every look is a request.
+    """A folder that remembers which files it has: on the Hub, each look-up is a request.
 
     Args:
         identifier: a local folder or a Hub identifier (see `loramix.files.hub`).
@@ -25,7 +25,7 @@ class Location:
     )
 
     def find(self, *names: str) -> Path | None:
-        """The path of the first of several files that is there, downloaded where need be; None where none is.
+        """The path of the first of several files that exists, downloaded if need be; None if there is none.
 
         Raises:
             CheckpointNotFoundError: no such folder or repository, or one that cannot be reached.
@@ -35,11 +35,11 @@ class Location:
         return self._found[names]
 
     def below(self, folder: str) -> Location:
-        """A folder inside this one."""
+        """A subfolder."""
         return Location(self.identifier, self.options.below(folder))
 
     def elsewhere(self, identifier: str | os.PathLike[str]) -> Location:
-        """Another folder or repository, by the same access: token, cache, offline."""
+        """Another folder or repository, with the same token and cache."""
         return Location(identifier, self.options.elsewhere())
 
     def __str__(self) -> str:

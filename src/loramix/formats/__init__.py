@@ -1,11 +1,11 @@
-"""File formats: from folders to experts and mixtures as data, and back.
+"""File formats: reading folders as experts and mixtures, and writing them.
 
 To add one, see `loramix.formats.format`.
 """
 
 from __future__ import annotations
 
-# Imported at once, not at first use: importing a format's module registers it.
+# Not imported lazily: importing a format's module registers it.
 from loramix.formats.describe import Description, ExpertDescription, RouterDescription, describe
 from loramix.formats.format import ExpertFormat, Format, MixtureFormat, register_format
 from loramix.formats.load import Kind, detect, load_adapter, load_mixture

@@ -1,4 +1,4 @@
-"""What a folder is, from its files alone: an expert or a mixture, of which base model, with what in it."""
+"""Descriptions of experts and mixtures, from their files alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loramix.config.base import TaskType
 from loramix.experts.adapter import Adapter
 from loramix.files.hub import HubOptions
 from loramix.files.location import Location
-from loramix.formats.load import Kind, kind_of, read_expert, read_mixture
+from loramix.formats.load import Kind, kind_at, read_expert, read_mixture
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,16 @@ class ExpertDescription:
     """One expert.
 
     Args:
-        name: in the mixture; for a lone expert the folder's.
-        source: where it was read from.
-        base_model: identifier of the base model it was trained for, as far as its configuration says.
-        ranks: the different r of its modules, in ascending order.
+        name: its name in the mixture; for a single expert, the folder's name.
+        source: the folder or Hub identifier that it was read from.
+        base_model: identifier of its base model, if its configuration has it.
+        ranks: the distinct ranks of its modules, in ascending order.
         alpha: `lora_alpha`.
-        targets: the different last names of its modules, such as q_proj.
-        modules: number of its modules.
+        targets: the distinct names of its modules, such as q_proj.
+        modules: number of modules that it adapts.
         parameters: number of its parameters.
-        dtypes: of its tensors.
-        variants: rslora, dora, bias, where used.
+        dtypes: the distinct dtypes of its tensors.
+        variants: those of rslora, dora and bias that it uses.
     """
 
     name: str
@@ -49,10 +49,10 @@ class RouterDescription:
     Args:
         kind: "classifier" is X-LoRA's.
         parameters: number of its parameters.
-        depth: linear layers.
-        hidden_size: H, its input.
-        layerwise: scalings of their own for each adapted layer.
-        top_k: experts kept for each token; None keeps all.
+        depth: number of linear layers of a classifier.
+        hidden_size: H, the width of a classifier's input.
+        layerwise: whether each adapted layer has its own scalings.
+        top_k: number of experts selected for each token; None for all.
     """
 
     kind: str
@@ -69,12 +69,12 @@ class Description:
 
     Args:
         kind: expert or mixture.
-        path: the identifier that was asked about.
-        base_model: identifier of the base model, as far as the configurations say.
-        task_type: what the base model is used for, as far as the configuration says.
-        num_layers: L, the modules that at least one expert adapts.
-        experts: E of them; one for a lone expert.
-        router: None for a lone expert.
+        path: the identifier that was given.
+        base_model: identifier of the base model, if a configuration has it.
+        task_type: the base model's task, if the configuration has it.
+        num_layers: L, the number of modules that at least one expert adapts.
+        experts: the E experts.
+        router: None for a single expert.
     """
 
     kind: Kind
@@ -91,7 +91,7 @@ class Description:
         return len(self.experts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in JSON's types."""
+        """The description in JSON's types."""
         return {**asdict(self), "kind": self.kind.value, "num_experts": self.num_experts}
 
 
@@ -102,7 +102,7 @@ def describe(identifier: str | os.PathLike[str], options: HubOptions | None = No
         CheckpointError, AdapterError, ConfigurationError: what `load_adapter` and `load_mixture` raise.
     """
     location = Location(identifier, options or HubOptions())
-    return _mixture(location) if kind_of(location) is Kind.MIXTURE else _lone_expert(location)
+    return _mixture(location) if kind_at(location) is Kind.MIXTURE else _single_expert(location)
 
 
 def _mixture(location: Location) -> Description:
@@ -127,7 +127,7 @@ def _mixture(location: Location) -> Description:
     )
 
 
-def _lone_expert(location: Location) -> Description:
+def _single_expert(location: Location) -> Description:
     place = location.options.subfolder or os.fspath(location.identifier)
     expert = read_expert(location, os.path.basename(os.path.abspath(place)))  # noqa: PTH100, PTH119
     return Description(

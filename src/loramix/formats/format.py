@@ -1,17 +1,17 @@
-"""What a file format is: it recognises a folder, reads it, and says which files to write.
+"""The contract of file formats, and their registry: a format recognises a folder, reads it, and writes its files.
 
 To add one, subclass `ExpertFormat` or `MixtureFormat` and register an instance:
 
     class MyFormat(MixtureFormat):
         name = "mine"
         def matches(self, location): ...
-        def read(self, location, adapters=None, config=None): ...     # left out: the format is only written
-        def writers(self, content): ...                               # left out: the format is only read
+        def read(self, location, adapters=None, config=None): ...     # without it, the format is write-only
+        def writers(self, content): ...                               # without it, the format is read-only
 
     register_format(MyFormat())
 
-`detect`, `describe`, `load_adapter` and `load_mixture` then recognise it; `save_adapter` and `save_mixture` take its
-name. A format gives tensors and configurations: models are built from them elsewhere.
+`detect`, `describe`, `load_adapter` and `load_mixture` then recognise it, and `save_adapter(format="mine")` or
+`save_mixture(format="mine")` writes it. A format handles tensors and configurations; models are built elsewhere.
 """
 
 from __future__ import annotations
@@ -38,46 +38,48 @@ class Format(Generic[Content]):
     """A file format of experts or of mixtures.
 
     Attributes:
-        name: by which it is saved in, and named in messages.
-        resumable: whether a trainer's `model.safetensors` belongs beside its files.
+        name: the value of `format=` when saving; also used in messages.
+        resumable: whether a trainer's `model.safetensors` is saved beside the files.
     """
 
     name: ClassVar[str]
     resumable: ClassVar[bool] = False
 
     def matches(self, location: Location) -> bool:
-        """Whether the files there are of this format; False where it is only written.
+        """Whether the folder is of this format; False for a write-only format.
 
         Raises:
             CheckpointNotFoundError: no such folder or repository.
-            CorruptCheckpointError: a file that must be read for this, and cannot be.
+            CorruptCheckpointError: a file that must be read to know it, and cannot be.
         """
         return False
 
     def writers(self, content: Content) -> dict[str, Writer]:
-        """The files of a save: path relative to the folder -> what writes it, in the order of their coming into force.
+        """The files to save: path relative to the folder -> a function that writes the file to the path it is given.
+
+        They are renamed to their final names in this order (see `loramix.files.atomic`).
 
         Raises:
-            UnsupportedOperationError: the format is only read.
+            UnsupportedOperationError: a read-only format.
         """
         raise UnsupportedOperationError(
-            "A format in which something is saved can be written.",
-            received=f"format={self.name!r}, which is only read",
+            "Adapters are saved in a format that can be written.",
+            received=f"format={self.name!r}, which is read-only",
             remedy="leave format= out",
         )
 
     def check_folder(self, folder: Path, content: Content) -> None:
-        """Refuse to save where something else lies in the way.
+        """Refuse to save into a folder whose files must not be replaced.
 
         Raises:
-            SaveError: saying what.
+            SaveError: naming what is there.
         """
 
-    def _only_written(self, location: Location) -> UnsupportedOperationError:
+    def _write_only(self, location: Location) -> UnsupportedOperationError:
         return UnsupportedOperationError(
-            "A format that is loaded can be read.",
-            received=f"{str(location)!r} in the format {self.name!r}, which is only written",
-            remedy="give the folder that it was written from",
+            "Adapters are loaded from a format that can be read.",
+            received=f"{str(location)!r} in the format {self.name!r}, which is write-only",
+            remedy="load the adapter that was exported to it",
         )
 
 
@@ -90,12 +92,12 @@ class ExpertFormat(Format[Adapter]):
         Args:
             location: its folder.
             name: the expert's name, for the mixture and for messages.
-            config: to read the tensors by, instead of the files' own.
+            config: a configuration to use instead of the saved one.
 
         Raises:
             CheckpointError, AdapterError, ConfigurationError: as `load_adapter`.
         """
-        raise self._only_written(location)
+        raise self._write_only(location)
 
 
 class MixtureFormat(Format[MixtureCheckpoint]):
@@ -111,27 +113,27 @@ class MixtureFormat(Format[MixtureCheckpoint]):
 
         Args:
             location: its folder.
-            adapters: experts to use instead of its own; `loramix.formats.mixture.select_experts` has the rule.
-            config: a configuration to use instead of its own.
+            adapters: experts to use instead of the saved ones, as `loramix.formats.mixture.select_experts` takes them.
+            config: a configuration to use instead of the saved one.
 
         Raises:
             CheckpointError, AdapterError, ConfigurationError: as `load_mixture`.
         """
-        raise self._only_written(location)
+        raise self._write_only(location)
 
 
 _FORMATS: dict[str, ExpertFormat | MixtureFormat] = {}
 
 
 def register_format(format: ExpertFormat | MixtureFormat) -> None:
-    """Let a format be recognised and written; what several match is of the one that was registered first.
+    """Register a format. If several match a folder, the one that was registered first is used.
 
     Raises:
-        ConfigurationError: another format has its name.
+        ConfigurationError: the name is taken.
     """
     if format.name in _FORMATS:
         raise ConfigurationError(
-            "A format is registered under a name of its own.",
+            "Each format has its own name.",
             received=f"{format.name!r}, which is {type(_FORMATS[format.name]).__qualname__}",
             remedy="choose another name",
         )
@@ -139,29 +141,29 @@ def register_format(format: ExpertFormat | MixtureFormat) -> None:
 
 
 def format_of(location: Location) -> ExpertFormat | MixtureFormat:
-    """The format of the files in a folder.
+    """The format of a folder.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or no adapter in it.
         CorruptCheckpointError: a configuration that cannot be read.
-        UnsupportedAdapterError: an adapter of no format that is registered.
+        UnsupportedAdapterError: an adapter in no registered format.
     """
     for format in _FORMATS.values():
         if format.matches(location):
             return format
-    config = PeftConfig.from_json_file(find_config(location))  # raises, and says what lies there instead
+    config = PeftConfig.from_json_file(find_config(location))  # raises an error that says what is there
     raise UnsupportedAdapterError(
-        "An adapter is of a format that is registered.",
+        "Adapters are loaded from registered formats.",
         received=f"{str(location)!r}, a {type(config).__name__}",
         remedy=f"register its format (loramix.formats.register_format); there are {', '.join(map(repr, _FORMATS))}",
     )
 
 
 def expert_format(name: str) -> ExpertFormat:
-    """A format of experts by its name.
+    """The format of experts with this name.
 
     Raises:
-        ConfigurationError: there is none of this name.
+        ConfigurationError: there is none.
     """
     format = _FORMATS.get(name)
     if not isinstance(format, ExpertFormat):
@@ -170,10 +172,10 @@ def expert_format(name: str) -> ExpertFormat:
 
 
 def mixture_format(name: str) -> MixtureFormat:
-    """A format of mixtures by its name.
+    """The format of mixtures with this name.
 
     Raises:
-        ConfigurationError: there is none of this name.
+        ConfigurationError: there is none.
     """
     format = _FORMATS.get(name)
     if not isinstance(format, MixtureFormat):
@@ -186,5 +188,5 @@ def _no_format(name: str, content: str, kind: type[object]) -> ConfigurationErro
     return ConfigurationError(
         f"The format of {content} is one of {', '.join(map(repr, names))}.",
         received=f"format={name!r}",
-        remedy="leave format= out, or import the package that registers it with loramix.formats.register_format before",
+        remedy="leave format= out, or first import the package that registers this format",
     )

@@ -1,4 +1,4 @@
-"""Loading an expert or a mixture, whichever format it is in."""
+"""Loading an expert or a mixture, in any registered format."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from loramix.formats.mixture import MixtureCheckpoint
 
 
 class Kind(str, Enum):  # noqa: UP042 - equal to its string, and printed as JSON like one
-    """What a checkpoint is."""
+    """The kind of a checkpoint."""
 
     EXPERT = "expert"
     MIXTURE = "mixture"
 
 
 def detect(identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Kind:
-    """Say what a checkpoint is, without reading its tensors.
+    """Whether a checkpoint is an expert or a mixture; its tensors are not read.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or no adapter in it.
         CorruptCheckpointError: a configuration that cannot be read.
         UnsupportedAdapterError: neither LoRA nor a mixture.
     """
-    return kind_of(Location(identifier, options or HubOptions()))
+    return kind_at(Location(identifier, options or HubOptions()))
 
 
-def kind_of(location: Location) -> Kind:
+def kind_at(location: Location) -> Kind:
     """`detect`, for a location."""
     return Kind.MIXTURE if isinstance(format_of(location), MixtureFormat) else Kind.EXPERT
 
@@ -51,16 +51,16 @@ def load_adapter(
         name: the expert's name, for the mixture and for messages.
         identifier: a local folder or a Hub identifier (see `loramix.files.hub`).
         options: how files are fetched.
-        config: to read the tensors by, instead of the file's own.
+        config: a configuration to use instead of the saved one.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or no adapter in it.
         CorruptCheckpointError: a file that cannot be read, tensors that contradict the configuration, or numbers that
             are not finite.
-        IncompleteCheckpointError: tensors are missing.
-        UnsupportedAdapterError: a feature that a mixture cannot carry, before any weight is read.
+        IncompleteCheckpointError: missing tensors.
+        UnsupportedAdapterError: a feature that a mixture does not support; raised before the tensors are read.
         CheckpointError: a mixture instead of an expert.
-        ConfigurationError: values in `adapter_config.json` that no expert can have.
+        ConfigurationError: invalid values in `adapter_config.json`.
     """
     return read_expert(Location(identifier, options or HubOptions()), name, config)
 
@@ -98,20 +98,20 @@ def load_mixture(
         identifier: a local folder or a Hub identifier (see `loramix.files.hub`).
         options: how files are fetched. Revision and subfolder are the mixture's; experts that lie elsewhere say
             theirs in their own identifiers.
-        adapters: experts to use instead. Names of the checkpoint replace those experts, and the others stay. New
-            names only, as many as the checkpoint has experts, replace all of them in order and become the names.
-        config: a configuration to use instead of the saved one, which must describe the same router. Experts that
-            it names otherwise than the saved one count as `adapters`, where these are not given.
+        adapters: experts to use instead of the saved ones. Names of the checkpoint replace those experts, and the
+            others stay. If all names are new and there are as many as experts, they replace all experts in order.
+        config: a configuration to use instead of the saved one, with the same router. If `adapters` is not given, the
+            experts in which it differs from the saved one replace those.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or no adapter in it; likewise for an expert.
         CorruptCheckpointError: a file that cannot be read, or tensors that contradict the configuration.
-        IncompleteCheckpointError: tensors are missing, as in what PEFT 0.20 to 0.21.2 saves.
-        ConfigurationError: settings that cannot work, or `adapters` that do not fit the checkpoint's.
-        AdapterNameError: names that cannot be folders, or that clash.
+        IncompleteCheckpointError: missing tensors, as in files that PEFT 0.20 to 0.21.2 saves.
+        ConfigurationError: invalid settings, or `adapters` that do not fit the checkpoint.
+        AdapterNameError: names that cannot be names of folders, or that clash.
         AdapterMismatchError: experts that replace those of a layerwise mixture, and adapt other layers.
-        UnsupportedAdapterError: an expert's feature that a mixture cannot carry.
-        CheckpointError: a LoRA expert instead of a mixture.
+        UnsupportedAdapterError: an expert with a feature that a mixture does not support.
+        CheckpointError: an expert instead of a mixture.
     """
     return read_mixture(Location(identifier, options or HubOptions()), adapters, config)
 

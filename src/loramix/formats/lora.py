@@ -1,9 +1,9 @@
 """One LoRA expert in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are `base_model.model.<module path>.<part>`. Read as well: the prefix missing or repeated, an adapter's name after
-the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. Beside its matrices, an expert that targets an
-embedding holds that embedding's own weight, `<module path>.base_layer.weight`, and one whose vocabulary was resized
-holds `<module path>.weight`.
+Keys are `base_model.model.<module path>.<part>`. Also read: keys with the prefix missing or repeated, with an adapter's
+name after the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. An expert that adapts an embedding
+also holds that embedding's own weight, `<module path>.base_layer.weight`; one whose vocabulary was resized holds
+`<module path>.weight`.
 
 Source: PEFT 0.21.2, `utils/save_and_load.py`.
 """
@@ -69,7 +69,7 @@ register_format(LoraFormat())
 
 
 def expert_writers(expert: Adapter) -> dict[str, Writer]:
-    """What writes an expert's files, by their names."""
+    """The writers of an expert's files, by file name."""
     return {
         WEIGHTS_NAME: partial(write_tensors, tensors=format_tensors(expert)),
         CONFIG_NAME: text_writer(expert.config.to_json()),
@@ -82,12 +82,12 @@ def parse_tensors(
     """Sort a file's tensors by module.
 
     Returns:
-        module path -> the expert's tensors, and module path -> the base model's own weight where the file holds it.
+        module path -> the expert's tensors; and module path -> the base model's own weight, if the file holds it.
 
     Raises:
-        UnsupportedAdapterError: a key that is none of LoRA's.
+        UnsupportedAdapterError: a key that is not LoRA's.
         CorruptCheckpointError: two keys for one tensor, or a tensor that contradicts the configuration.
-        IncompleteCheckpointError: a matrix without its partner, or no matrices at all.
+        IncompleteCheckpointError: A without B, B without A, or neither for any module.
     """
     modules: dict[str, dict[str, Tensor]] = {}
     base_weights: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ def parse_tensors(
 
 
 def format_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The inverse of `parse_tensors`: PEFT's key -> tensor."""
+    """An expert's tensors by PEFT's keys: the inverse of `parse_tensors`."""
     tensors: dict[str, Tensor] = {}
     for path, weights in adapter.weights.items():
         names = (EMBEDDING_A, EMBEDDING_B) if weights.embedding else (A, B)
@@ -125,7 +125,7 @@ def format_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _parse_key(name: str, key: str) -> tuple[str, str | None]:
-    """The module path, and LoRA's part or None for the base model's own weight."""
+    """The module path, and the part; None instead of the part for the base model's own weight."""
     stripped = key
     while stripped.startswith(PREFIX):
         stripped = stripped.removeprefix(PREFIX)

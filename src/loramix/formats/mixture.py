@@ -1,4 +1,4 @@
-"""A mixture as its files hold it, and what is the same in every format: whose experts it has, which router tensors.
+"""A mixture as read from files, and what all formats of mixtures share: choosing experts, checking the router.
 
 E: experts. L: adapted layers.
 """
@@ -29,11 +29,11 @@ CLASSIFIER = "classifier"
 
 @dataclass(frozen=True)
 class MixtureCheckpoint:
-    """What a mixture's files hold.
+    """The content of a mixture's files.
 
     Args:
         config: its `adapters` names the experts, in order.
-        router: the tensors of its router by their names in it, such as "layers.0.weight".
+        router: the router's tensors by their names in its `state_dict`, such as "layers.0.weight".
         experts: in the order of `config.adapters`.
     """
 
@@ -43,24 +43,24 @@ class MixtureCheckpoint:
 
     @property
     def num_layers(self) -> int:
-        """L: the modules that at least one expert adapts."""
+        """L: the number of modules that at least one expert adapts."""
         return len({path for expert in self.experts for path in expert.weights})
 
     def router_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that the router has, by the configuration and the experts."""
+        """The names and shapes of the router's tensors, by the configuration and the experts."""
         return router_shapes(self.config, layers=self.num_layers, experts=len(self.experts))
 
 
 def router_attribute(config: XLoraConfig) -> str:
-    """The name of the router in the model, which is also the prefix of its tensors in a file."""
+    """The attribute of the model that holds the router; it is also the prefix of the router's keys in a file."""
     return "internal_xlora_classifier" if config.router == CLASSIFIER else "internal_xlora_router"
 
 
 def router_shapes(config: XLoraConfig, *, layers: int, experts: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a mixture's router by name, and their shapes.
+    """The names and shapes of a router's tensors.
 
     Raises:
-        ConfigurationError: a kind of router that is not known.
+        ConfigurationError: an unknown kind of router.
     """
     if config.router != CLASSIFIER:
         raise ConfigurationError(
@@ -77,24 +77,24 @@ def select_experts(
     config: XLoraConfig | None,
     source: str,
 ) -> tuple[XLoraConfig, tuple[str, ...]]:
-    """The configuration to load a mixture by, after `from_pretrained(adapters=…, config=…)`.
+    """The configuration and the experts of a mixture that is loaded with `adapters=` or `config=`.
 
     Args:
-        saved: the checkpoint's own configuration.
-        adapters: experts to use instead. Names of the checkpoint replace those experts, and the others stay. New
-            names only, as many as the checkpoint has experts, replace all of them in order and become the names.
-        config: a configuration to use instead, for the same router. Experts that it names otherwise than the saved
-            one count as `adapters`, where these are not given.
+        saved: the saved configuration.
+        adapters: experts to use instead of the saved ones. Names of the checkpoint replace those experts, and the
+            others stay. If all names are new and there are as many as experts, they replace all experts in order.
+        config: a configuration to use instead of the saved one, with the same router. If `adapters` is not given, the
+            experts in which it differs from the saved one replace those.
         source: the checkpoint, for messages.
 
     Returns:
-        A configuration of its own, whose `adapters` says where each expert is; and the names of those that replace
-        the checkpoint's.
+        a new configuration, whose `adapters` has the names and places of all experts; and the names of those that are
+        not the checkpoint's own.
 
     Raises:
-        ConfigurationError: no experts; `adapters` that is no mapping, of a wrong count, or with some names of the
-            checkpoint and some new ones.
-        AdapterNameError: new names that cannot be folders, or that clash.
+        ConfigurationError: no experts; or `adapters` that is not a mapping, has a wrong number of names, or mixes names
+            of the checkpoint with new ones.
+        AdapterNameError: new names that cannot be names of folders, or that clash.
     """
     if adapters is None and config is not None:
         adapters = {n: place for n, place in config.adapters.items() if saved.adapters.get(n) != place} or None
@@ -125,11 +125,11 @@ def _replaced(saved: Mapping[str, str], given: Mapping[str, str | os.PathLike[st
 
 
 def check_before_experts(config: XLoraConfig, router: Mapping[str, Tensor], source: str) -> None:
-    """Check what can be known of a router before the experts are read, which may have to be downloaded.
+    """Check what does not depend on the experts, before they are read and perhaps downloaded.
 
     Raises:
-        IncompleteCheckpointError: a classifier without some of its tensors.
-        CorruptCheckpointError: tensors of another kind than floating-point, or numbers that are not finite.
+        IncompleteCheckpointError: a tensor of a classifier is missing.
+        CorruptCheckpointError: tensors that are not floating-point, or numbers that are not finite.
     """
     strange = [name for name, tensor in router.items() if not tensor.is_floating_point()]
     if strange or not all_finite(router.values()):
@@ -138,22 +138,22 @@ def check_before_experts(config: XLoraConfig, router: Mapping[str, Tensor], sour
             received=f"{source}: {', '.join(strange) + ' of another dtype' if strange else 'infinite ones, or NaN'}",
             remedy="Download the mixture again, or train it again.",
         )
-    if config.router == CLASSIFIER:  # whose tensors are the same for every L, but for the shape of the last
+    if config.router == CLASSIFIER:  # whose tensors have the same names for every L
         _require_all(router_shapes(config, layers=1, experts=len(config.adapters)), config, router, source)
 
 
 def check_router(checkpoint: MixtureCheckpoint, source: str, replaced: Collection[str] = ()) -> None:
-    """Check that a router's tensors are those that the configuration and the experts ask for.
+    """Check the names and shapes of a router's tensors against the configuration and the experts.
 
     Args:
-        checkpoint: with its experts: L is the number of layers that they adapt.
+        checkpoint: the mixture, with its experts.
         source: the router's file, for messages.
-        replaced: the names of experts that are not the checkpoint's own.
+        replaced: the names of the experts that are not the checkpoint's own.
 
     Raises:
-        IncompleteCheckpointError: some are missing.
-        CorruptCheckpointError: more than those, or other shapes.
-        AdapterMismatchError: other shapes, where experts that adapt other layers may be the reason.
+        IncompleteCheckpointError: missing tensors.
+        CorruptCheckpointError: unexpected tensors, or unexpected shapes.
+        AdapterMismatchError: unexpected shapes in a layerwise mixture with replaced experts.
     """
     config, expected = checkpoint.config, checkpoint.router_shapes()
     _require_all(expected, config, checkpoint.router, source)
@@ -165,12 +165,12 @@ def check_router(checkpoint: MixtureCheckpoint, source: str, replaced: Collectio
     if replaced and config.layerwise_scalings:
         raise AdapterMismatchError(
             "Experts that replace those of a layerwise mixture adapt the same layers.",
-            received=f"{', '.join(map(repr, replaced))}, which make it {checkpoint.num_layers} layers, for the router "
+            received=f"{', '.join(map(repr, replaced))}, with which {checkpoint.num_layers} layers are adapted; router "
             f"in {source}: {shown}",
             remedy="Use experts with the target_modules of those that they replace, or build a new mixture.",
         )
     raise CorruptCheckpointError(
-        "A mixture's router has the shapes that its configuration and its experts ask for.",
+        "The shapes of a router follow from the configuration and the experts.",
         received=f"{source}, with {len(checkpoint.experts)} experts on {checkpoint.num_layers} layers: {shown}",
         remedy="Correct adapter_config.json (hidden_size, xlora_depth, xlora_size, xlora_dropout_p, "
         "layerwise_scalings, adapters), or save the mixture again.",

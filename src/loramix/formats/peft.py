@@ -1,4 +1,4 @@
-"""What all folders in PEFT's layout have in common: the names of the files, the type, what a save may replace."""
+"""What PEFT's formats share: the names of the files, `peft_type`, and which files a save may replace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READ_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 
 
 def peft_type(location: Location) -> object:
-    """What `adapter_config.json` says under `peft_type`; None where there is no such file, or it says nothing.
+    """`peft_type` in `adapter_config.json`; None if it is missing, or the file is.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository.
@@ -29,10 +29,10 @@ def peft_type(location: Location) -> object:
 
 
 def find_weights(location: Location) -> Path:
-    """The file with an adapter's tensors; safetensors goes before the pickle.
+    """The file with an adapter's tensors; safetensors takes precedence over the pickle.
 
     Raises:
-        CheckpointNotFoundError: neither is there.
+        CheckpointNotFoundError: the folder has neither.
     """
     path = location.find(*READ_NAMES)
     if path is None:
@@ -45,14 +45,14 @@ def find_weights(location: Location) -> Path:
 
 
 def check_replaceable(folder: str | os.PathLike[str], kind: type[PeftConfig] = XLoraConfig) -> None:
-    """Refuse to save where an adapter lies that loramix did not write, or one of another kind.
+    """Refuse to replace an adapter that loramix did not write, or one of another kind.
 
     Args:
-        folder: where something is to be saved; it may be missing.
-        kind: of what is to be saved; a mixture unless given.
+        folder: where to save; it may not exist yet.
+        kind: the class of the configuration to save; a mixture's by default.
 
     Raises:
-        SaveError: saying what lies there.
+        SaveError: naming what is there.
     """
     place = Path(folder)
     present = [name for name in (CONFIG_NAME, *READ_NAMES) if (place / name).exists()]
@@ -63,7 +63,7 @@ def check_replaceable(folder: str | os.PathLike[str], kind: type[PeftConfig] = X
 
 
 def occupied(folder: Path, content: str) -> SaveError:
-    """The error for a folder in which something lies that a save does not replace."""
+    """The error for a folder with files that a save does not replace."""
     return SaveError(
         "A save replaces only what an earlier save of the same kind left there.",
         received=f"{str(folder)!r}, with {content}",

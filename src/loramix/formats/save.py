@@ -1,7 +1,7 @@
 """Saving an expert or a mixture, all files or none.
 
-Beside a format that a trainer resumes from, only where the trainer asks for it, lies `model.safetensors` with its
-tensors in the model's own keys. The adapter files go before it when the folder is loaded.
+If a trainer asks for it, `model.safetensors` is saved beside the adapter's files, with the tensors that train, by the
+model's own keys. When the folder is loaded, the adapter's files take precedence.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def save_adapter(
     """Save one expert, in PEFT's format unless another is named; all files or none (see `loramix.files.atomic`).
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         adapter: the expert.
-        trainer_state: tensors by the model's own keys, for `model.safetensors`. Without it a `model.safetensors` that
-            an earlier save of ours left there is deleted: it no longer belongs to these weights. One that is not
-            ours stays, with a warning. In a format that no trainer resumes from, all this is left out.
+        trainer_state: tensors by the model's own keys, for `model.safetensors`. If it is None, a `model.safetensors`
+            of an earlier save is deleted, since it does not belong to these weights. A `model.safetensors` that
+            loramix did not write stays, with a warning. Not used by formats that a trainer cannot resume from.
         format: the name of a registered format of experts.
 
     Raises:
-        ConfigurationError: no such format, or a configuration that has become one that cannot be loaded.
-        UnsupportedOperationError: a format that is only read.
-        SaveError: with the cause; nothing is lost. Also where an adapter lies in the way that is not an earlier save
-            of the same kind.
+        ConfigurationError: an unknown format, or a configuration with invalid values.
+        UnsupportedOperationError: a read-only format.
+        SaveError: with the cause; the folder keeps its earlier state. Also if the folder has an adapter that loramix
+            did not write, or one of another kind.
     """
     adapter.config.validate()
     _save(folder, expert_format(format), adapter, trainer_state)
@@ -62,23 +62,23 @@ def save_mixture(
     *,
     format: str = "xlora",
 ) -> None:
-    """Save a mixture with its experts, in our format unless another is named; otherwise as `save_adapter`.
+    """Save a mixture with its experts, self-contained in PEFT's layout unless another format is named.
+
+    All files are saved or none (see `loramix.files.atomic`).
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         config: its `adapters` names the experts, in order.
-        router: the router's tensors by their names in it, such as "layers.0.weight".
+        router: the router's tensors by their names in its `state_dict`, such as "layers.0.weight".
         experts: in the order of `config.adapters`.
         trainer_state: as for `save_adapter`.
         format: the name of a registered format of mixtures.
 
     Raises:
         AdapterNameError: the experts are not those of the configuration.
-        ConfigurationError: no such format, or a configuration that has become one that cannot be loaded, or not with
-            this router.
-        UnsupportedOperationError: a format that is only read.
-        SaveError: with the cause; nothing is lost. Also where an adapter lies in the way that is not an earlier save
-            of the same kind.
+        ConfigurationError: an unknown format, or a configuration with invalid values, or for another router.
+        UnsupportedOperationError: a read-only format.
+        SaveError: as for `save_adapter`.
     """
     checkpoint = MixtureCheckpoint(config, router, experts)
     _check_unchanged(checkpoint)
@@ -103,11 +103,11 @@ def _save(
 
 
 def _as_folder(place: str | os.PathLike[str]) -> Path:
-    """Raises SaveError: no path, or an empty one, which would mean the working directory."""
+    """The path of a folder; an empty one, which would mean the working directory, is refused by a SaveError."""
     text = os.fspath(place) if isinstance(cast(object, place), str | os.PathLike) else ""
     if not text.strip() or "\0" in text:
         raise SaveError(
-            "A save goes into a folder that is named.",
+            "The folder to save into must be named.",
             received=repr(place),
             remedy='Give a folder, for example "mixture", or "." for the working directory.',
         )
@@ -115,7 +115,7 @@ def _as_folder(place: str | os.PathLike[str]) -> Path:
 
 
 def _check_unchanged(checkpoint: MixtureCheckpoint) -> None:
-    """A live configuration may have been changed by hand: what is saved is what can be loaded."""
+    """Refuse to save what could not be loaded: the live configuration may have been changed by hand."""
     config, names = checkpoint.config, [expert.name for expert in checkpoint.experts]
     if names != list(config.adapters):
         raise AdapterNameError(
@@ -129,7 +129,7 @@ def _check_unchanged(checkpoint: MixtureCheckpoint) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in checkpoint.router.items()}
     if found != expected:
         raise ConfigurationError(
-            "A router keeps the shape that it was built with.",
+            "A router keeps the shapes that it was built with.",
             received=f"a configuration that asks for {expected}, a router with {found}",
             remedy="Set hidden_size, layerwise_scalings, xlora_depth, xlora_size and xlora_dropout_p back to what "
             "they were; build a new mixture for others.",
@@ -141,7 +141,8 @@ def _trainer_writer(folder: Path, trainer_state: Mapping[str, Tensor] | None) ->
         return {}
     if (folder / TRAINER_NAME).exists() and not is_ours(folder / TRAINER_NAME):
         warnings.warn(
-            f"{str(folder / TRAINER_NAME)!r} is not loramix's and is left alone: a trainer cannot resume from here.",
+            f"{str(folder / TRAINER_NAME)!r} was not written by loramix and is left alone: a trainer cannot resume "
+            "from this folder.",
             stacklevel=5,
         )
         return {}

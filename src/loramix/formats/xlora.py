@@ -1,14 +1,14 @@
-"""A mixture in PEFT's X-LoRA layout, and in ours, which is the same made self-contained.
+"""PEFT's X-LoRA layout, and ours: the same, with the experts in the folder.
 
-    adapter_config.json             peft_type XLORA, or LORAMIX where PEFT has no such router or gating;
+    adapter_config.json             peft_type XLORA, or LORAMIX if PEFT does not have the router or the gating;
                                     adapters: name -> where the expert came from
     adapter_model.safetensors       base_model.internal_xlora_classifier.layers.{i}.{weight,bias}, or
                                     base_model.internal_xlora_router.* of another kind of router
     <name>/adapter_config.json      each expert in PEFT's LoRA format
     <name>/adapter_model.safetensors
 
-Read as well: a mixture as PEFT saves it, whose experts lie where `adapters` says. The numbered folders that PEFT writes
-beside it are not read: they lack whatever lies in the blocks whose number is that of another expert.
+Also read: a mixture as PEFT saves it, with the experts at the places in `adapters`. The numbered folders that PEFT
+writes beside it are not read: they lack the tensors of the blocks whose number is that of another expert.
 
 Source: PEFT 0.21.2, `tuners/xlora/classifier.py` and `tuners/xlora/model.py`.
 """
@@ -49,7 +49,7 @@ from loramix.formats.peft import WEIGHTS_NAME, check_replaceable, find_weights, 
 
 
 class XLoraFormat(MixtureFormat):
-    """PEFT's X-LoRA layout, self-contained when we write it."""
+    """PEFT's X-LoRA layout; self-contained when loramix writes it."""
 
     name = "xlora"
     resumable = True
@@ -65,8 +65,8 @@ class XLoraFormat(MixtureFormat):
     ) -> MixtureCheckpoint:
         """Read a mixture.
 
-        An expert is read from the folder of its name inside the checkpoint, where loramix wrote it; else from its
-        path in `adapters` inside the checkpoint; else from that identifier.
+        If loramix wrote the checkpoint, an expert is read from the subfolder with its name. Otherwise its place in
+        `adapters` is tried as a path inside the checkpoint, then as an identifier.
         """
         saved = XLoraConfig.from_json_file(find_config(location))
         config, replaced = select_experts(saved, adapters, config, str(location))
@@ -85,7 +85,7 @@ class XLoraFormat(MixtureFormat):
         return checkpoint
 
     def writers(self, content: MixtureCheckpoint) -> dict[str, Writer]:
-        """In `adapters`, Hub identifiers are kept as a record, and local paths become the folders inside this one."""
+        """In `adapters`, Hub identifiers are kept, and local paths become the subfolders of this one."""
         writers: dict[str, Writer] = {}
         for expert in content.experts:
             writers |= {f"{expert.name}/{place}": write for place, write in expert_writers(expert).items()}
@@ -98,7 +98,7 @@ class XLoraFormat(MixtureFormat):
         return writers
 
     def check_folder(self, folder: Path, content: MixtureCheckpoint) -> None:
-        """The experts' subfolders are the mixture's own: experts that lay there before the mixture are not replaced."""
+        """Experts that were in subfolders before the mixture was saved are not replaced."""
         check_replaceable(folder, XLoraConfig)
         is_mixture = (folder / CONFIG_NAME).exists()
         for expert in content.experts:
@@ -114,7 +114,7 @@ register_format(XLoraFormat())
 
 
 def _member(location: Location, name: str, place: str, config: XLoraConfig, self_contained: bool) -> Adapter:
-    """An expert of the checkpoint's own, inside its folder or where `adapters` says."""
+    """One of the checkpoint's own experts, from its folder or from the place in `adapters`."""
     folders = [folder for folder in ([name] if self_contained else []) + [place] if _is_inside(folder)]
     for inside in map(location.below, folders):
         if _has_adapter(inside):
@@ -129,7 +129,7 @@ def _member(location: Location, name: str, place: str, config: XLoraConfig, self
         adapter = read_expert(location.elsewhere(place), name)
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
-            "Every expert of a mixture lies in the mixture's folder, or where adapters says.",
+            "Every expert of a mixture is in the mixture's folder, or at its place in adapters.",
             received=f"expert {name!r} neither in {str(location)!r} ({', '.join(folders)}) nor at {place!r}: "
             f"{error.received}",
             remedy=f'Say where it is: from_pretrained(…, adapters={{"{name}": "path or Hub id"}}).',
@@ -156,7 +156,7 @@ def _has_adapter(location: Location) -> bool:
 
 
 def _parse_router(config: XLoraConfig, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The router's tensors by their names in it; PEFT's prefixes may be missing or repeated."""
+    """The router's tensors by their names in its `state_dict`; PEFT's prefixes may be missing or repeated."""
     expression = re.compile(rf"(?:base_model\.)*(?:model\.)*{router_attribute(config)}\.(.+)")
     router: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -231,11 +231,6 @@ def cache_in(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
 
 
-def positions_of(config: Any) -> int | None:
-    """How many tokens a base model of this configuration can read at once; None where it sets no bound."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
     """Inside, the model is in evaluation mode; then each module is in its own again."""

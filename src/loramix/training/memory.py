@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from loramix.config.xlora import XLoraConfig
+from loramix.experts.base_model import blocks_of, vocabulary_of
 from loramix.formats.mixture import router_shapes
 
 TRAINED = 16  # bytes of a trained parameter: float32, its gradient, and Adam's two moments
@@ -58,7 +59,6 @@ def sizes_of(base: PreTrainedModel, config: XLoraConfig, *, layers: int, experts
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     root = {id(p): p.numel() for module in ends if module is not None for p in module.parameters()}
     router = router_shapes(config, layers=layers, experts=len(config.adapters))
-    text = base.config.get_text_config()
     return Sizes(
         base=base.num_parameters(),
         root=sum(root.values()),
@@ -66,8 +66,8 @@ def sizes_of(base: PreTrainedModel, config: XLoraConfig, *, layers: int, experts
         router=sum(map(math.prod, router.values())),
         ranks=ranks,
         hidden=config.hidden_size,
-        blocks=text.num_hidden_layers,
-        vocabulary=text.vocab_size,
+        blocks=blocks_of(base.config),
+        vocabulary=vocabulary_of(base.config),
         itemsize=base.dtype.itemsize,
     )
 

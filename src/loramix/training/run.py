@@ -26,10 +26,10 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from loramix import formats
 from loramix.errors import ConfigurationError, DataError, LoramixError
 from loramix.evaluation.scores import Evaluation, cut, evaluate
+from loramix.experts.base_model import positions_of
 from loramix.files.base_models import load_base, one_line
 from loramix.files.json_file import read_json_object, write_json
 from loramix.model.build import XLoraModel, get_peft_model
-from loramix.passes.two_pass import positions_of
 from loramix.training.check import Checked, check, check_expert
 from loramix.training.data import ExpertLabels, Row, pieces, to_dataset
 from loramix.training.initialise import init_router
