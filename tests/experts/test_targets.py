@@ -8,7 +8,8 @@ import pytest
 
 from loramix.config.lora import LoraConfig
 from loramix.errors import UnsupportedAdapterError
-from loramix.experts.targets import is_target, refuse_unsupported, unsupported_features
+from loramix.experts.features import refuse_unsupported, unsupported_features
+from loramix.experts.targets import is_target
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -83,7 +83,7 @@ def state_of(folder, *mixtures):
         i
         for i, (config, classifier, experts) in enumerate(mixtures)
         if loaded.config == config
-        and same_tensors(loaded.classifier, classifier)
+        and same_tensors(loaded.router, classifier)
         and all(same_expert(one, two) for one, two in zip(loaded.experts, experts, strict=True))
     ]
     assert len(found) == 1, "neither the one state nor the other"

@@ -252,8 +252,8 @@ class TestHub:
             (errors.RevisionNotFoundError, "revision", "revision="),
             (errors.LocalEntryNotFoundError, "cache", "connect"),
             (errors.OfflineModeIsEnabled, "cache", "HF_HUB_OFFLINE"),
-            (errors.HfHubHTTPError, "hand out", "above"),
-            (ConnectionError, "hand out", "above"),
+            (errors.HfHubHTTPError, "available on the Hub", "above"),
+            (ConnectionError, "available on the Hub", "above"),
         ],
     )
     def test_the_hub_s_errors_become_ours(self, monkeypatch, kind, rule, remedy):

@@ -7,7 +7,7 @@ import torch
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter, LoraWeights
-from loramix.formats.xlora import classifier_shapes
+from loramix.routers import RouterSizes, XLoraClassifier
 from support.tiny import gpt2, llama
 
 HIDDEN = 16
@@ -36,9 +36,8 @@ def make_mixture(*, seed=0, names=("math", "code"), **config):
     """The arguments of `save_mixture` after the folder; every tensor depends on the seed."""
     experts = [make_expert(name, seed=seed + i, r=2 + i) for i, name in enumerate(names)]
     settings = XLoraConfig(**{"hidden_size": HIDDEN, "adapters": {name: f"user/{name}" for name in names}, **config})
-    out = len(names) * (2 if settings.layerwise_scalings else 1)
     generator = torch.Generator().manual_seed(seed)
-    shapes = classifier_shapes(settings, out)
+    shapes = XLoraClassifier.shapes(settings, RouterSizes(settings.hidden_size, 2, len(names)))
     return settings, {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}, experts
 
 

@@ -1,8 +1,8 @@
-"""Configurations, as values: of one expert and of a mixture, with the checks that they must pass."""
+"""Configurations of an expert and of a mixture: values, and the checks on them."""
 
 from __future__ import annotations
 
-# Imported at once, not at first use: importing a class registers it as the reader of its kind of file.
+# Not imported lazily: importing a class registers it as the reader of its peft_type.
 from loramix.config.base import PeftConfig, PeftType, TaskType
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig

@@ -1,16 +1,16 @@
-"""What every adapter configuration has: PEFT's fields, defaults and file layout.
+"""The base of adapter configurations: PEFT's fields, defaults and file layout.
 
     PeftConfig
     ├── LoraConfig      one expert              (loramix.config.lora)
     └── XLoraConfig     a mixture of experts    (loramix.config.xlora)
 
-A subclass says which `peft_type` it reads: `class LoraConfig(PeftConfig, reads=[PeftType.LORA])`.
+A subclass names the `peft_type` that it reads: `class LoraConfig(PeftConfig, reads=[PeftType.LORA])`.
 
-The classes check their own values, since these also come from files; `no_type_check` keeps the tests' run-time type
-checker from doing so first.
+The classes check their own values, which also come from files. `no_type_check` keeps the tests' run-time type checker
+from rejecting them first.
 
-A configuration lies in `adapter_config.json`. Every field of PEFT 0.21.2 is read, kept and written back; those that
-a mixture cannot carry are refused by `loramix.experts`, by name.
+A configuration is stored as `adapter_config.json`. Every field of PEFT 0.21.2 is read, kept and written back; features
+that a mixture does not support are refused by `loramix.experts.features`.
 
 Source: PEFT 0.21.2, `config.py`.
 """
@@ -37,18 +37,19 @@ from loramix.errors import (
 from loramix.files.atomic import save_text
 from loramix.files.hub import HubOptions
 from loramix.files.json_file import read_json_object
+from loramix.files.location import Location
 
 
 class PeftType(str, Enum):  # noqa: UP042 - prints as PEFT's does
-    """The kinds of adapter that loramix knows."""
+    """The types of adapter that loramix reads."""
 
     LORA = "LORA"
     XLORA = "XLORA"
-    LORAMIX = "LORAMIX"  # a mixture that PEFT cannot read
+    LORAMIX = "LORAMIX"  # a mixture with a router or a gating that PEFT does not have
 
 
 class TaskType(str, Enum):  # noqa: UP042
-    """What the base model is used for."""
+    """The base model's task."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -61,19 +62,19 @@ class TaskType(str, Enum):  # noqa: UP042
 @no_type_check
 @dataclass
 class PeftConfig:
-    """What every adapter configuration has.
+    """The fields that every adapter configuration has.
 
     Args:
-        task_type: one of `TaskType`, as member or string.
-        peft_type: one of `PeftType`; the subclasses set their own.
-        auto_mapping: the base model's class, as PEFT writes it for models without a task type.
-        peft_version: the PEFT version that wrote the file; None in a configuration that PEFT did not write.
+        task_type: a `TaskType` or its value.
+        peft_type: a `PeftType`; set by the subclasses.
+        auto_mapping: the base model's class, which PEFT writes for models without a task type.
+        peft_version: the PEFT version that wrote the file, if PEFT wrote it.
         base_model_name_or_path: the base model's identifier.
         revision: the base model's revision.
         inference_mode: whether the adapter was saved for inference.
 
     Raises:
-        ConfigurationError: a task type that does not exist, or a value of a wrong type.
+        ConfigurationError: an unknown task type, or a value of a wrong type.
     """
 
     task_type: str | TaskType | None = None
@@ -87,7 +88,7 @@ class PeftConfig:
     _unsaved: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, *, reads: Iterable[PeftType] = (), **kwargs: Any) -> None:
-        """Register a subclass as the one that reads files of these types."""
+        """Register the subclass as the reader of files of these types."""
         super().__init_subclass__(**kwargs)
         _CLASSES.update(dict.fromkeys(reads, cls))
 
@@ -95,10 +96,10 @@ class PeftConfig:
         self.validate()
 
     def validate(self) -> None:
-        """Check every rule that the configuration alone can break.
+        """Check every rule that does not depend on the base model.
 
         Raises:
-            ConfigurationError: naming the field, what it holds and what to write instead.
+            ConfigurationError: naming the field, its value and a remedy.
         """
         allowed = [task.value for task in TaskType]
         require(
@@ -111,18 +112,18 @@ class PeftConfig:
         require_text("revision", self.revision)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, as PEFT's `to_dict` gives them; changing the result changes nothing here."""
+        """All fields by name, as PEFT's `to_dict` returns them; a deep copy."""
         return {name: value for name, value in asdict(self).items() if name not in self._unsaved}
 
     def to_json(self) -> str:
-        """The text of `adapter_config.json`: indented by 2, fields and sets sorted, mappings in their own order."""
+        """The text of `adapter_config.json`: indented by 2, fields and sets sorted, mappings in their order."""
         return json.dumps(dict(sorted(self._to_saved().items())), indent=2, default=_to_jsonable)
 
     def _to_saved(self) -> dict[str, Any]:
         return self.to_dict()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `adapter_config.json` into a folder, which is made where it is missing.
+        """Write `adapter_config.json` into a folder, which is created if missing.
 
         Raises:
             SaveError: the file could not be written; an earlier one is still in place.
@@ -142,16 +143,17 @@ class PeftConfig:
 
         Raises:
             CheckpointNotFoundError: no such folder or repository, or no `adapter_config.json` in it.
-            CorruptCheckpointError: a file that is no JSON object.
-            CheckpointError: the file of the other kind of adapter.
-            UnsupportedAdapterError: an adapter that is neither LoRA nor X-LoRA.
-            ConfigurationError: values that cannot work.
+            CorruptCheckpointError: a file that is not a JSON object.
+            CheckpointError: the configuration of another type of adapter than this class reads.
+            UnsupportedAdapterError: an adapter that is neither LoRA nor a mixture.
+            ConfigurationError: invalid values.
         """
-        return cls.from_json_file(find_config(pretrained_model_name_or_path, HubOptions.from_kwargs(hub_kwargs)))
+        location = Location(pretrained_model_name_or_path, HubOptions.from_kwargs(hub_kwargs))
+        return cls.from_json_file(find_config(location))
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Read one `adapter_config.json`; otherwise as `from_pretrained`."""
+        """Read an `adapter_config.json` by its path; otherwise as `from_pretrained`."""
         source = os.fspath(path)
         values = read_json_object(path)
         kind = _class_of(values.get("peft_type"), cls, source)
@@ -162,7 +164,7 @@ class PeftConfig:
 
     @classmethod
     def _known(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """Leave out what is not stored (`runtime_config`) and, with a warning, what a later PEFT added."""
+        """The values without those that are never stored and, with a warning, those of unknown fields."""
         names = {entry.name for entry in fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:

@@ -25,28 +25,30 @@ from loramix.config.checks import (
 class LoraConfig(PeftConfig, reads=[PeftType.LORA]):
     """One LoRA expert: y = base(x) + c B A dropout(x), with c = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
 
-    All fields of PEFT 0.21.2 are here, so that every PEFT file reads and is written back as it was. Fields that hold
+    It has all fields of PEFT 0.21.2, so that every file of PEFT's can be read and written back unchanged. Fields with
     configurations of their own (`eva_config`, …) are kept as plain dictionaries.
 
     Args:
         r: rank, at least 1.
-        target_modules: module names (a path equal to one, or ending in "." and one), or one regular expression
+        target_modules: module names (a module's path equals one, or ends in "." and one), or one regular expression
             for whole paths, or "all-linear".
-        exclude_modules: as target_modules, and stronger.
+        exclude_modules: the same for modules not to adapt; takes precedence.
         lora_alpha: numerator of c.
         lora_dropout: probability, in [0, 1).
-        fan_in_fan_out: the base layer stores its weight as (in, out), as GPT-2's Conv1D does.
+        fan_in_fan_out: whether base layers store their weights as (in, out), as GPT-2's Conv1D does.
         bias: "none", "all" or "lora_only".
         use_rslora: c = lora_alpha / sqrt(r).
         layers_to_transform: index or indices of the blocks to adapt.
-        layers_pattern: the name of the list of blocks that those indices count.
-        rank_pattern: r for modules whose path a key matches.
-        alpha_pattern: lora_alpha for modules whose path a key matches.
+        layers_pattern: the name of the list of blocks that those indices refer to.
+        rank_pattern: expression -> r of the modules whose path matches it.
+        alpha_pattern: expression -> lora_alpha of the modules whose path matches it.
         use_dora: weight-decomposed LoRA.
         lora_bias: a bias on B.
 
     Raises:
-        ConfigurationError: a value that no expert can have.
+        ConfigurationError: an invalid value.
+
+    Source: LoRA, arXiv 2106.09685; PEFT 0.21.2, `tuners/lora/config.py`.
     """
 
     r: int = 8
@@ -158,7 +160,7 @@ _LORA_SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias")
 
 
 def _as_set(modules: object) -> Any:
-    """A collection of names as a set; what is none is left to `validate`."""
+    """A collection of names as a set; anything else as it is, for `validate` to refuse."""
     if isinstance(modules, str | Mapping) or not isinstance(modules, Iterable):
         return modules
     names = list(cast("Iterable[object]", modules))

@@ -23,7 +23,7 @@ _NOT_GIVEN = cast(Any, None)
 
 
 class _AssumedSize(int):
-    """A hidden size that nobody gave; an int, so that copying, replacing and pickling keep the memory of it."""
+    """A default hidden size; its type survives copying, replacing and pickling."""
 
     def __repr__(self) -> str:
         return str(int(self))
@@ -42,26 +42,26 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
     rather than run it with a classifier drawn at random.
 
     Args:
-        hidden_size: H, the base model's; where it is not given the base model's is taken when the model is built.
+        hidden_size: H, the base model's hidden size; if it is left out, it is set when the model is built.
         adapters: name -> local folder or Hub identifier, in the order of the experts.
         enable_softmax: softmax over all experts.
         enable_softmax_topk: softmax over the selected experts.
-        layerwise_scalings: scalings of their own for each adapted layer, instead of shared ones.
-        xlora_depth: linear layers of the classifier, at least 1.
-        xlora_size: width of its hidden layers, at least 1; only with depth > 1.
-        xlora_dropout_p: its dropout, in [0, 1); only with depth > 1.
-        use_trainable_adapters: train the experts too.
-        softmax_temperature: positive; lower is sharper.
-        top_k_lora: experts kept for each token, from 1 to E; None keeps all.
-        scaling_pass_value: the scaling of every expert in the scaling pass.
-        global_scaling_weight: factor on what the experts add.
-        router: the kind of router (see `loramix.routers`). `xlora_depth`, `xlora_size` and `xlora_dropout_p` are the
-            classifier's; with another kind they keep their defaults.
-        gating: the kind of gating (see `loramix.routers`).
+        layerwise_scalings: whether each adapted layer has its own scalings; otherwise all share them.
+        xlora_depth: number of linear layers of the classifier, at least 1.
+        xlora_size: width of the classifier's hidden layers, at least 1; used with depth > 1.
+        xlora_dropout_p: the classifier's dropout probability, in [0, 1); used with depth > 1.
+        use_trainable_adapters: whether the experts are trained too.
+        softmax_temperature: temperature of the softmax over all experts, positive; lower is sharper.
+        top_k_lora: number of experts selected for each token, from 1 to E; None selects all.
+        scaling_pass_value: every expert's scaling in the scaling pass.
+        global_scaling_weight: factor on the experts' contribution to every layer.
+        router: kind of router. `xlora_depth`, `xlora_size` and `xlora_dropout_p` are settings of "classifier"; other
+            kinds refuse them.
+        gating: kind of gating.
 
     Raises:
-        ConfigurationError: a value that cannot work, whatever the base model is.
-        AdapterNameError: an expert's name that cannot be a folder, or two that clash.
+        ConfigurationError: an invalid value, whatever the base model is.
+        AdapterNameError: an expert's name that cannot be the name of a folder, or two names that clash.
 
     Source: X-LoRA, arXiv 2402.07148, section 2; PEFT 0.21.2, `tuners/xlora/config.py`.
     """
@@ -86,7 +86,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         missing_adapters = cast(object, self.adapters) is None
         if cast(object, self.hidden_size) is None:
             self.hidden_size = _AssumedSize(4096)
-            # Other routers may not read the hidden state; those that do take the base model's size.
+            # Not every other router reads the hidden state, and those that do take the base model's size.
             if self.router == _CLASSIFIER:
                 warn("hidden_size was not given: the base model's is taken when the model is built, 4096 until then.")
         if missing_adapters:
@@ -97,16 +97,16 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
 
     @property
     def peft_type(self) -> PeftType:
-        """XLORA where PEFT can read the mixture, LORAMIX where router or gating are others than X-LoRA's."""
+        """XLORA, or LORAMIX with a router or a gating that PEFT does not have; it follows from the fields."""
         return PeftType.LORAMIX if self._beyond_peft() else PeftType.XLORA
 
     @peft_type.setter
     def peft_type(self, _value: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Not chosen: it follows from the fields, whatever the constructor was given."""
+        """Ignored: the type follows from the fields."""
 
     @property
     def hidden_size_given(self) -> bool:
-        """Whether somebody gave the hidden size, rather than the default standing in for it."""
+        """Whether the hidden size was given, so that it is not the default."""
         return not isinstance(self.hidden_size, _AssumedSize)
 
     def validate(self) -> None:
@@ -155,7 +155,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         )
 
     def validate_for(self, num_experts: int, hidden_size: int) -> None:
-        """Check what is known only when the model is built; every other rule is checked again with it.
+        """Check the rules that depend on the base model and the experts, and all others again.
 
         Args:
             num_experts: E.
@@ -185,7 +185,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name; `router` and `gating`, which PEFT does not have, only where they are not the default."""
+        """All fields by name; `router` and `gating`, which PEFT does not have, only if they differ from the default."""
         values = super().to_dict() | {"hidden_size": int(self.hidden_size)}
         return {name: value for name, value in values.items() if name not in _BEYOND_PEFT} | self._beyond_peft()
 
@@ -202,7 +202,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         return known
 
     def _beyond_peft(self) -> dict[str, str]:
-        """What PEFT does not know: `router` and `gating`, where they are not the default."""
+        """`router` and `gating`, as far as they differ from the default."""
         values = {name: getattr(self, name) for name in _BEYOND_PEFT}
         return {name: value for name, value in values.items() if value != _default(name)}
 
@@ -230,11 +230,11 @@ def _default(name: str) -> object:
 
 
 def as_adapters(adapters: object) -> dict[str, str]:
-    """A mapping from experts' names to folders or Hub ids, as texts and in its order.
+    """A mapping from experts' names to folders or Hub ids, with paths as texts; the order stays.
 
     Raises:
-        ConfigurationError: no mapping, or a place that is no path.
-        AdapterNameError: a name that cannot be a folder, or two that clash.
+        ConfigurationError: not a mapping, or a value that is neither text nor path.
+        AdapterNameError: a name that cannot be the name of a folder, or two that clash.
     """
     if not isinstance(adapters, Mapping):
         raise ConfigurationError(

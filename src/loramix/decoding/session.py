@@ -25,8 +25,8 @@ from loramix.decoding.row_cache import RowCache
 from loramix.decoding.scheduler import Measurements, Preference, Scheduler, Selector
 from loramix.decoding.state import DecodingState, RunningMean, Step
 from loramix.decoding.strategies import DRAFTING, DraftingStrategy, Fixed, Lockstep, Sequential, Strategy
+from loramix.experts.base_model import positions_of
 from loramix.passes.cache import TwoPassCache
-from loramix.passes.call import positions_of
 from loramix.passes.state import MixtureState
 
 ENDLESS = 2**31  # tokens of a generation whose length is not known

@@ -91,8 +91,3 @@ class BackboneCall:
 def cache_in(inputs: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a forward, or in its output; None where there is none."""
     return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
-
-
-def positions_of(config: Any) -> int | None:
-    """How many tokens a base model of this configuration can read at once; None where it sets no bound."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

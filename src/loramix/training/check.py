@@ -20,12 +20,11 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError, SaveError
 from loramix.experts.adapter import Adapter
+from loramix.experts.base_model import hidden_size_of, positions_of, vocabulary_of
 from loramix.experts.targets import new_targets
 from loramix.files.base_models import load_config, load_tokenizer, one_line
 from loramix.files.hub import from_anywhere
 from loramix.layers.inject import plan
-from loramix.model.build import hidden_size_of
-from loramix.passes.call import positions_of
 from loramix.training.data import Row, pieces, read_rows
 from loramix.training.initialise import check_width, prompt_texts
 from loramix.training.memory import sizes_of, training_memory
@@ -229,7 +228,7 @@ def check_writable(folder: Path) -> None:
 def _base_of(place: str, revision: str | None) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(place, revision)
     config = load_config(place, revision)
-    size = config.get_text_config().vocab_size
+    size = vocabulary_of(config)
     if len(tokenizer) > size:
         raise DataError(
             "The tokenizer's tokens are those of the base model.",
