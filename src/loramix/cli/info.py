@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 
 
 def info(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="An expert or a mixture, folder or Hub id; `demo` ships.")
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The expert or mixture: a folder, a Hub id, or `demo`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Say what a folder is, without loading its base model.
+    """Describe an expert or a mixture, without loading its base model.
 
-    An expert or a mixture, and of which base model; the experts' names, ranks and targets; the number of adapted
-    layers (L) and of experts (E); the parameters of the router.
+    Shows the base model, the number of experts (E) and of adapted layers (L), the size of the router,
+    and each expert's rank, targets and parameters.
 
     [bold]Examples[/bold]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from loramix.config.base import PeftConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.passes.state import MixtureState
 
@@ -88,7 +89,7 @@ class Header:
             text += "; the mixture's settings changed meanwhile"
         return text[0].upper() + text[1:] + "."
 
-    def note_settings(self, config: XLoraConfig) -> None:
+    def note_settings(self, config: PeftConfig) -> None:
         """Remember the settings of a forward that is recorded."""
         settings = {name: getattr(config, name) for name in _SETTINGS}
         self.changed |= bool(self.settings) and settings != self.settings
