@@ -1,4 +1,4 @@
-"""What PEFT 0.21.2 was measured to do wrong, one test each (SEMANTICS §5; saving and wrong experts lie elsewhere)."""
+"""What PEFT 0.21.2 does wrong (docs/semantics.md §5), a test each; saving and bad experts lie elsewhere."""
 
 from __future__ import annotations
 
