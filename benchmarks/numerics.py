@@ -212,7 +212,8 @@ def _logged(model: Any, inputs: Inputs) -> Tensors:
 @contextmanager
 def _counted(model: nn.Module) -> Generator[list[int]]:
     """Tokens in each call of the model's last block. No hook: decoding goes another way where it sees one."""
-    block = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[-1]
+    lists = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and not name.endswith("stacks")]
+    block = lists[0][-1]
     calls: list[int] = []
     call = block.forward
 

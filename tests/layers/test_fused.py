@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from loramix.experts.adapter import LoraWeights
-from loramix.layers import fused
-from loramix.layers import layer as layers
-from loramix.layers.layer import Resident, XLoraLinear
-from loramix.layers.scalings import ConstantRouting, routed
+from loramix.layers import fused, linear
+from loramix.layers.layer import adapted_layer
+from loramix.layers.routing import ConstantRouting
+from loramix.layers.slot import routed
+from loramix.layers.stack import LayerExpert
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -225,14 +226,14 @@ class OnGpu(Tensor):
 def chosen(monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = True, train: bool = False, **changes: Any) -> bool:
     """Whether a layer of two experts takes the kernels, where their own conditions hold."""
     calls: list[Tensor] = []
-    monkeypatch.setattr(layers, "usable", lambda *tensors: True)
-    monkeypatch.setattr(layers, "add_mixture", lambda y, *more: calls.append(y) or y)
+    monkeypatch.setattr(linear, "usable", lambda *tensors: True)
+    monkeypatch.setattr(linear, "add_mixture", lambda y, *more: calls.append(y) or y)
     extra = {name: changes.get(name) for name in ("bias", "magnitude")}
     experts = [
-        Resident(0, LoraWeights(torch.ones(2, 6), torch.ones(4, 2)), 1.0, 0.0),
-        Resident(1, LoraWeights(torch.ones(1, 6), torch.ones(4, 1), **extra), 1.0, changes.get("dropout", 0.0)),
+        LayerExpert(0, LoraWeights(torch.ones(2, 6), torch.ones(4, 2)), 1.0, 0.0),
+        LayerExpert(1, LoraWeights(torch.ones(1, 6), torch.ones(4, 1), **extra), 1.0, changes.get("dropout", 0.0)),
     ]
-    layer = XLoraLinear(nn.Linear(6, 4), experts, 0).train(train)
+    layer = adapted_layer(nn.Linear(6, 4), experts, 0).train(train)
     if changes.get("hook"):
         layer.base_layer.register_forward_hook(lambda *call: None)
     x = torch.ones(2, 3, 6)

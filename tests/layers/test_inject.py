@@ -42,8 +42,9 @@ def test_layers_are_numbered_in_the_order_of_the_models_modules() -> None:
         sites = plan(model, experts)
         assert [site.path for site in sites] == [Q.format(0), V.format(0), Q.format(1), V.format(1)]
         layers = adapt(sites, precise=False, dtype=torch.float32)
-        assert [(path, layer.number) for path, layer in layers.items()] == [(s.path, i) for i, s in enumerate(sites)]
-        assert [layer.members for layer in layers.values()] == [(experts.index(e),) for e in (early, early, late, late)]
+        stacks = {path: layer.stack for path, layer in layers.items()}
+        assert [(path, stack.number) for path, stack in stacks.items()] == [(s.path, i) for i, s in enumerate(sites)]
+        assert [s.members for s in stacks.values()] == [(experts.index(e),) for e in (early, early, late, late)]
 
 
 def test_layers_have_one_layout_where_experts_ranks_and_scales_agree() -> None:
@@ -51,7 +52,7 @@ def test_layers_have_one_layout_where_experts_ranks_and_scales_agree() -> None:
     one = adapter("one", model, [Q.format(0), Q.format(1), V.format(0)], alpha_pattern={"v_proj": 3})
     two = adapter("two", model, [Q.format(0), Q.format(1)])
     layers = adapt(plan(model, [one, two]), precise=False, dtype=torch.float32)
-    assert [layer.layout for layer in layers.values()] == [0, 1, 0]
+    assert [layer.stack.layout for layer in layers.values()] == [0, 1, 0]
 
 
 def test_planning_and_building_leave_the_model_alone() -> None:

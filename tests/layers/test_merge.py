@@ -137,6 +137,6 @@ def test_an_experts_bias_needs_one_in_the_base() -> None:
 
 def test_weights_that_overflow_are_not_merged() -> None:
     model: Any = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    model.get_parameter("model.layers.0.self_attn.q_proj.lora_B").data.fill_(torch.inf)
+    model.get_parameter("model.layers.0.self_attn.q_proj.stacks.0.lora_B").data.fill_(torch.inf)
     with pytest.raises(UnsupportedOperationError, match="infinite"):
         model.merge_and_unload()

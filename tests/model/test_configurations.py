@@ -92,7 +92,7 @@ def test_trainable_experts_get_gradients(adapters: Adapters, trains: bool) -> No
     model(tokens(), labels=tokens()).loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert any("internal_xlora_classifier" in name for name in with_gradient)
-    expected = {f"{path}.lora_{part}" for path in model.adapted_modules for part in "AB"} if trains else set()
+    expected = {f"{path}.stacks.0.lora_{part}" for path in model.adapted_modules for part in "AB"} if trains else set()
     assert {name for name in with_gradient if "internal_xlora_classifier" not in name} == expected
 
 

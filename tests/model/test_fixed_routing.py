@@ -12,9 +12,9 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from decoding.test_exactness import generated
 from loramix import ConfigurationError, LoraConfig, PeftModel, RoutingError, UnsupportedOperationError
 from loramix.passes.cache import TwoPassCache
+from support.generation import generated
 from support.mixtures import SPARSE, logits_of, mixture
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import gpt2, llama, save_expert, save_experts, tokens
@@ -95,7 +95,7 @@ def test_after_some_tokens_each_row_keeps_the_mean_of_its_scalings(model: Any, a
 
 
 def test_where_it_cannot_be_fixed_on_the_way_it_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramix.decoding.requests._told", set())
+    monkeypatch.setattr("loramix.model.generation._warned", set())
     model.fix_routing(after=2)
     with pytest.warns(UserWarning, match=r"fix_routing\(after=2\), but .* only greedy"):
         generated(model, input_ids=tokens(), num_beams=2, max_new_tokens=4)

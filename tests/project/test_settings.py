@@ -11,12 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 import shape_checker
-from loramix.routers.gating import activate
 
 
 def test_shapes_in_signatures_are_executed() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError, match="activate"):
-        activate(torch.zeros(3), softmax=True, temperature=1.0)
+    with pytest.raises(jaxtyping.TypeCheckError, match="largest"):
+        largest(torch.zeros(3), "one")  # pyright: ignore[reportArgumentType]
 
 
 @shape_checker.jaxtyped(typechecker=shape_checker.check)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import loramix
-from loramix.layers.scalings import TensorRouting, current
+from loramix.layers.routing import TensorRouting
+from loramix.layers.slot import current
 from support.tiny import ARCHITECTURES, tokens
 
 SPARSE: dict[str, Any] = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2}

@@ -25,7 +25,7 @@ from loramix.files.base_models import load_config, load_tokenizer, one_line
 from loramix.files.hub import from_anywhere
 from loramix.layers.inject import plan
 from loramix.model.build import hidden_size_of
-from loramix.passes.two_pass import positions_of
+from loramix.passes.call import positions_of
 from loramix.training.data import Row, pieces, read_rows
 from loramix.training.initialise import check_width, prompt_texts
 from loramix.training.memory import sizes_of, training_memory
