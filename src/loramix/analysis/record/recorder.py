@@ -31,7 +31,7 @@ from loramix.analysis.record.slots import held_before, packed_starts, real_slots
 from loramix.analysis.record.stores import MemorySource, Reservoir, Source, SpillStore, Store
 from loramix.config.checks import require_integer
 from loramix.decoding.requests import Request, request
-from loramix.passes.cache import TwoPassCache
+from loramix.passes.cache import FollowedCache
 from loramix.passes.call import cache_in
 from loramix.passes.hooks import CacheFollower, RouterOutput, RoutingHook, between_graphs
 from loramix.passes.state import MixtureState, attach, require_routing, state_of
@@ -193,7 +193,7 @@ class Recorder(RoutingHook):
                 self._last.clear()
                 self._reread_texts.clear()
                 for cache in self._caches:
-                    if isinstance(cache, TwoPassCache):  # its scaling-pass half may have been taken off meanwhile
+                    if isinstance(cache, FollowedCache):  # it may have become a plain one meanwhile
                         cache.followers = tuple(other for other in cache.followers if not self._owns(other))
 
     def _owns(self, follower: CacheFollower) -> bool:
@@ -216,13 +216,13 @@ class Recorder(RoutingHook):
         state = None if self.store is None or request().drafts else self.state
         return None if state is None or any(hook.unrecorded for hook in state.hooks) else state
 
-    def cached(self, cache: TwoPassCache) -> None:
+    def cached(self, cache: FollowedCache) -> None:
         with self._lock:
             last = self._last.get(_reader())
             if last is not None and self._recorded() is not None:
                 self._follow(cache, last.rows)
 
-    def _follow(self, cache: TwoPassCache, rows: CacheRows) -> None:
+    def _follow(self, cache: FollowedCache, rows: CacheRows) -> None:
         cache.followers = (*(other for other in cache.followers if not self._owns(other)), rows)
         self._caches.add(cache)
 
@@ -264,7 +264,7 @@ class Recorder(RoutingHook):
 
     def _rows_of(self, cache: Any, batch: int, length: int, inputs: Any) -> CacheRows:
         """Where the rows of a forward stand before it."""
-        if not isinstance(cache, TwoPassCache):
+        if not isinstance(cache, FollowedCache):
             return CacheRows(self, batch)
         self._caches.add(cache)
         own = next((other for other in cache.followers if self._owns(other)), None)
