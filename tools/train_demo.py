@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.demo import bundle, corpus
 from loramix.demo.router import router_arguments, router_config, router_windows
 from loramix.demo.text import (

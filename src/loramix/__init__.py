@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from loramix._lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
-    from loramix.config.base import LoraConfig, PeftConfig, PeftType, TaskType, XLoraConfig
+    from loramix.config.base import PeftConfig, PeftType, TaskType
+    from loramix.config.lora import LoraConfig
+    from loramix.config.xlora import XLoraConfig
     from loramix.errors import (
         AdapterError,
         AdapterMismatchError,
@@ -90,7 +92,9 @@ _HOMES = {
     "XLoraClassifier": "routers.classifier",
     "TwoPassCache": "passes.cache",
     "XLoraLayer": "layers.layer",
-    **dict.fromkeys(("LoraConfig", "PeftConfig", "PeftType", "TaskType", "XLoraConfig"), "config.base"),
+    "LoraConfig": "config.lora",
+    "XLoraConfig": "config.xlora",
+    **dict.fromkeys(("PeftConfig", "PeftType", "TaskType"), "config.base"),
     **dict.fromkeys(("PeftModel", "XLoraModel", "get_peft_model", "prepare_model_for_kbit_training"), "model.build"),
     **dict.fromkeys((name for name in __all__ if name.startswith("AutoPeft")), "model.auto"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),

@@ -27,7 +27,7 @@ def test_generate_is_recorded_as_one_text_a_row(
         )
     assert (routed.lockstep_report.reason is None) == (lockstep and cached)
     if lockstep and cached:
-        assert routed.lockstep_report.right < routed.lockstep_report.drafts  # some were rejected
+        assert routed.lockstep_report.accepted_drafts < routed.lockstep_report.drafts  # some were rejected
     texts = [out[0, 3:-1] if padded else out[0, :-1], out[1, :-1]]
     assert_holds(record, routed, texts, direct)
 
@@ -147,7 +147,7 @@ def test_a_record_that_begins_within_a_generation_counts_from_its_prompt(routed:
 def test_nothing_is_read_ahead_of_a_record(routed: Any, direct: Direct, wanted: Any) -> None:
     with record_routing(routed) as record, record_routing(routed) as other:
         out = routed.generate(tokens(1), max_new_tokens=12, do_sample=False, lockstep=wanted)
-    assert set(routed.lockstep_report.rounds) == {"together"}
+    assert set(routed.lockstep_report.rounds) == {"lockstep"}
     for found in (record, other):
         assert_holds(found, routed, [out[0, :-1]], direct)
 

@@ -10,8 +10,10 @@ import warnings
 
 import pytest
 
-from loramix.config.base import LoraConfig, PeftConfig, PeftType, TaskType, XLoraConfig
+from loramix.config.base import PeftConfig, PeftType, TaskType
+from loramix.config.lora import LoraConfig
 from loramix.config.names import check_expert_names
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import (
     AdapterNameError,
     CheckpointError,
@@ -42,8 +44,10 @@ class TestAgainstPeft:
     @pytest.mark.parametrize("name", ["LoraConfig", "XLoraConfig"])
     def test_fields_and_defaults_are_peft_s(self, name):
         ours, theirs = {"LoraConfig": LoraConfig, "XLoraConfig": XLoraConfig}[name], getattr(peft, name)
+        own = ["router", "gating"] if name == "XLoraConfig" else []
         assert [entry.name for entry in dataclasses.fields(ours)] == [
-            entry.name for entry in dataclasses.fields(theirs)
+            *(entry.name for entry in dataclasses.fields(theirs)),
+            *own,
         ]
         settings = {"hidden_size": 64, "adapters": {}} if name == "XLoraConfig" else {}
         assert ours(**settings).to_dict() | {"peft_version": None} == theirs(**settings).to_dict() | {
@@ -52,7 +56,7 @@ class TestAgainstPeft:
 
     def test_enumerations_are_peft_s(self):
         assert [task.value for task in TaskType] == [task.value for task in peft.TaskType]
-        assert all(peft.PeftType(kind.value) == kind.value for kind in PeftType)
+        assert all(peft.PeftType(kind.value) == kind.value for kind in PeftType if kind is not PeftType.LORAMIX)
 
     def test_peft_reads_our_lora_file(self, tmp_path):
         config = LoraConfig(
@@ -100,6 +104,19 @@ class TestAgainstPeft:
         for name in ("target_modules", "exclude_modules"):
             before[name] = sorted(before[name]) if isinstance(before[name], list) else before[name]
         assert after == before
+
+    def test_peft_s_xlora_file_is_written_back_byte_for_byte(self, tmp_path):
+        peft.XLoraConfig(hidden_size=64, adapters=EXPERTS, top_k_lora=1).save_pretrained(tmp_path)
+        before = (tmp_path / "adapter_config.json").read_bytes()
+        PeftConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        assert (tmp_path / "adapter_config.json").read_bytes() == before
+
+    @pytest.mark.parametrize("settings", [{"router": "static"}, {"gating": "other"}])
+    def test_peft_refuses_a_router_or_a_gating_that_it_does_not_have(self, tmp_path, settings):
+        xlora(**settings).save_pretrained(tmp_path)
+        for reader in (peft.PeftConfig, peft.XLoraConfig):
+            with pytest.raises(KeyError, match="LORAMIX"):
+                reader.from_pretrained(tmp_path)
 
 
 class TestFiles:
@@ -312,6 +329,86 @@ class TestXLora:
         config.softmax_temperature = 0.0
         with pytest.raises(ConfigurationError, match="softmax_temperature"):
             config.validate_for(2, 64)
+
+
+class TestRouterAndGating:
+    OTHERS = ({"router": "static"}, {"gating": "other"}, {"router": "static", "gating": "other"})
+
+    @pytest.mark.parametrize("settings", OTHERS)
+    def test_the_file_keeps_them(self, tmp_path, settings):
+        config = xlora(**settings)
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert saved["peft_type"] == "LORAMIX"
+        assert {name: saved[name] for name in ("router", "gating") if name in saved} == settings
+        for reader in (PeftConfig, XLoraConfig):
+            again = reader.from_pretrained(tmp_path)
+            assert (type(again), again) == (XLoraConfig, config)
+
+    def test_the_type_follows_the_fields(self):
+        config = xlora()
+        assert config.peft_type is PeftType.XLORA
+        config.router = "static"
+        assert config.peft_type is PeftType.LORAMIX
+        config.router, config.gating = "classifier", "other"
+        assert config.peft_type is PeftType.LORAMIX
+        assert config.to_dict()["peft_type"] is PeftType.LORAMIX
+        config.gating = "xlora"
+        assert config.peft_type is PeftType.XLORA
+        config.peft_type = PeftType.LORA
+        assert config.peft_type is PeftType.XLORA
+
+    @pytest.mark.parametrize(
+        "duplicate",
+        [copy.copy, copy.deepcopy, dataclasses.replace, lambda config: pickle.loads(pickle.dumps(config))],
+        ids=["copy", "deepcopy", "replace", "pickle"],
+    )
+    def test_every_copy_keeps_them(self, duplicate):
+        again = duplicate(xlora(router="static"))
+        assert (again.router, again.peft_type) == ("static", PeftType.LORAMIX)
+
+    def test_the_fields_say_what_a_file_is_even_where_its_type_says_xlora(self, tmp_path):
+        """Nothing else can be meant by a router's name; saved again, the file has the type that PEFT refuses."""
+        write(tmp_path, {"peft_type": "XLORA", "hidden_size": 8, "adapters": {}, "router": "static"})
+        config = PeftConfig.from_pretrained(tmp_path)
+        assert (config.router, config.peft_type) == ("static", PeftType.LORAMIX)
+
+    def test_a_file_of_type_loramix_without_what_makes_it_one(self, tmp_path):
+        write(tmp_path, {"peft_type": "LORAMIX", "hidden_size": 8, "adapters": {}, "router": "classifier"})
+        with pytest.raises(ConfigurationError, match="LORAMIX") as caught:
+            PeftConfig.from_pretrained(tmp_path)
+        assert "router='classifier'" in caught.value.received
+        assert str(tmp_path) in caught.value.received
+        assert "XLORA" in caught.value.remedy
+
+    @pytest.mark.parametrize(
+        ("settings", "named"),
+        [
+            ({"router": ""}, "router=''"),
+            ({"router": " "}, "router=' '"),
+            ({"router": None}, "router=None"),
+            ({"gating": 3}, "gating=3"),
+            ({"router": "static", "xlora_depth": 2}, "xlora_depth=2"),
+            ({"router": "static", "xlora_size": 8}, "xlora_size=8"),
+            ({"router": "static", "xlora_dropout_p": 0.0}, "xlora_dropout_p=0.0"),
+        ],
+    )
+    def test_what_cannot_work_is_an_error_that_names_it(self, settings, named):
+        with pytest.raises(ConfigurationError) as caught:
+            xlora(**settings)
+        assert named in caught.value.received
+        assert caught.value.remedy
+
+    def test_the_classifier_s_settings_go_with_any_gating(self):
+        assert xlora(gating="other", xlora_depth=2, xlora_size=8, xlora_dropout_p=0.0).xlora_depth == 2
+
+    def test_the_hidden_size_may_be_left_out_without_a_warning(self, tmp_path):
+        config = XLoraConfig(adapters=EXPERTS, router="static")
+        assert (config.hidden_size_given, config.hidden_size) == (False, 4096)
+        config.validate_for(2, 64)
+        config.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["hidden_size"] is None
+        assert XLoraConfig.from_pretrained(tmp_path) == config
 
 
 class TestHiddenSizeNotGiven:

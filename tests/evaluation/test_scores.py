@@ -152,21 +152,21 @@ def test_without_an_expert_its_weight_is_zero(mode: str, model: Any) -> None:
     before = dict(vars(config))
     vars(config).update(MODES[mode])
     try:
-        made: list[torch.Tensor] = []
+        output: list[torch.Tensor] = []
         with without_expert(model, "b"):
             from loramix.passes.hooks import RoutingHook
-            from loramix.passes.two_pass import attach
+            from loramix.passes.state import attach
 
             class See(RoutingHook):
-                def made(self, found: Any) -> None:
-                    made.append(found.final)
+                def routed(self, found: Any) -> None:
+                    output.append(found.final)
 
             detach = attach(model, See())
             logits = model(tokens()).logits
             detach()
         assert torch.isfinite(logits).all()
-        assert not made[0][..., 1].any()
-        assert made[0][..., [0, 2]].any()
+        assert not output[0][..., 1].any()
+        assert output[0][..., [0, 2]].any()
     finally:
         vars(config).clear()
         vars(config).update(before)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.experts.adapter import Adapter, LoraWeights, pattern_value
 
 with warnings.catch_warnings():

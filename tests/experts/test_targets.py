@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import UnsupportedAdapterError
-from loramix.experts.targets import is_target, refuse_unsupported, unsupported_features
+from loramix.experts.features import refuse_unsupported, unsupported_features
+from loramix.experts.targets import is_target
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

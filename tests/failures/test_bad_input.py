@@ -11,43 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from loramix import LoraConfig, PeftModel, XLoraConfig, errors, get_peft_model
-from support.disk import damaged, edited, everything_in
+from support.disk import WEIGHTS, damaged, edited, truncated, without
 from support.peft_side import PEFT_WARNINGS
+from support.refusals import refused
 from support.tiny import llama, save_expert
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CONFIG = "adapter_config.json"
 Make = Callable[[str, Path], object]
-
-
-def bitwise(base: PreTrainedModel) -> object:
-    return (
-        type(base),
-        [(name, type(module), module.training) for name, module in base.named_modules()],
-        [(name, id(p), p.requires_grad, p.dtype, p.detach().numpy().tobytes()) for name, p in base.named_parameters()],
-        base.config.to_dict(),
-    )
-
-
-def refused(error: type[errors.LoramixError], base: Any, folder: Path, call: Callable[[], object]) -> Any:
-    """The error; nothing has changed in the base model or in the folder."""
-    model_before, disk_before = bitwise(base), everything_in(folder)
-    with pytest.raises(error) as caught:
-        call()
-    assert type(caught.value) is error
-    assert bitwise(base) == model_before
-    assert everything_in(folder) == disk_before
-    assert all((caught.value.rule, caught.value.received, caught.value.remedy))
-    assert caught.value.rule in str(caught.value)
-    assert caught.value.remedy in str(caught.value)
-    return caught.value
-
-
-def truncated(good: str, bad: Path) -> Path:
-    return damaged(good, bad, WEIGHTS, (Path(good) / WEIGHTS).read_bytes()[:-64])
 
 
 def empty_folder(_: str, bad: Path) -> Path:
@@ -60,14 +32,8 @@ def model_folder(_: str, bad: Path) -> Path:
     return bad
 
 
-def without(part: str) -> Make:
-    def make(good: str, bad: Path) -> Path:
-        shutil.copytree(good, bad)
-        tensors = {key: tensor for key, tensor in load_file(bad / WEIGHTS).items() if part not in key}
-        save_file(tensors, bad / WEIGHTS)
-        return bad
-
-    return make
+def lacking(part: str) -> Make:
+    return lambda good, bad: without(good, bad, part)
 
 
 def no_weights(good: str, bad: Path) -> Path:
@@ -93,10 +59,10 @@ EXPERTS: dict[str, tuple[type[errors.LoramixError], Make, list[str]]] = {
     "a list": (errors.CorruptCheckpointError, lambda good, bad: damaged(good, bad, CONFIG, b"[]"), [CONFIG]),
     "missing matrix": (
         errors.IncompleteCheckpointError,
-        without("layers.1.mlp.up_proj.lora_A"),
+        lacking("layers.1.mlp.up_proj.lora_A"),
         ["layers.1.mlp.up_proj"],
     ),
-    "missing module": (errors.AdapterMismatchError, without("layers.1.mlp.up_proj"), ["layers.1.mlp.up_proj"]),
+    "missing module": (errors.AdapterMismatchError, lacking("layers.1.mlp.up_proj"), ["layers.1.mlp.up_proj"]),
     "deeper base": (
         errors.AdapterMismatchError,
         of_base(["q_proj"], num_hidden_layers=3),

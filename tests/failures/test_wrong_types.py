@@ -7,6 +7,7 @@ does, without that.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+TESTS = Path(__file__).parents[1]
 SCRIPT = """
 import json, os, sys, warnings
 import numpy, torch
@@ -85,10 +87,10 @@ EXPECTED = {
     "a list beside one expert": "ConfigurationError: adapters= replaces the experts of a mixture",
     "a text for experts": "ConfigurationError: adapters must map names",
     "an expert without a path": "ConfigurationError: adapters must map each name",
-    "a save to None": "SaveError: A save goes into a folder that is named",
-    "a save to nothing": "SaveError: A save goes into a folder that is named",
-    "a save to a number": "SaveError: A save goes into a folder that is named",
-    "a save to a null byte": "SaveError: A save goes into a folder that is named",
+    "a save to None": "SaveError: The folder to save into must be named",
+    "a save to nothing": "SaveError: The folder to save into must be named",
+    "a save to a number": "SaveError: The folder to save into must be named",
+    "a save to a null byte": "SaveError: The folder to save into must be named",
     "a text for scalings": "RoutingError: Fixed scalings hold one finite number",
     "no scalings": "RoutingError: Fixed scalings hold one finite number",
     "a temperature beyond float32": "ConfigurationError: softmax_temperature must be a finite number",
@@ -102,7 +104,7 @@ def told(experts: Callable[[str], dict[str, str]], tmp_path_factory: pytest.Temp
     folders = list(experts("llama").values())
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *folders[:2], str(tmp_path_factory.mktemp("wrong"))],
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""},
+        env={"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")]), "PATH": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from loramix.config.base import PeftConfig
 from loramix.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveError
 from loramix.files import journal, tensors
+from loramix.files.json_file import read_json_object, write_json
 from loramix.formats import detect, load_adapter, load_mixture, save_adapter, save_mixture
 from support.checkpoints import contents, make_expert, make_mixture, same_expert, same_tensors
 
@@ -82,7 +83,7 @@ def state_of(folder, *mixtures):
         i
         for i, (config, classifier, experts) in enumerate(mixtures)
         if loaded.config == config
-        and same_tensors(loaded.classifier, classifier)
+        and same_tensors(loaded.router, classifier)
         and all(same_expert(one, two) for one, two in zip(loaded.experts, experts, strict=True))
     ]
     assert len(found) == 1, "neither the one state nor the other"
@@ -192,6 +193,18 @@ def test_an_expert_of_its_own(tmp_path):
         save_adapter(tmp_path, old)
 
 
+def test_one_text_file(tmp_path):
+    path = tmp_path / "settings.json"
+    write_json(path, {"state": "old"})
+    states = set()
+    for at, _faults, _outcome in run(lambda: write_json(path, {"state": "new"}), Killed(), fatal=True):
+        states.add(read_json_object(journal.current(path))["state"])
+        write_json(path, {"state": "old"})
+        assert list(contents(tmp_path)) == ["settings.json"], f"after call {at}"
+    assert states == {"old", "new"}
+    assert path.read_text() == '{\n  "state": "old"\n}\n'
+
+
 class TestAnInterruptedSave:
     @pytest.fixture
     def folder(self, tmp_path, interrupted_folder):
@@ -209,6 +222,13 @@ class TestAnInterruptedSave:
         config = PeftConfig.from_pretrained(folder)
         assert config == NEW[0]
         assert same_expert(load_adapter("math", folder / "math"), NEW[2][0])
+
+    def test_a_configuration_saved_alone_is_the_one_in_force(self, folder):
+        config = PeftConfig.from_pretrained(folder)
+        config.global_scaling_weight = 0.5
+        config.save_pretrained(folder)
+        assert PeftConfig.from_pretrained(folder) == config
+        assert not (folder / journal.JOURNAL_NAME).exists()
 
     def test_a_later_save_that_is_stopped_too(self, folder, interrupted_folder):
         third = make_mixture(seed=300)

@@ -11,7 +11,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from loramix.config.base import LoraConfig, PeftConfig
+from loramix.config.base import PeftConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import CheckpointNotFoundError, ConfigurationError
 from loramix.files.hub import HubOptions, find_any, find_file, is_local
 
@@ -251,8 +252,8 @@ class TestHub:
             (errors.RevisionNotFoundError, "revision", "revision="),
             (errors.LocalEntryNotFoundError, "cache", "connect"),
             (errors.OfflineModeIsEnabled, "cache", "HF_HUB_OFFLINE"),
-            (errors.HfHubHTTPError, "hand out", "above"),
-            (ConnectionError, "hand out", "above"),
+            (errors.HfHubHTTPError, "available on the Hub", "above"),
+            (ConnectionError, "available on the Hub", "above"),
         ],
     )
     def test_the_hub_s_errors_become_ours(self, monkeypatch, kind, rule, remedy):

@@ -211,7 +211,7 @@ class TestWrongFiles:
             load_adapter("math", folder)
 
     def test_a_mixture_instead_of_an_expert(self, peft_folder):
-        with pytest.raises(CheckpointError, match="'XLORA'") as caught:
+        with pytest.raises(CheckpointError, match=r"a mixture .*'xlora'") as caught:
             load_adapter("math", peft_folder / "xlora")
         assert "'math'" in caught.value.received
 

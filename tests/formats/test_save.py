@@ -58,9 +58,9 @@ def test_saving_where_we_loaded_from(tmp_path):
     loaded = load_mixture(tmp_path)
     swapped = dict(zip(("math", "code"), reversed(loaded.experts), strict=True))
     renamed = [Adapter(name, expert.config, expert.weights) for name, expert in swapped.items()]
-    save_mixture(tmp_path, loaded.config, loaded.classifier, renamed)
+    save_mixture(tmp_path, loaded.config, loaded.router, renamed)
     again = load_mixture(tmp_path)
-    assert same_tensors(again.classifier, classifier)
+    assert same_tensors(again.router, classifier)
     assert [same_expert(one, two) for one, two in zip(again.experts, reversed(experts), strict=True)] == [True, True]
     assert all(same_expert(one, two) for one, two in zip(loaded.experts, experts, strict=True))
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from loramix.config.base import XLoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import (
+    AdapterMismatchError,
     AdapterNameError,
     CheckpointError,
     CheckpointNotFoundError,
@@ -20,8 +23,9 @@ from loramix.errors import (
     UnsupportedAdapterError,
 )
 from loramix.files.hub import HubOptions
-from loramix.formats import load_adapter, load_mixture, save_adapter, save_mixture
-from loramix.formats.xlora import classifier_shapes
+from loramix.formats import describe, detect, load_adapter, load_mixture, save_adapter, save_mixture
+from loramix.routers import RouterSizes
+from loramix.routers.classifier import XLoraClassifier
 from support.checkpoints import HIDDEN, make_expert, make_mixture, same_expert, same_tensors, tiny_llama
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -58,7 +62,10 @@ def edit(folder, **changes):
 
 
 def rewrite(folder, change):
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+    """Pass a weights file's tensors through a function; its metadata stay."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata)
 
 
 class TestRoundTrip:
@@ -80,7 +87,7 @@ class TestRoundTrip:
         again = load_mixture(tmp_path)
         assert again.config == config
         assert list(again.config.adapters) == list(config.adapters)
-        assert same_tensors(again.classifier, classifier)
+        assert same_tensors(again.router, classifier)
         assert [expert.name for expert in again.experts] == [expert.name for expert in experts]
         assert all(same_expert(one, two) for one, two in zip(experts, again.experts, strict=True))
 
@@ -118,7 +125,7 @@ class TestRoundTrip:
     def test_a_trainer_s_file_in_the_folder_changes_nothing(self, folder):
         before = load_mixture(folder)
         save_file({"internal_xlora_classifier.layers.0.weight": torch.zeros(1)}, folder / "model.safetensors")
-        assert same_tensors(load_mixture(folder).classifier, before.classifier)
+        assert same_tensors(load_mixture(folder).router, before.router)
 
 
 class TestPeft:
@@ -135,7 +142,7 @@ class TestPeft:
         dropped = {f"{KEY}layers.0.weight": torch.ones(8, HIDDEN), f"{KEY}layers.0.bias": torch.ones(8)}
         rewrite(folder, lambda tensors: tensors | dropped)
         mixture = load_mixture(folder)
-        assert set(mixture.classifier) == {"layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"}
+        assert set(mixture.router) == {"layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"}
         assert mixture.config.adapters == {"0": str(peft_folder / "plain"), "1": str(peft_folder / "rslora")}
         assert same_expert(mixture.experts[1], load_adapter("1", peft_folder / "rslora"))
         assert (folder / "1" / WEIGHTS).exists()
@@ -152,12 +159,13 @@ class TestPeft:
     @pytest.mark.parametrize("layerwise", [False, True])
     def test_the_classifier_s_shapes_are_peft_s(self, depth, dropout, layerwise):
         import peft
-        from peft.tuners.xlora.classifier import XLoraClassifier
+        from peft.tuners.xlora.classifier import XLoraClassifier as TheirClassifier
 
         settings = {"hidden_size": HIDDEN, "xlora_depth": depth, "xlora_size": 8, "xlora_dropout_p": dropout}
         config = peft.XLoraConfig(adapters={}, layerwise_scalings=layerwise, **settings)
-        theirs = XLoraClassifier(torch.nn.Linear(1, 1), config, n_classes=3, n_layers=5, device="cpu")
-        ours = classifier_shapes(XLoraConfig(adapters={}, **settings), out=15 if layerwise else 3)
+        theirs = TheirClassifier(torch.nn.Linear(1, 1), config, n_classes=3, n_layers=5, device="cpu")
+        settings["layerwise_scalings"] = layerwise
+        ours = XLoraClassifier.shapes(XLoraConfig(adapters={}, **settings), RouterSizes(settings["hidden_size"], 5, 3))
         assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
 
     def test_peft_reads_our_configurations(self, folder):
@@ -199,6 +207,51 @@ class TestPeft:
         assert mixture.config.adapters == {"math": "experts/one", "code": "x/y"}
 
 
+class TestAnotherRouter:
+    """Another kind of router: its tensors have a prefix of their own, and PEFT refuses the file."""
+
+    @pytest.fixture
+    def mixture(self):
+        config, _, experts = make_mixture(router="static")
+        return config, {"logits": torch.tensor([[0.5, 2.0]])}, experts
+
+    def test_a_round_trip(self, tmp_path, mixture):
+        save_mixture(tmp_path, *mixture)
+        assert list(load_file(tmp_path / WEIGHTS)) == ["base_model.internal_xlora_router.logits"]
+        assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "LORAMIX"
+        assert detect(tmp_path) == "mixture"
+        again = load_mixture(tmp_path)
+        assert again.config == mixture[0]
+        assert same_tensors(again.router, mixture[1])
+        assert describe(tmp_path).router.kind == "static"
+
+    def test_it_replaces_a_mixture_with_the_classifier(self, tmp_path, mixture):
+        save_mixture(tmp_path, *make_mixture())
+        save_mixture(tmp_path, *mixture)
+        assert load_mixture(tmp_path).config.router == "static"
+
+    def test_tensors_of_a_classifier_are_refused(self, tmp_path, mixture):
+        save_mixture(tmp_path, *mixture)
+        rewrite(tmp_path, lambda t: {f"{KEY}layers.0.bias": torch.ones(2)})
+        with pytest.raises(CorruptCheckpointError, match=r"classifier\.layers\.0\.bias', with router='static'"):
+            load_mixture(tmp_path)
+
+    def test_a_missing_tensor_is_not_peft_s_fault(self, tmp_path, mixture):
+        save_mixture(tmp_path, *mixture)
+        rewrite(tmp_path, lambda t: {})
+        with pytest.raises(IncompleteCheckpointError, match=r"without logits\n") as caught:
+            load_mixture(tmp_path)
+        assert "PEFT" not in str(caught.value)
+
+
+def test_a_router_that_is_not_known_is_named(tmp_path):
+    save_mixture(tmp_path, *make_mixture())
+    edit(tmp_path, router="magnetic", peft_type="LORAMIX")
+    rewrite(tmp_path, lambda t: {key.replace("classifier", "router"): tensor for key, tensor in t.items()})
+    with pytest.raises(ConfigurationError, match="router='magnetic'"):
+        load_mixture(tmp_path)
+
+
 class TestFromTheHub:
     @pytest.fixture
     def hub(self, folder, tmp_path, monkeypatch):
@@ -217,6 +270,19 @@ class TestFromTheHub:
         expected = load_mixture(folder)
         assert all(same_expert(one, two) for one, two in zip(mixture.experts, expected.experts, strict=True))
         assert [expert.source for expert in mixture.experts] == ["user/mixture/math", "user/mixture/code"]
+
+    def test_each_file_is_asked_for_once(self, hub, monkeypatch):
+        asked = []
+        real = huggingface_hub.hf_hub_download
+        monkeypatch.setattr(
+            huggingface_hub,
+            "hf_hub_download",
+            lambda repo, name, **options: (asked.append((options["subfolder"], name)), real(repo, name, **options))[1],
+        )
+        load_mixture("user/mixture", hub)
+        assert sorted(asked, key=str) == [
+            (folder, name) for folder in ("code", "math", None) for name in (CONFIG, WEIGHTS)
+        ]
 
     def test_experts_that_are_nowhere_are_named(self, hub, tmp_path):
         shutil.rmtree(tmp_path / "cache" / "models--user--mixture" / "snapshots" / ("c" * 40) / "code")
@@ -275,7 +341,7 @@ class TestReplacingExperts:
 
 class TestWrong:
     def test_an_expert_instead_of_a_mixture(self, folder):
-        with pytest.raises(CheckpointError, match="'LORA'") as caught:
+        with pytest.raises(CheckpointError, match=r"one expert .*'lora'") as caught:
             load_mixture(folder / "math")
         assert str(folder / "math") in caught.value.received
 
@@ -344,8 +410,24 @@ class TestWrong:
     def test_layerwise_outputs_that_no_number_of_layers_gives(self, tmp_path):
         save_mixture(tmp_path, *make_mixture(layerwise_scalings=True))
         rewrite(tmp_path, lambda t: {key: torch.ones(5, *tensor.shape[1:]) for key, tensor in t.items()})
-        with pytest.raises(CorruptCheckpointError, match="5 outputs, which is no multiple of the 2"):
+        with pytest.raises(CorruptCheckpointError, match=r"2 experts on 2 layers: .* \(4, 16\), found \(5, 16\)"):
             load_mixture(tmp_path)
+
+    @pytest.mark.parametrize("rows", [2, 6], ids=["too few", "too many"])
+    def test_layerwise_outputs_for_another_number_of_layers(self, tmp_path, rows):
+        save_mixture(tmp_path, *make_mixture(layerwise_scalings=True))
+        rewrite(tmp_path, lambda t: {key: torch.ones(rows, *tensor.shape[1:]) for key, tensor in t.items()})
+        with pytest.raises(CorruptCheckpointError, match=rf"\(4,\), found \({rows},\)"):
+            load_mixture(tmp_path)
+
+    def test_replaced_experts_on_other_layers_than_a_layerwise_router_has(self, tmp_path):
+        save_mixture(tmp_path / "mixture", *make_mixture(layerwise_scalings=True))
+        save_adapter(tmp_path / "new", make_expert("new", modules=["model.layers.0.q", "model.layers.2.q"]))
+        with pytest.raises(AdapterMismatchError) as caught:
+            load_mixture(tmp_path / "mixture", adapters={"code": tmp_path / "new"})
+        assert "'code', with which 3 layers are adapted" in caught.value.received
+        assert f"(6, {HIDDEN}), found (4, {HIDDEN})" in caught.value.received
+        assert "target_modules" in caught.value.remedy
 
     @pytest.mark.parametrize(
         "change", [lambda t: t * float("nan"), lambda t: t.int()], ids=["not a number", "whole numbers"]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from loramix import XLoraClassifier, XLoraConfig
+from loramix.routers import RouterSizes
 
 H, E, L, SIZE = 8, 3, 5, 16
 
@@ -31,6 +32,15 @@ def test_the_places_of_the_linear_layers_are_those_of_the_file_format(
     assert [type(layer) for layer in router.layers] == [*([nn.Linear, *between] * (depth - 1)), nn.Linear]
     widths = [H, *[SIZE] * (depth - 1), E]
     assert [router.layers[place].weight.shape for place in places] == [*zip(widths[1:], widths, strict=False)]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_its_tensors_are_known_without_building_it(depth: int, dropout: float, layerwise: bool) -> None:
+    router = classifier(xlora_depth=depth, xlora_dropout_p=dropout, layerwise_scalings=layerwise)
+    shapes = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
+    assert XLoraClassifier.shapes(router.config, RouterSizes(router.hidden_size, L, E)) == shapes
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -29,7 +29,7 @@ from loramix import (
     XLoraModel,
 )
 from loramix.errors import LoramixError, SaveError, TrainingError
-from loramix.layers.layer import XLoraLinear
+from loramix.layers.linear import LinearStack
 from loramix.training import run as runs
 from loramix.training.check import check
 from loramix.training.run import last_complete_checkpoint, run_expert_training, run_training
@@ -232,7 +232,7 @@ def test_what_trl_offers_reaches_the_model_and_trains(
     built: list[Any] = []
     build, seen = runs.build_trainer, set[torch.dtype]()
     monkeypatch.setattr(runs, "build_trainer", lambda *a, **k: built.append(build(*a, **k)) or built[0])
-    monkeypatch.setattr(XLoraLinear, "_gated", spied(XLoraLinear._gated, seen))
+    monkeypatch.setattr(LinearStack, "_gated", spied(LinearStack._gated, seen))
     done = run_training(settings(files, tmp_path / "run", data=data, trainer={"max_steps": 2, **trainer}))
     batch = next(iter(built[0].get_train_dataloader()))
     assert SHOWS[case](batch, seen)

@@ -1,4 +1,4 @@
-"""Looking at a mixture's routing: recording, metrics, comparisons, displays and reports."""
+"""The routing of a mixture: recorded, measured, compared and drawn."""
 
 from __future__ import annotations
 

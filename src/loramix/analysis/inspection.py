@@ -15,9 +15,10 @@ from loramix.config.checks import require_integer
 from loramix.errors import DataError, RoutingError
 from loramix.evaluation.ablation import LeaveOneOut, leave_one_out
 from loramix.evaluation.passages import pad, start_of, window_size, windows
+from loramix.experts.base_model import positions_of
 from loramix.experts.selection import listed
 from loramix.model.build import XLoraModel
-from loramix.passes.two_pass import evaluating, positions_of
+from loramix.passes.state import evaluating
 
 _AT_ONCE = 2048  # tokens of a forward, padding included
 

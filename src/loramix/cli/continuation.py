@@ -24,7 +24,8 @@ from transformers.utils import logging
 from loramix import demo
 from loramix.analysis.show.live import RoutingStreamer, WrittenToken, stream_routing
 from loramix.cli.shipped import is_shipped
-from loramix.config.base import PeftConfig, XLoraConfig
+from loramix.config.base import PeftConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import (
     ConfigurationError,
     UnsupportedOperationError,

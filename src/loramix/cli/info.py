@@ -78,4 +78,5 @@ def _router(router: RouterDescription | None) -> str:
         return ""
     kept = "all experts" if router.top_k is None else f"the best {router.top_k}"
     scope = "for each layer" if router.layerwise else "for all layers at once"
-    return f"{router.parameters:,} parameters, depth {router.depth}, hidden size {router.hidden_size}; {kept}, {scope}"
+    settings = "".join(f", {name.replace('_', ' ')} {value}" for name, value in router.settings.items())
+    return f"{router.kind}, {router.parameters:,} parameters{settings}; {kept}, {scope}"

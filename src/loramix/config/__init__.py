@@ -1,1 +1,10 @@
-"""Configurations, as values: of one expert and of a mixture, with the checks that they must pass."""
+"""Configurations of an expert and of a mixture: values, and the checks on them."""
+
+from __future__ import annotations
+
+# Not imported lazily: importing a class registers it as the reader of its peft_type.
+from loramix.config.base import PeftConfig, PeftType, TaskType
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
+
+__all__ = ["LoraConfig", "PeftConfig", "PeftType", "TaskType", "XLoraConfig"]

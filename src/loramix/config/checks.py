@@ -1,12 +1,28 @@
-"""The checks that configurations are made of: each raises ConfigurationError with rule, received and remedy."""
+"""Checks on the values of configurations. Each raises ConfigurationError with the rule, the value and a remedy."""
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
 from collections.abc import Collection, Mapping
-from typing import cast
+from pathlib import Path
+from typing import cast, no_type_check
 
 from loramix.errors import ConfigurationError
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+@no_type_check  # a run-time type checker adds a frame of its own
+def warn(message: str) -> None:
+    """Warn, at the line of the caller outside this package and outside a dataclass's generated `__init__`."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and (
+        frame.f_code.co_filename == "<string>" or frame.f_code.co_filename.startswith(_PACKAGE)
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def require(holds: bool, rule: str, *, received: str, remedy: str) -> None:
@@ -20,7 +36,7 @@ _LARGEST_NUMBER = 3.4e38  # what float32 holds
 
 
 def require_integer(name: str, value: object, *, at_least: int | None, remedy: str) -> None:
-    """A whole number, not below `at_least`, and one that a tensor can be as large as."""
+    """A whole number, at least `at_least`, and small enough for a dimension of a tensor."""
     bound = "" if at_least is None else f" of at least {at_least}"
     require(
         isinstance(value, int)
@@ -34,7 +50,7 @@ def require_integer(name: str, value: object, *, at_least: int | None, remedy: s
 
 
 def require_finite(name: str, value: object, *, remedy: str) -> None:
-    """A number that is neither NaN nor, in float32, infinite."""
+    """A number that is finite in float32, and not NaN."""
     require(
         isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER,
         f"{name} must be a finite number.",
@@ -54,7 +70,7 @@ def require_probability(name: str, value: object) -> None:
 
 
 def require_switch(name: str, value: object) -> None:
-    """True or False, and nothing that is merely truthy."""
+    """True or False; other truthy or falsy values are refused."""
     require(
         isinstance(value, bool),
         f"{name} must be True or False.",
@@ -74,7 +90,7 @@ def require_text(name: str, value: object) -> None:
 
 
 def require_mapping(name: str, value: object) -> None:
-    """A mapping from texts."""
+    """A mapping whose keys are texts."""
     require(
         isinstance(value, Mapping) and all(isinstance(key, str) for key in cast("Mapping[object, object]", value)),
         f"{name} must map expressions to numbers.",
@@ -108,7 +124,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _items(value: object) -> Collection[object]:
-    """What a collection holds; anything else, and a text, counts as its own only item."""
+    """The items of a collection; of anything else, texts included, the value itself."""
     kinds = (list, tuple, set, frozenset, range)
     return cast("Collection[object]", value) if isinstance(value, kinds) else (value,)
 

@@ -1,4 +1,4 @@
-"""Which names experts can have: each becomes a folder of the saved mixture, on any file system."""
+"""Names of experts: each is the name of a folder in the saved mixture, on any file system."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _REMEDY = "Use letters, digits, '-' and '_', for example 'math'."
 
 
 def check_expert_names(names: Iterable[object]) -> None:
-    """Check that every name can be a folder inside a mixture's folder, and that no two clash.
+    """Check that every name can be the name of a folder, and that no two names clash.
 
-    Names that differ only in case, or in how accents are encoded, clash: they are one folder on some file systems.
+    Names that differ only in case or in the encoding of accents clash: on some file systems they are one folder.
 
     Raises:
         AdapterNameError: naming the first name, or the first pair, that breaks the rule.

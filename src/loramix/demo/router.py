@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from loramix.config.base import XLoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.demo import corpus
 from loramix.demo.text import Windows, switching_passages, windows
 

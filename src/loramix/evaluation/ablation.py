@@ -15,14 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loramix.config.base import XLoraConfig
 from loramix.config.checks import require_integer
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import DataError, RoutingError
 from loramix.evaluation.losses import text_nats
+from loramix.experts.base_model import positions_of
 from loramix.experts.selection import as_python, select
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import RoutingHook
-from loramix.passes.two_pass import attach, positions_of, require_routing
+from loramix.passes.state import attach, require_routing
 
 
 @dataclass(frozen=True)

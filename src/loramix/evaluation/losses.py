@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loramix.evaluation.passages import pad
-from loramix.passes.two_pass import evaluating
+from loramix.passes.state import evaluating
 
 
 def token_nats(logits: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S-1"]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loramix.config.checks import require_integer
 from loramix.errors import DataError
-from loramix.passes.two_pass import positions_of
+from loramix.experts.base_model import positions_of
 
 LONGEST_WINDOW = 1024
 """Tokens of a window where neither the caller nor the base model sets a bound."""

@@ -1,1 +1,1 @@
-"""One LoRA expert as data: its tensors, which modules it adapts, how a new one starts."""
+"""LoRA experts as data: their tensors, the modules that they adapt, new experts; what is read of a base model."""

@@ -1,6 +1,6 @@
 """One LoRA expert in memory: its name, its configuration, and its matrices for each module.
 
-Letters: r the expert's rank in a module; in, out the module's sizes; V, D an embedding's entries and width.
+r: the expert's rank in a module. in, out: the module's sizes. V, D: entries and width of an embedding.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """The tensors of one module, exactly as PEFT stores them.
+    """An expert's tensors in one module, as PEFT stores them.
 
     Args:
         A: linear (r, in); embedding, `lora_embedding_A`, (r, V); convolution (r, in, kh, kw).
         B: linear (out, r); embedding, `lora_embedding_B`, (D, r); convolution (out, r, 1, 1).
         bias: of B, (out,), with `lora_bias=True`.
         magnitude: DoRA's, `lora_magnitude_vector`: (out,), for a convolution (1, out, 1, 1).
-        embedding: whether A and B were stored under an embedding's keys.
+        embedding: whether A and B have an embedding's keys in the file.
     """
 
     A: Float[Tensor, "r n *kernel"]
@@ -39,12 +39,12 @@ class LoraWeights:
 
     @property
     def rank(self) -> int:
-        """r, by the shape of A."""
+        """r, from the shape of A."""
         return self.A.shape[0]
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all tensors together."""
+        """Number of elements of all tensors."""
         return sum(tensor.numel() for tensor in (self.A, self.B, self.bias, self.magnitude) if tensor is not None)
 
 
@@ -56,9 +56,9 @@ class Adapter:
         name: the expert's name in the mixture.
         config: its configuration.
         weights: module path, as in `base.named_modules()`, -> tensors.
-        source: where it was read from: a folder or a Hub identifier; for messages and records.
-        base_weights: module path -> the base model's own weight, where the file holds it (PEFT saves an embedding's
-            when it is adapted or was resized). Equal to the base model's, unless the expert belongs to another one.
+        source: the folder or Hub identifier that it was read from; for messages and records.
+        base_weights: module path -> the base model's own weight, if the file holds it (PEFT saves that of an embedding
+            which is adapted or was resized). It differs from the base model's if the expert belongs to another one.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Adapter:
     base_weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def rank(self, module_path: str) -> int:
-        """r of a module: `rank_pattern`'s where a key matches, else `r`."""
+        """r of a module: by `rank_pattern` if a key matches its path, else `r`."""
         return pattern_value(self.config.rank_pattern, module_path, self.config.r)
 
     def scaling(self, module_path: str) -> float:
@@ -79,7 +79,7 @@ class Adapter:
 
 
 def pattern_value(patterns: Mapping[str, _Value], module_path: str, default: _Value) -> _Value:
-    """The value of the first key that matches the path, or its end after a dot, as a regular expression.
+    """The value of the first key that, as a regular expression, matches the path or its end after a dot.
 
     Source: PEFT 0.21.2, `utils/other.py`, `get_pattern_key`.
     """

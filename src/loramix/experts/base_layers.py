@@ -1,4 +1,4 @@
-"""What a layer of the base model is to an expert: its kind, its sizes, and what no expert can adapt.
+"""Layers of the base model as experts adapt them: their kind, their sizes, and which are refused.
 
 Only sizes are read, never `weight.shape`, so that quantised layers work.
 """
@@ -19,7 +19,7 @@ Kind = Literal["linear", "embedding", "convolution"]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """How experts adapt a module; None where they cannot. A linear layer is what has `in_features`, `out_features`."""
+    """The kind of a module, None if experts cannot adapt it; modules with `in_features`, `out_features` are linear."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, _ConvNd):
@@ -29,12 +29,12 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """Where a layer's tensors are."""
+    """The device of a layer's tensors; the CPU if it has none."""
     return next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """(out, in) float32 weight of a linear layer, by pushing the identity through it: any quantisation is undone."""
+    """A linear layer's weight (out, in) in float32; a quantised one is found by applying the layer to the identity."""
     if type(layer) is nn.Linear:
         return layer.weight.detach().float()
     if isinstance(layer, Conv1D):
@@ -48,14 +48,14 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int]:
-    """in and out of a linear layer, without a look at its weight."""
+    """in and out of a linear layer, from its attributes."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     return layer.in_features, layer.out_features  # pyright: ignore[reportReturnType]
 
 
 def expected_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes that A and B of an expert of this rank have in its file, for this module."""
+    """The shapes of A and B in an expert's file, for this module and rank."""
     if isinstance(module, nn.Embedding):
         return (rank, module.num_embeddings), (module.embedding_dim, rank)
     if isinstance(module, _ConvNd):
@@ -74,11 +74,18 @@ _DISPATCHED = re.compile(r"(?:^|\.)experts\.\d+(?:\.|$)")
 
 
 def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> None:
-    """Refuse what no adapted layer computes.
+    """Refuse a module that no adapted layer can stand in for.
+
+    Args:
+        module: the module.
+        path: its path, for the message.
+        expert: the expert's name, for the message.
+        dora: whether the expert uses DoRA in it.
 
     Raises:
-        UnsupportedAdapterError: a module of unknown kind, DoRA on other than a linear layer, an embedding of computed
-            positions, a grouped, dilated or unusually padded convolution.
+        UnsupportedAdapterError: a module of an unknown kind, DoRA on other than a linear layer, an embedding of
+            positions or with a lookup of its own, a block of a mixture-of-experts base model, or a convolution with
+            groups, dilation or padding other than zeros.
     """
     reason = None
     kind = kind_of(module)

@@ -12,23 +12,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loramix.config.base import LoraConfig
+from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError
 from loramix.experts.adapter import Adapter, LoraWeights, pattern_value
 from loramix.experts.base_layers import dense_weight, expected_shapes, kind_of, refuse_module
-from loramix.experts.targets import ALL_LINEAR, new_targets, refuse_unsupported
+from loramix.experts.features import refuse_unsupported
+from loramix.experts.targets import ALL_LINEAR, new_targets
 
 
 def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapter:
-    """An expert that adds nothing yet: A random, B zero (for an embedding A zero, B random).
+    """A new expert, which adds nothing yet: A is random and B zero; for an embedding, A is zero and B random.
 
     Args:
-        name: of the expert.
+        name: the expert's name.
         model: the base model.
-        config: kept in the adapter; "all-linear" becomes the modules' names.
+        config: the expert's configuration; it is kept, with "all-linear" replaced by the modules' names.
 
     Raises:
-        UnsupportedAdapterError: a feature that loramix does not train, or a module that it does not adapt.
+        UnsupportedAdapterError: an unsupported feature or module.
         ConfigurationError: no module to adapt, or an unknown `init_lora_weights`.
     """
     refuse_unsupported(config, name)
@@ -49,7 +50,7 @@ def _new_weights(
     shape_A, shape_B = expected_shapes(module, rank)
     embedding = kind_of(module) == "embedding"
     A, B = torch.empty(shape_A), torch.empty(shape_B)
-    start, other = (A, B) if not embedding else (B, A)  # the random one, and the one that makes the product zero
+    start, other = (A, B) if not embedding else (B, A)  # random; and the one that makes the product zero
     (nn.init.normal_ if embedding else initialise)(start)
     if config.init_lora_weights is False:
         (nn.init.normal_ if embedding else _kaiming)(other)

@@ -1,4 +1,4 @@
-"""Which modules an expert adapts, and which features of an expert a mixture cannot carry."""
+"""The modules that an expert adapts."""
 
 from __future__ import annotations
 
@@ -8,29 +8,11 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from loramix.config.base import LoraConfig
-from loramix.errors import ConfigurationError, UnsupportedAdapterError
+from loramix.config.lora import LoraConfig
+from loramix.errors import ConfigurationError
 from loramix.experts.base_layers import kind_of
 
 ALL_LINEAR = "all-linear"
-
-_WITHOUT_MEANING_HERE = (
-    "modules_to_save",
-    "target_parameters",
-    "layer_replication",
-    "megatron_config",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "ensure_weight_tying",
-    "runtime_config",
-)
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def is_target(config: LoraConfig, path: str) -> bool:
@@ -42,7 +24,7 @@ def is_target(config: LoraConfig, path: str) -> bool:
     `layers_pattern` it is the first number below at least two names.
 
     Args:
-        config: the expert's; "all-linear" must have been replaced by names before.
+        config: the expert's configuration; `target_modules` is not "all-linear".
         path: as in `base.named_modules()`.
     """
     targets = config.target_modules
@@ -54,7 +36,7 @@ def is_target(config: LoraConfig, path: str) -> bool:
 
 
 def is_excluded(config: LoraConfig, path: str) -> bool:
-    """Whether `exclude_modules` names the module at `path`."""
+    """Whether `exclude_modules` matches the module at `path`."""
     return bool(config.exclude_modules) and _matches(config.exclude_modules, path)
 
 
@@ -83,9 +65,14 @@ def _block_index(layers_pattern: list[str] | str | None, path: str) -> int | Non
 
 
 def targeted(model: PreTrainedModel, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
-    """The modules that `target_modules` names, among those that can be adapted.
+    """The paths of the modules that `target_modules` matches and experts can adapt.
 
-    "all-linear" names every linear layer but the head's; None names nothing.
+    "all-linear" matches every linear layer but the head's; None matches nothing.
+
+    Args:
+        model: the base model.
+        modules: its modules by path.
+        config: the expert's configuration.
     """
     if config.target_modules == ALL_LINEAR:
         linear = [path for path, module in modules.items() if kind_of(module) == "linear"]
@@ -94,10 +81,10 @@ def targeted(model: PreTrainedModel, modules: Mapping[str, nn.Module], config: L
 
 
 def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """The modules that a new expert adapts; "all-linear" means every linear layer but the head's.
+    """The paths of the modules that a new expert adapts; otherwise as `targeted`.
 
     Raises:
-        ConfigurationError: `target_modules` is missing, or names no module of this model.
+        ConfigurationError: `target_modules` is missing, or matches no module of this model.
     """
     paths = targeted(model, dict(model.named_modules()), config)
     if not paths:
@@ -110,7 +97,7 @@ def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
 
 
 def carrier_path(model: PreTrainedModel, path: str) -> str:
-    """Where the nearest `PreTrainedModel` above a module is: the part of the model that runs both passes for it."""
+    """The path of the nearest `PreTrainedModel` above a module: the part of the model that runs the passes for it."""
     while path:
         path = path.rpartition(".")[0]
         if isinstance(model.get_submodule(path), PreTrainedModel):
@@ -119,43 +106,5 @@ def carrier_path(model: PreTrainedModel, path: str) -> str:
 
 
 def in_head(model: PreTrainedModel, path: str) -> bool:
-    """Whether a module belongs to the model's head, which runs after both passes."""
+    """Whether a module belongs to the model's head, which runs after the passes."""
     return carrier_path(model, path) == "" and model.base_model is not model
-
-
-def unsupported_features(config: LoraConfig) -> list[str]:
-    """The settings of an expert, as "field=value", that a mixture cannot carry; empty for those that it can.
-
-    Initialisations such as PiSSA's change the base model's weight: experts trained that way belong to another base
-    than the other experts do, unless PEFT converted them to plain LoRA on saving (and then the field says True).
-    Fields that matter only during training, such as `eva_config`, are no hindrance.
-    """
-    found = [f"{name}={getattr(config, name)!r}" for name in _WITHOUT_MEANING_HERE if getattr(config, name)]
-    if config.bias != "none":
-        found.append(f"bias={config.bias!r}")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
-        found.append(f"init_lora_weights={init!r}")
-    return found
-
-
-def refuse_unsupported(config: LoraConfig, name: str) -> None:
-    """Raise where an expert has a feature that a mixture cannot carry.
-
-    Args:
-        config: the expert's.
-        name: the expert's name, for the message.
-
-    Raises:
-        UnsupportedAdapterError: naming the expert and every such feature.
-    """
-    found = unsupported_features(config)
-    if not found:
-        return
-    changed_base = any(feature.startswith("init_lora_weights") for feature in found)
-    convert = " (PEFT converts it on saving: path_initial_model_for_weight_conversion)" if changed_base else ""
-    raise UnsupportedAdapterError(
-        "A mixture carries LoRA, rsLoRA, DoRA and LoRA biases, and no other features of an expert.",
-        received=f"expert {name!r} with {', '.join(found)}",
-        remedy=f"Leave this expert out, or train it without them{convert}.",
-    )

@@ -1,4 +1,4 @@
-"""Bytes on disk and on the Hub: finding files, JSON, tensors, atomic saves, base models.
+"""Files on disk and on the Hub: JSON, tensors, atomic saves, base models.
 
-Nothing here knows a configuration.
+Nothing here knows an adapter's configuration.
 """

@@ -1,14 +1,15 @@
-"""Saving several files as one: afterwards the folder holds all of the new ones, or all of the old ones.
+"""Atomic saving of several files: afterwards the folder holds all of the new ones, or all of the old ones.
 
-The law, for every point at which a save can stop (an exception, a full disk, a killed process, a power cut):
+A save may stop at any point (an exception, a full disk, a killed process, a power cut). It has three steps:
 
-1. Write every new file, complete and flushed to disk, under a temporary name beside its place. Stopped here, the
-   folder holds the old state; an exception also removes the temporaries, and what a killed process leaves of them the
-   next save of the same file removes.
-2. Rename the journal into place. This one rename is the commit: before it the old state is in force, after it the
-   new one (`loramix.files.journal` has the rule by which readers find it).
-3. Rename every temporary to its place, in the given order, delete what the new state no longer has, and then the
-   journal. Stopped here, readers see the new state through the journal, and the next save finishes this step first.
+1. Write every new file under a temporary name in the folder of its final name, and flush it to disk. If the save
+   stops here, the folder holds the old state. An exception removes the temporary files; those of a killed process are
+   removed by the next save of the same file.
+2. Rename the journal into place. This rename is the commit: before it the old state is in force, after it the new one
+   (`loramix.files.journal` says how readers find it).
+3. Delete the files that the new state does not have, rename every temporary file to its final name in the given
+   order, and delete the journal. If the save stops here, readers find the new state through the journal, and the next
+   save finishes this step first.
 
 No file is opened for writing under its final name: tensors mapped from the old files stay valid, and a link is
 replaced rather than followed. Files that are not part of the save are neither read nor written.
@@ -34,16 +35,16 @@ _NEW = "the new state is complete and is what loramix loads, partly still under 
 
 
 def save_files(folder: Path, writers: Mapping[str, Writer], removed: Iterable[str] = ()) -> None:
-    """Save files into a folder by the law above; the folder and its subfolders are made where they are missing.
+    """Save files into a folder, all or none; missing folders are created.
 
     Args:
-        folder: where.
-        writers: path relative to the folder, with "/" -> what writes the file to the path it is given. They are
-            renamed to their places in this order.
+        folder: the folder.
+        writers: path relative to the folder, with "/" -> a function that writes the file to the path it is given. The
+            files are renamed to their final names in this order.
         removed: relative paths of files that the new state does not have.
 
     Raises:
-        SaveError: with the cause; its text says which state is in force.
+        SaveError: with the cause; the message says which state is in force.
     """
     finish_interrupted(folder)
     try:
@@ -64,8 +65,26 @@ def save_files(folder: Path, writers: Mapping[str, Writer], removed: Iterable[st
         raise _save_error(folder, error, _NEW) from error
 
 
+def save_text(path: Path, text: str) -> None:
+    """Save one UTF-8 text file as `save_files` does: the old file is replaced by the whole new one, or stays.
+
+    Raises:
+        SaveError: with the cause; the message says which file is in force.
+    """
+    save_files(path.parent, {path.name: text_writer(text)})
+
+
+def text_writer(text: str) -> Writer:
+    """A writer of a UTF-8 text file; line ends stay as they are."""
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8", newline="\n")
+
+    return write
+
+
 def finish_interrupted(folder: Path) -> None:
-    """Finish a save of this folder, or of the one above, that was stopped after its commit.
+    """Finish a save of this folder, or of its parent, that stopped after its commit.
 
     Raises:
         SaveError: with the cause.
@@ -78,7 +97,11 @@ def finish_interrupted(folder: Path) -> None:
 
 
 def _prepare(folder: Path, writers: Mapping[str, Writer]) -> tuple[dict[str, str], list[Path]]:
-    """Step 1: the temporaries by place, and the folders made for them."""
+    """Step 1.
+
+    Returns:
+        final name -> temporary name, relative to the folder; and the folders that were created.
+    """
     token = uuid.uuid4().hex[:8]
     temporaries: dict[str, str] = {}
     made: list[Path] = []
@@ -115,7 +138,7 @@ def _commit(folder: Path, journal: Journal) -> None:
 
 
 def _finish(folder: Path, journal: Journal) -> None:
-    """Step 3. Once every temporary is renamed the journal says nothing, so that deleting it may fail."""
+    """Step 3. Deleting the journal may fail: it has no effect once every temporary file is renamed."""
     waiting = [place for place, temporary in journal.files.items() if (folder / temporary).is_file()]
     if waiting:
         _flush_folder(folder)
@@ -146,7 +169,7 @@ def _discard(folder: Path, temporaries: Iterable[str], made: Iterable[Path]) -> 
 
 
 def _discard_abandoned(path: Path) -> None:
-    """Delete what a killed process left behind of a save of this file that it never committed."""
+    """Delete temporary files of this file that a killed process left before its commit."""
     for abandoned in path.parent.glob(f"{PREFIX}????????-{glob.escape(path.name)}"):
         abandoned.unlink(missing_ok=True)
 
@@ -157,7 +180,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make renames durable; file systems and platforms without this notion have nothing to flush."""
+    """Make renames durable, on platforms and file systems where a folder can be flushed."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

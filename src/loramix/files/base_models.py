@@ -1,4 +1,4 @@
-"""A base model and its tokenizer, from a folder or the Hub: what fails is told once, in our words."""
+"""Loading a base model, its configuration and its tokenizer, from a folder or the Hub, with our errors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def load_base(identifier: str, revision: str | None = None, dtype: torch.dtype |
 
     Args:
         identifier: folder or Hub id.
-        revision: of a Hub repository; None is the default branch.
-        dtype: "auto" is the one that it was saved in.
+        revision: branch, tag or commit of a Hub repository; None is the default branch.
+        dtype: "auto" is the dtype that it was saved in.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or no causal language model in it.
-        CorruptCheckpointError: files that cannot be read, or that do not fit each other.
+        CorruptCheckpointError: files that cannot be read, or that do not belong together.
     """
     call = cast(Any, AutoModelForCausalLM).from_pretrained
     return _load(identifier, lambda: call(identifier, revision=revision or "main", dtype=dtype))
@@ -54,7 +54,7 @@ def _load(identifier: str, call: Callable[[], _Loaded]) -> _Loaded:
             received=f"{identifier!r}: {one_line(error)}",
             remedy="name another folder or Hub id as the base model (--base FOLDER_OR_HUB_ID)",
         ) from error
-    # A damaged file makes transformers, tokenizers and safetensors raise nearly anything.
+    # For a damaged file, transformers, tokenizers and safetensors raise exceptions of nearly any class.
     except Exception as error:
         raise CorruptCheckpointError(
             "The files of the base model and its tokenizer can be read, and fit each other.",
@@ -64,13 +64,13 @@ def _load(identifier: str, call: Callable[[], _Loaded]) -> _Loaded:
 
 
 def one_line(error: Exception) -> str:
-    """An error of another library in one line."""
+    """Another library's exception on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextlib.contextmanager
 def _errors_only() -> Generator[None]:
-    """While this is open, the libraries that load a base model log no warnings."""
+    """Silence the warnings that transformers and huggingface_hub log while they load."""
     hub = huggingface_hub.utils.logging
     before = logging.get_verbosity(), hub.get_verbosity()
     logging.set_verbosity_error()

@@ -7,8 +7,8 @@ An identifier is one of
     user/repo@revision                   the same at a branch, tag or commit
     hf://user/repo@revision/subfolder    HfFileSystem's notation: a folder inside the repository
 
-so that every expert of a mixture can name its own revision and subfolder. What an identifier says about revision
-and subfolder goes before what `HubOptions` says.
+so that every expert of a mixture can name its own revision and subfolder. A revision or subfolder in the identifier
+takes precedence over `HubOptions`.
 
 Source: huggingface_hub, `hf_hub_download` and `HfFileSystem.resolve_path`.
 """
@@ -33,15 +33,15 @@ _REPOSITORY = re.compile(
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How files are fetched from the Hub; a local folder heeds `subfolder` only.
+    """How files are fetched from the Hub; for a local folder only `subfolder` has a meaning.
 
     Args:
         revision: branch, tag or commit; None is the default branch.
         subfolder: folder below the local folder or inside the repository.
-        token: access token, True for the stored one, False for none, None for what huggingface_hub decides.
-        cache_dir: where downloads are kept; None is huggingface_hub's own place.
-        local_files_only: look into the cache and nowhere else.
-        force_download: download again what the cache already holds.
+        token: access token; True for the stored one, False for none, None for huggingface_hub's default.
+        cache_dir: where downloads are kept; None for huggingface_hub's default.
+        local_files_only: use the cache only.
+        force_download: download files again that are in the cache.
     """
 
     revision: str | None = None
@@ -53,10 +53,10 @@ class HubOptions:
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> HubOptions:
-        """The options among a `from_pretrained`'s keyword arguments.
+        """The options from the keyword arguments of a `from_pretrained`.
 
         Raises:
-            ConfigurationError: a keyword that is none of the fields, or a revision or subfolder that is no text.
+            ConfigurationError: an unknown keyword, or a revision or subfolder that is not a text.
         """
         known = [option.name for option in fields(cls)]
         unknown = sorted(set(kwargs) - set(known))
@@ -76,27 +76,27 @@ class HubOptions:
         return options
 
     def elsewhere(self) -> HubOptions:
-        """The same access (token, cache, offline) for another repository: no revision, no subfolder."""
+        """The options for another repository: the same token and cache, no revision and no subfolder."""
         return replace(self, revision=None, subfolder=None)
 
     def below(self, folder: str) -> HubOptions:
-        """The same place, one folder deeper."""
+        """The options for a subfolder of the present one."""
         return replace(self, subfolder=f"{self.subfolder}/{folder}" if self.subfolder else folder)
 
 
 def is_local(identifier: str | os.PathLike[str]) -> bool:
-    """Whether an identifier means a local folder: it exists, or it cannot be a repository's id."""
+    """Whether an identifier is a local folder's: the folder exists, or no repository can have that id."""
     return _folder(identifier) is not None or _looks_local(os.fspath(identifier))
 
 
 def from_anywhere(place: str) -> str:
-    """A local folder by its absolute path, which still means it when the working directory has changed."""
+    """The absolute path of a local folder, so that it stays valid in another working directory; a Hub id as it is."""
     folder = _folder(place)
     return place if folder is None else str(folder.resolve())
 
 
 def find_file(identifier: str | os.PathLike[str], filename: str, options: HubOptions | None = None) -> Path | None:
-    """The path of one file; a file of a Hub repository is downloaded, or found in the cache.
+    """The path of one file; a file on the Hub is downloaded unless it is in the cache.
 
     Args:
         identifier: a local folder or a Hub repository, see the module's docstring.
@@ -104,7 +104,7 @@ def find_file(identifier: str | os.PathLike[str], filename: str, options: HubOpt
         options: revision, subfolder, token and cache.
 
     Returns:
-        The file's path, or None where the folder or repository is there and has no such file.
+        The file's path, or None if the folder or repository exists and has no such file.
 
     Raises:
         CheckpointNotFoundError: no such folder or repository, or one that cannot be reached.
@@ -115,7 +115,7 @@ def find_file(identifier: str | os.PathLike[str], filename: str, options: HubOpt
 def find_any(
     identifier: str | os.PathLike[str], filenames: tuple[str, ...], options: HubOptions | None = None
 ) -> Path | None:
-    """The first of several files that is there; otherwise as `find_file`."""
+    """The first of several files that exists; otherwise as `find_file`."""
     options = options or HubOptions()
     if not isinstance(cast(object, identifier), str | os.PathLike):
         raise CheckpointNotFoundError(
@@ -147,11 +147,11 @@ def _folder(identifier: str | os.PathLike[str]) -> Path | None:
     if not text or "\0" in text:
         return None
     path = _home(Path(text))
-    return path if os.path.isdir(path) else None  # noqa: PTH112 - False, too, for a name that is too long for a file
+    return path if os.path.isdir(path) else None  # noqa: PTH112 - also False for a name too long for a file
 
 
 def _home(path: Path) -> Path:
-    """With "~" replaced, where there is such a user."""
+    """The path with "~" expanded, if there is such a user."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -242,7 +242,7 @@ def _resolve(identifier: str, options: HubOptions) -> tuple[str, HubOptions]:
 
 
 def _translate(error: Exception, repo: str, filename: str, options: HubOptions) -> CheckpointNotFoundError:
-    """Say in our words what huggingface_hub said; the most specific class comes first."""
+    """Our error for one of huggingface_hub's; subclasses are tested before their bases."""
     from huggingface_hub import errors
 
     at = f"{repo!r}" + (f" at revision {options.revision!r}" if options.revision else "")
@@ -279,7 +279,7 @@ def _translate(error: Exception, repo: str, filename: str, options: HubOptions) 
             remedy="Correct the path, or connect (without HF_HUB_OFFLINE and local_files_only=True) and try again.",
         )
     return CheckpointNotFoundError(
-        "The Hub must hand out the files of a checkpoint.",
+        "The files of a checkpoint must be available on the Hub.",
         received=f"{name} of {at}: {type(error).__name__}: {error}",
-        remedy="See the error above this one for what the Hub said.",
+        remedy="See the exception above this one for the answer of the Hub.",
     )

@@ -1,10 +1,9 @@
-"""Which of a saved folder's files are in force when a save was interrupted.
+"""Which of a folder's files are in force after an interrupted save.
 
-A save (see `loramix.files.atomic`) writes every new file under a temporary name beside its place, and then a
-journal: a JSON object with `files`, place -> temporary, and `removed`, the places that the new state does not have;
-all paths are relative to the saved folder. With the journal in place the new state is in force: a temporary that
-still lies there is the file, and one that is gone has already been renamed to its place. A reader needs no more than
-this rule, and writes nothing.
+A save (see `loramix.files.atomic`) first writes every new file under a temporary name, then a journal: a JSON object
+with `files`, final name -> temporary name, and `removed`, the files that the new state does not have. All paths are
+relative to the saved folder. While the journal exists the new state is in force: where a temporary file exists it is
+the file, and where it does not it has already been renamed. Readers follow this rule and write nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ JOURNAL_NAME = f"{PREFIX}journal.json"
 
 @dataclass(frozen=True)
 class Journal:
-    """The journal's content; empty where there is none."""
+    """The content of a journal; empty if there is no journal."""
 
     files: dict[str, str] = field(default_factory=dict[str, str])
     removed: list[str] = field(default_factory=list[str])
@@ -32,9 +31,9 @@ class Journal:
 
 
 def current(place: Path) -> Path:
-    """The path of the file in force for `place`: `place` itself, unless a journal names a temporary for it.
+    """The file in force for a path: the path itself, unless a journal names a temporary file for it.
 
-    The journal lies in the saved folder, which holds `place` or, for an expert of a mixture, its parent.
+    The journal is in the saved folder: the folder of `place` or, for an expert of a mixture, the one above.
 
     Raises:
         CorruptCheckpointError: a journal that cannot be read.
@@ -50,7 +49,7 @@ def read_journal(folder: Path) -> Journal:
     """The journal of a folder.
 
     Raises:
-        CorruptCheckpointError: a journal that cannot be read, or that no save of ours can have written.
+        CorruptCheckpointError: a journal that cannot be read, or that `save_files` cannot have written.
     """
     path = folder / JOURNAL_NAME
     if not path.is_file():
@@ -69,7 +68,7 @@ def read_journal(folder: Path) -> Journal:
 
 
 def _check(journal: Journal) -> None:
-    """A journal from elsewhere must not make a save move or delete files outside its folder."""
+    """A journal must not make a save move or delete files outside its folder."""
     for place in (*journal.files, *journal.removed):
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\\" in place:
             raise ValueError(f"{place!r} is not inside the folder")

@@ -1,4 +1,4 @@
-"""Reading and writing a file that holds one JSON object."""
+"""Files that hold one JSON object."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from loramix.errors import AdapterNameError, CorruptCheckpointError
+from loramix.files.atomic import save_text
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a file that holds one JSON object, in which no object has a key twice.
+    """Read a file that holds one JSON object. Repeated keys are refused, at any depth.
 
     Raises:
-        CorruptCheckpointError: not JSON, not an object, or a key twice.
-        AdapterNameError: two experts of one name under `adapters`.
+        CorruptCheckpointError: not JSON, not an object, or a repeated key.
+        AdapterNameError: a repeated name under `adapters`.
     """
     repeats: list[tuple[dict[str, Any], list[str]]] = []
 
@@ -45,11 +46,12 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write a file beside its place and put it there: whoever reads it finds a whole one."""
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(target)
+    """Write one JSON object, indented by 2; readers find the old file or the whole new one.
+
+    Raises:
+        SaveError: the file could not be written; an earlier one is still in place.
+    """
+    save_text(Path(path), json.dumps(content, indent=2) + "\n")
 
 
 def _corrupt(path: str | os.PathLike[str], rule: str, found: str) -> CorruptCheckpointError:

@@ -1,4 +1,4 @@
-"""Tensors in one file: safetensors, read and written; PyTorch's pickle, read without running what it holds."""
+"""Files of tensors: safetensors, read and written; PyTorch pickles, read without executing code in them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU in the file's dtypes; those of a safetensors file are mapped, not copied.
+    """All tensors of a file by name, on the CPU, in the file's dtypes; safetensors are memory-mapped, not copied.
 
     Raises:
-        CorruptCheckpointError: empty, truncated, a Git LFS pointer, or not tensors by name.
+        CorruptCheckpointError: an empty or truncated file, a Git LFS pointer, or other content than named tensors.
     """
     try:
         start = _start_of(path)
@@ -31,22 +31,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return _read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
     except CorruptCheckpointError:
         raise
-    # torch.load raises nearly any class for a damaged file, depending on where the damage is.
+    # For a damaged file, torch.load raises exceptions of nearly any class.
     except Exception as error:
         raise _corrupt(path, f"{type(error).__name__}: {error}") from error
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number of every tensor is one: neither infinite nor NaN."""
+    """Whether no tensor holds an infinite number or NaN."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    """Write a safetensors file with the metadata that PEFT and transformers look for, and other metadata.
+    """Write a safetensors file, with the metadata that PEFT and transformers expect.
+
+    Args:
+        path: the file.
+        tensors: by name, on any device.
+        **metadata: further entries of the file's metadata.
 
     Raises:
         OSError: the file could not be written.
-        SaveError: a tensor that is not in memory.
+        SaveError: a tensor without data, on the meta device.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -54,16 +59,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
         save_file(_own_storages(tensors), path, metadata=metadata | {"format": "pt", "writer": WRITER})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    path.chmod(mode)  # safetensors leaves a file that only its owner can read
+    path.chmod(mode)  # safetensors makes the file readable for its owner only
 
 
 def is_ours(path: Path) -> bool:
-    """Whether `write_tensors` wrote the file; a file that cannot be read is not ours."""
+    """Whether `write_tensors` wrote the file; False if it cannot be read."""
     return metadata_of(path).get("writer") == WRITER
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """That of a safetensors file; none where it cannot be read."""
+    """The metadata of a safetensors file; empty if it cannot be read."""
     try:
         with _open(path) as file:
             return cast("dict[str, str] | None", file.metadata()) or {}
@@ -97,13 +102,13 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as safetensors asks for; copied only where they do."""
+    """Contiguous CPU tensors that share no memory, as safetensors requires; copied only if they do."""
     packed: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise SaveError(
-                "What is saved is in memory.",
+                "Only tensors that are in memory can be saved.",
                 received=f"{key}, which accelerate has offloaded",
                 remedy="bring the weights back first: accelerate.hooks.remove_hook_from_module(model, recurse=True)",
             )

@@ -1,30 +1,37 @@
-"""Files <-> adapters and classifiers: the only place that knows what is called how on disk."""
+"""File formats: reading folders as experts and mixtures, and writing them.
+
+To add one, see `loramix.formats.format`.
+"""
 
 from __future__ import annotations
 
-from loramix.formats.describe import (
-    Description,
-    ExpertDescription,
-    Kind,
-    RouterDescription,
-    describe,
-    detect,
-)
-from loramix.formats.lora import load_adapter
-from loramix.formats.save import check_replaceable, save_adapter, save_mixture
-from loramix.formats.xlora import MixtureCheckpoint, load_mixture
+# Not imported lazily: importing a format's module registers it.
+from loramix.formats.describe import Description, ExpertDescription, RouterDescription, describe
+from loramix.formats.format import ExpertFormat, Format, MixtureFormat, register_format
+from loramix.formats.load import Kind, detect, load_adapter, load_mixture
+from loramix.formats.lora import LoraFormat
+from loramix.formats.mixture import MixtureCheckpoint
+from loramix.formats.peft import check_replaceable
+from loramix.formats.save import save_adapter, save_mixture
+from loramix.formats.xlora import XLoraFormat
 
 __all__ = [
     "Description",
     "ExpertDescription",
+    "ExpertFormat",
+    "Format",
     "Kind",
+    "LoraFormat",
     "MixtureCheckpoint",
+    "MixtureFormat",
     "RouterDescription",
+    "XLoraFormat",
     "check_replaceable",
     "describe",
     "detect",
     "load_adapter",
     "load_mixture",
+    "register_format",
     "save_adapter",
     "save_mixture",
 ]

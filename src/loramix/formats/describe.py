@@ -1,25 +1,18 @@
-"""What a folder is, from its files alone: an expert or a mixture, of which base model, with what in it."""
+"""Descriptions of experts and mixtures, from their files alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from enum import Enum
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from loramix.config.base import PeftConfig, PeftType
+from loramix.config.base import TaskType
 from loramix.experts.adapter import Adapter
 from loramix.files.hub import HubOptions
-from loramix.formats.lora import load_adapter
-from loramix.formats.xlora import load_mixture
-
-
-class Kind(str, Enum):  # noqa: UP042 - equal to its string, and printed as JSON like one
-    """What a checkpoint is."""
-
-    EXPERT = "expert"
-    MIXTURE = "mixture"
+from loramix.files.location import Location
+from loramix.formats.load import Kind, kind_at, read_expert, read_mixture
+from loramix.routers import router_class
 
 
 @dataclass(frozen=True)
@@ -27,16 +20,16 @@ class ExpertDescription:
     """One expert.
 
     Args:
-        name: in the mixture; for a lone expert the folder's.
-        source: where it was read from.
-        base_model: identifier of the base model it was trained for, as far as its configuration says.
-        ranks: the different r of its modules, in ascending order.
+        name: its name in the mixture; for a single expert, the folder's name.
+        source: the folder or Hub identifier that it was read from.
+        base_model: identifier of its base model, if its configuration has it.
+        ranks: the distinct ranks of its modules, in ascending order.
         alpha: `lora_alpha`.
-        targets: the different last names of its modules, such as q_proj.
-        modules: number of its modules.
+        targets: the distinct names of its modules, such as q_proj.
+        modules: number of modules that it adapts.
         parameters: number of its parameters.
-        dtypes: of its tensors.
-        variants: rslora, dora, bias, where used.
+        dtypes: the distinct dtypes of its tensors.
+        variants: those of rslora, dora and bias that it uses.
     """
 
     name: str
@@ -53,21 +46,26 @@ class ExpertDescription:
 
 @dataclass(frozen=True)
 class RouterDescription:
-    """The classifier of a mixture.
+    """The router of a mixture.
 
     Args:
+        kind: "classifier" is X-LoRA's.
         parameters: number of its parameters.
-        depth: linear layers.
-        hidden_size: H, its input.
-        layerwise: scalings of their own for each adapted layer.
-        top_k: experts kept for each token; None keeps all.
+        layerwise: whether each adapted layer has its own scalings.
+        top_k: number of experts selected for each token; None for all.
+        settings: what else describes a router of this kind, by name: depth and hidden_size of a classifier.
     """
 
+    kind: str
     parameters: int
-    depth: int
-    hidden_size: int
     layerwise: bool
     top_k: int | None
+    settings: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything by name, in JSON's types; the settings beside the rest."""
+        found = asdict(self)
+        return found | found.pop("settings")
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,12 @@ class Description:
 
     Args:
         kind: expert or mixture.
-        path: the identifier that was asked about.
-        base_model: identifier of the base model, as far as the configurations say.
-        task_type: what the base model is used for, as far as the configuration says.
-        num_layers: L, the modules that at least one expert adapts.
-        experts: E of them; one for a lone expert.
-        router: None for a lone expert.
+        path: the identifier that was given.
+        base_model: identifier of the base model, if a configuration has it.
+        task_type: the base model's task, if the configuration has it.
+        num_layers: L, the number of modules that at least one expert adapts.
+        experts: the E experts.
+        router: None for a single expert.
     """
 
     kind: Kind
@@ -98,20 +96,9 @@ class Description:
         return len(self.experts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in JSON's types."""
-        return {**asdict(self), "kind": self.kind.value, "num_experts": self.num_experts}
-
-
-def detect(identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Kind:
-    """Say what a checkpoint is, by its configuration.
-
-    Raises:
-        CheckpointNotFoundError: no such folder or repository, or no adapter in it.
-        CorruptCheckpointError: a configuration that cannot be read.
-        UnsupportedAdapterError: neither LoRA nor X-LoRA.
-    """
-    config = PeftConfig.from_pretrained(identifier, **_kwargs(options))
-    return Kind.MIXTURE if config.peft_type == PeftType.XLORA else Kind.EXPERT
+        """The description in JSON's types."""
+        router = None if self.router is None else self.router.to_dict()
+        return {**asdict(self), "kind": self.kind.value, "num_experts": self.num_experts, "router": router}
 
 
 def describe(identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Description:
@@ -120,35 +107,37 @@ def describe(identifier: str | os.PathLike[str], options: HubOptions | None = No
     Raises:
         CheckpointError, AdapterError, ConfigurationError: what `load_adapter` and `load_mixture` raise.
     """
-    if detect(identifier, options) is Kind.EXPERT:
-        return _describe_expert(identifier, options)
-    mixture = load_mixture(identifier, options)
+    location = Location(identifier, options or HubOptions())
+    return _mixture(location) if kind_at(location) is Kind.MIXTURE else _single_expert(location)
+
+
+def _mixture(location: Location) -> Description:
+    mixture = read_mixture(location)
     config = mixture.config
-    router = RouterDescription(
-        parameters=sum(tensor.numel() for tensor in mixture.classifier.values()),
-        depth=config.xlora_depth,
-        hidden_size=config.hidden_size,
-        layerwise=config.layerwise_scalings,
-        top_k=config.top_k_lora,
-    )
     bases = (config.base_model_name_or_path, *(e.config.base_model_name_or_path for e in mixture.experts))
     return Description(
         Kind.MIXTURE,
-        os.fspath(identifier),
+        os.fspath(location.identifier),
         base_model=next((base for base in bases if base), None),
         task_type=_plain(config.task_type),
-        num_layers=len({path for expert in mixture.experts for path in expert.weights}),
+        num_layers=mixture.num_layers,
         experts=tuple(_expert(expert) for expert in mixture.experts),
-        router=router,
+        router=RouterDescription(
+            kind=config.router,
+            parameters=sum(tensor.numel() for tensor in mixture.router.values()),
+            layerwise=config.layerwise_scalings,
+            top_k=config.top_k_lora,
+            settings=dict(router_class(config).describe(config)),
+        ),
     )
 
 
-def _describe_expert(identifier: str | os.PathLike[str], options: HubOptions | None) -> Description:
-    place = (options.subfolder if options else None) or os.fspath(identifier)
-    expert = load_adapter(os.path.basename(os.path.abspath(place)), identifier, options)  # noqa: PTH100, PTH119
+def _single_expert(location: Location) -> Description:
+    place = location.options.subfolder or os.fspath(location.identifier)
+    expert = read_expert(location, os.path.basename(os.path.abspath(place)))  # noqa: PTH100, PTH119
     return Description(
         Kind.EXPERT,
-        os.fspath(identifier),
+        os.fspath(location.identifier),
         base_model=expert.config.base_model_name_or_path,
         task_type=_plain(expert.config.task_type),
         num_layers=len(expert.weights),
@@ -175,8 +164,4 @@ def _expert(expert: Adapter) -> ExpertDescription:
 
 
 def _plain(task_type: str | None) -> str | None:
-    return str(getattr(task_type, "value", task_type)) if task_type is not None else None
-
-
-def _kwargs(options: HubOptions | None) -> Mapping[str, Any]:
-    return {} if options is None else {entry.name: getattr(options, entry.name) for entry in fields(options)}
+    return None if task_type is None else TaskType(task_type).value

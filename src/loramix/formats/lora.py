@@ -1,37 +1,35 @@
 """One LoRA expert in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are `base_model.model.<module path>.<part>`. Read as well: the prefix missing or repeated, an adapter's name after
-the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. Beside its matrices, an expert that targets an
-embedding holds that embedding's own weight, `<module path>.base_layer.weight`, and one whose vocabulary was resized
-holds `<module path>.weight`.
+Keys are `base_model.model.<module path>.<part>`. Also read: keys with the prefix missing or repeated, with an adapter's
+name after the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. An expert that adapts an embedding
+also holds that embedding's own weight, `<module path>.base_layer.weight`; one whose vocabulary was resized holds
+`<module path>.weight`.
 
 Source: PEFT 0.21.2, `utils/save_and_load.py`.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from loramix.config.base import LoraConfig
-from loramix.errors import (
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    IncompleteCheckpointError,
-    LoramixError,
-    UnsupportedAdapterError,
-)
+from loramix.config.base import PeftType
+from loramix.config.folder import CONFIG_NAME, find_config
+from loramix.config.lora import LoraConfig
+from loramix.errors import CorruptCheckpointError, IncompleteCheckpointError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights
-from loramix.experts.targets import refuse_unsupported
-from loramix.files.hub import HubOptions, find_any
-from loramix.files.tensors import all_finite, read_tensors
+from loramix.experts.features import refuse_unsupported
+from loramix.files.atomic import Writer, text_writer
+from loramix.files.location import Location
+from loramix.files.tensors import all_finite, read_tensors, write_tensors
+from loramix.formats.format import ExpertFormat, register_format
+from loramix.formats.peft import WEIGHTS_NAME, check_replaceable, find_weights, peft_type
 
 PREFIX = "base_model.model."
-WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 
@@ -43,63 +41,39 @@ _LORA_KEY = re.compile(
 _BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.weight|(?P<embedding>(?:.+\.)?(?:embed_tokens|lm_head))\.weight")
 
 
-def load_adapter(
-    name: str,
-    identifier: str | os.PathLike[str],
-    options: HubOptions | None = None,
-    config: LoraConfig | None = None,
-) -> Adapter:
-    """Read one expert, on the CPU and in its file's dtype.
+class LoraFormat(ExpertFormat):
+    """PEFT's LoRA layout."""
 
-    Args:
-        name: the expert's name, for the mixture and for messages.
-        identifier: a local folder or a Hub identifier (see `loramix.files.hub`).
-        options: how files are fetched.
-        config: to read the tensors by, instead of the file's own.
+    name = "lora"
+    resumable = True
 
-    Raises:
-        CheckpointNotFoundError: no such folder or repository, or no adapter in it.
-        CorruptCheckpointError: a file that cannot be read, tensors that contradict the configuration, or numbers that
-            are not finite.
-        IncompleteCheckpointError: tensors are missing.
-        UnsupportedAdapterError: a feature that a mixture cannot carry, before any weight is read.
-        CheckpointError: a mixture instead of an expert.
-        ConfigurationError: values in `adapter_config.json` that no expert can have.
-    """
-    options = options or HubOptions()
-    try:
-        saved = LoraConfig.from_pretrained(
-            identifier, **{field: getattr(options, field) for field in HubOptions.__dataclass_fields__}
-        )
+    def matches(self, location: Location) -> bool:
+        return peft_type(location) == PeftType.LORA
+
+    def read(self, location: Location, name: str, config: LoraConfig | None = None) -> Adapter:
+        saved = LoraConfig.from_json_file(find_config(location))
         config = config or saved
         refuse_unsupported(config, name)
-        tensors = read_tensors(find_weights(identifier, options))
+        tensors = read_tensors(find_weights(location))
         weights, base_weights = parse_tensors(name, config, tensors)
-    except LoramixError as error:
-        raise _naming(name, error) from error
-    return Adapter(name, config, weights, source=os.fspath(identifier), base_weights=base_weights)
+        return Adapter(name, config, weights, source=str(location), base_weights=base_weights)
+
+    def writers(self, content: Adapter) -> dict[str, Writer]:
+        return expert_writers(content)
+
+    def check_folder(self, folder: Path, content: Adapter) -> None:
+        check_replaceable(folder, LoraConfig)
 
 
-def _naming(name: str, error: LoramixError) -> LoramixError:
-    if repr(name) in error.received:
-        return error
-    return type(error)(error.rule, received=f"for expert {name!r}: {error.received}", remedy=error.remedy)
+register_format(LoraFormat())
 
 
-def find_weights(identifier: str | os.PathLike[str], options: HubOptions) -> Path:
-    """The file with an adapter's tensors; safetensors goes before the pickle.
-
-    Raises:
-        CheckpointNotFoundError: neither is there.
-    """
-    path = find_any(identifier, WEIGHTS_NAMES, options)
-    if path is None:
-        raise CheckpointNotFoundError(
-            f"An adapter's folder holds {' or '.join(WEIGHTS_NAMES)}.",
-            received=f"{os.fspath(identifier)!r}, which has neither",
-            remedy="Give the folder that save_pretrained wrote, or save the adapter again.",
-        )
-    return path
+def expert_writers(expert: Adapter) -> dict[str, Writer]:
+    """The writers of an expert's files, by file name."""
+    return {
+        WEIGHTS_NAME: partial(write_tensors, tensors=format_tensors(expert)),
+        CONFIG_NAME: text_writer(expert.config.to_json()),
+    }
 
 
 def parse_tensors(
@@ -108,12 +82,12 @@ def parse_tensors(
     """Sort a file's tensors by module.
 
     Returns:
-        module path -> the expert's tensors, and module path -> the base model's own weight where the file holds it.
+        module path -> the expert's tensors; and module path -> the base model's own weight, if the file holds it.
 
     Raises:
-        UnsupportedAdapterError: a key that is none of LoRA's.
+        UnsupportedAdapterError: a key that is not LoRA's.
         CorruptCheckpointError: two keys for one tensor, or a tensor that contradicts the configuration.
-        IncompleteCheckpointError: a matrix without its partner, or no matrices at all.
+        IncompleteCheckpointError: A without B, B without A, or neither for any module.
     """
     modules: dict[str, dict[str, Tensor]] = {}
     base_weights: dict[str, Tensor] = {}
@@ -138,7 +112,7 @@ def parse_tensors(
 
 
 def format_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The inverse of `parse_tensors`: PEFT's key -> tensor."""
+    """An expert's tensors by PEFT's keys: the inverse of `parse_tensors`."""
     tensors: dict[str, Tensor] = {}
     for path, weights in adapter.weights.items():
         names = (EMBEDDING_A, EMBEDDING_B) if weights.embedding else (A, B)
@@ -151,7 +125,7 @@ def format_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _parse_key(name: str, key: str) -> tuple[str, str | None]:
-    """The module path, and LoRA's part or None for the base model's own weight."""
+    """The module path, and the part; None instead of the part for the base model's own weight."""
     stripped = key
     while stripped.startswith(PREFIX):
         stripped = stripped.removeprefix(PREFIX)

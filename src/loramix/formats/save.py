@@ -1,85 +1,122 @@
-"""Saving an expert or a mixture, all files or none; `loramix.formats.xlora` has the layout.
+"""Saving an expert or a mixture, all files or none.
 
-Beside it, only where a trainer asks for it, lies `model.safetensors` with the trainer's tensors in the model's own
-keys. The adapter files go before it when the folder is loaded.
+If a trainer asks for it, `model.safetensors` is saved beside the adapter's files, with the tensors that train, by the
+model's own keys. When the folder is loaded, the adapter's files take precedence.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import cast
 
 from torch import Tensor
 
-from loramix.config.base import CONFIG_NAME, PeftConfig, PeftType, XLoraConfig
 from loramix.config.names import check_expert_names
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import AdapterNameError, ConfigurationError, SaveError
 from loramix.experts.adapter import Adapter
 from loramix.files.atomic import Writer, finish_interrupted, save_files
-from loramix.files.hub import is_local
 from loramix.files.tensors import is_ours, write_tensors
-from loramix.formats.lora import WEIGHTS_NAMES, format_tensors
-from loramix.formats.xlora import CLASSIFIER_PREFIX, classifier_shapes
+from loramix.formats.format import Content, Format, expert_format, mixture_format
+from loramix.formats.mixture import MixtureCheckpoint
 
 TRAINER_NAME = "model.safetensors"
-_WEIGHTS_NAME = WEIGHTS_NAMES[0]
 
 
 def save_adapter(
-    folder: str | os.PathLike[str], adapter: Adapter, trainer_state: Mapping[str, Tensor] | None = None
+    folder: str | os.PathLike[str],
+    adapter: Adapter,
+    trainer_state: Mapping[str, Tensor] | None = None,
+    *,
+    format: str = "lora",
 ) -> None:
-    """Save one expert in PEFT's format; all files or none (see `loramix.files.atomic`).
+    """Save one expert, in PEFT's format unless another is named; all files or none (see `loramix.files.atomic`).
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         adapter: the expert.
-        trainer_state: tensors by the model's own keys, for `model.safetensors`. Without it a `model.safetensors` that
-            an earlier save of ours left there is deleted: it no longer belongs to these weights. One that is not
-            ours stays, with a warning.
+        trainer_state: tensors by the model's own keys, for `model.safetensors`. If it is None, a `model.safetensors`
+            of an earlier save is deleted, since it does not belong to these weights. A `model.safetensors` that
+            loramix did not write stays, with a warning. Not used by formats that a trainer cannot resume from.
+        format: the name of a registered format of experts.
 
     Raises:
-        SaveError: with the cause; nothing is lost. Also where an adapter lies in the way that is not an earlier save
-            of the same kind.
+        ConfigurationError: an unknown format, or a configuration with invalid values.
+        UnsupportedOperationError: a read-only format.
+        SaveError: with the cause; the folder keeps its earlier state. Also if the folder has an adapter that loramix
+            did not write, or one of another kind.
     """
     adapter.config.validate()
-    folder = as_folder(folder)
-    finish_interrupted(folder)
-    check_replaceable(folder, PeftType.LORA)
-    writers = _trainer_writer(folder, trainer_state) | _adapter_writers(adapter)
-    save_files(folder, writers, _stale(folder, writers))
+    _save(folder, expert_format(format), adapter, trainer_state)
 
 
 def save_mixture(
     folder: str | os.PathLike[str],
     config: XLoraConfig,
-    classifier: Mapping[str, Tensor],
+    router: Mapping[str, Tensor],
     experts: Sequence[Adapter],
     trainer_state: Mapping[str, Tensor] | None = None,
+    *,
+    format: str = "xlora",
 ) -> None:
-    """Save a mixture with its experts; all files or none (see `loramix.files.atomic`).
+    """Save a mixture with its experts, self-contained in PEFT's layout unless another format is named.
 
-    In `adapters`, Hub identifiers are kept as a record, and local paths become the folders inside this one.
+    All files are saved or none (see `loramix.files.atomic`).
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         config: its `adapters` names the experts, in order.
-        classifier: "layers.{i}.weight" and "layers.{i}.bias" -> tensor.
+        router: the router's tensors by their names in its `state_dict`, such as "layers.0.weight".
         experts: in the order of `config.adapters`.
         trainer_state: as for `save_adapter`.
+        format: the name of a registered format of mixtures.
 
     Raises:
         AdapterNameError: the experts are not those of the configuration.
-        ConfigurationError: the configuration has become one that cannot be loaded, or not with this classifier.
-        SaveError: with the cause; nothing is lost. Also where an adapter lies in the way that is not an earlier save
-            of the same kind.
+        ConfigurationError: an unknown format, or a configuration with invalid values, or for another router.
+        UnsupportedOperationError: a read-only format.
+        SaveError: as for `save_adapter`.
     """
-    folder = as_folder(folder)
-    names = [expert.name for expert in experts]
+    checkpoint = MixtureCheckpoint(config, router, experts)
+    _check_unchanged(checkpoint)
+    _save(folder, mixture_format(format), checkpoint, trainer_state)
+
+
+def _save(
+    folder: str | os.PathLike[str],
+    format: Format[Content],
+    content: Content,
+    trainer_state: Mapping[str, Tensor] | None,
+) -> None:
+    place = _as_folder(folder)
+    finish_interrupted(place)
+    format.check_folder(place, content)
+    writers = format.writers(content)
+    if not format.resumable:
+        save_files(place, writers)
+        return
+    writers = _trainer_writer(place, trainer_state) | writers
+    save_files(place, writers, _stale(place, writers))
+
+
+def _as_folder(place: str | os.PathLike[str]) -> Path:
+    """The path of a folder; an empty one, which would mean the working directory, is refused by a SaveError."""
+    text = os.fspath(place) if isinstance(cast(object, place), str | os.PathLike) else ""
+    if not text.strip() or "\0" in text:
+        raise SaveError(
+            "The folder to save into must be named.",
+            received=repr(place),
+            remedy='Give a folder, for example "mixture", or "." for the working directory.',
+        )
+    return Path(place)
+
+
+def _check_unchanged(checkpoint: MixtureCheckpoint) -> None:
+    """Refuse to save what could not be loaded: the live configuration may have been changed by hand."""
+    config, names = checkpoint.config, [expert.name for expert in checkpoint.experts]
     if names != list(config.adapters):
         raise AdapterNameError(
             "A mixture is saved with the experts that its configuration names, in that order.",
@@ -87,63 +124,16 @@ def save_mixture(
             remedy="Leave the names in config.adapters as they were when the mixture was built.",
         )
     check_expert_names(names)
-    _check_unchanged(config, classifier, experts)
-    finish_interrupted(folder)
-    check_replaceable(folder, PeftType.XLORA)
-    _check_members(folder, names)
-    saved = copy.copy(config)
-    saved.adapters = {name: name if is_local(place) else place for name, place in config.adapters.items()}
-    writers: dict[str, Writer] = {}
-    for expert in experts:
-        writers |= {f"{expert.name}/{place}": write for place, write in _adapter_writers(expert).items()}
-    writers |= _trainer_writer(folder, trainer_state)
-    writers[_WEIGHTS_NAME] = partial(
-        write_tensors, tensors={CLASSIFIER_PREFIX + name: tensor for name, tensor in classifier.items()}
-    )
-    writers[CONFIG_NAME] = _config_writer(saved)
-    save_files(folder, writers, _stale(folder, writers))
-
-
-def as_folder(place: str | os.PathLike[str]) -> Path:
-    """Raises SaveError: no path, or an empty one, which would mean the working directory."""
-    text = os.fspath(place) if isinstance(cast(object, place), str | os.PathLike) else ""
-    if not text.strip() or "\0" in text:
-        raise SaveError(
-            "A save goes into a folder that is named.",
-            received=repr(place),
-            remedy='Give a folder, for example "mixture", or "." for the working directory.',
-        )
-    return Path(place)
-
-
-def _check_unchanged(config: XLoraConfig, classifier: Mapping[str, Tensor], experts: Sequence[Adapter]) -> None:
-    """A live configuration may have been changed by hand: what is saved is what can be loaded."""
-    config.validate_for(len(experts), config.hidden_size)
-    layers = len({path for expert in experts for path in expert.weights}) if config.layerwise_scalings else 1
-    expected = classifier_shapes(config, layers * len(experts))
-    found = {name: tuple(tensor.shape) for name, tensor in classifier.items()}
-    if found != expected:
+    config.validate_for(len(names), config.hidden_size)
+    expected = checkpoint.router_shapes()
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.router.items()}
+    if expected is not None and found != expected:
         raise ConfigurationError(
-            "A router keeps the shape that it was built with.",
+            "A router keeps the shapes that it was built with.",
             received=f"a configuration that asks for {expected}, a router with {found}",
             remedy="Set hidden_size, layerwise_scalings, xlora_depth, xlora_size and xlora_dropout_p back to what "
             "they were; build a new mixture for others.",
         )
-
-
-def _adapter_writers(adapter: Adapter) -> dict[str, Writer]:
-    return {
-        _WEIGHTS_NAME: partial(write_tensors, tensors=format_tensors(adapter)),
-        CONFIG_NAME: _config_writer(adapter.config),
-    }
-
-
-def _config_writer(config: PeftConfig) -> Writer:
-    return partial(_write_text, text=config.to_json())
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _trainer_writer(folder: Path, trainer_state: Mapping[str, Tensor] | None) -> dict[str, Writer]:
@@ -151,40 +141,13 @@ def _trainer_writer(folder: Path, trainer_state: Mapping[str, Tensor] | None) ->
         return {}
     if (folder / TRAINER_NAME).exists() and not is_ours(folder / TRAINER_NAME):
         warnings.warn(
-            f"{str(folder / TRAINER_NAME)!r} is not loramix's and is left alone: a trainer cannot resume from here.",
-            stacklevel=4,
+            f"{str(folder / TRAINER_NAME)!r} was not written by loramix and is left alone: a trainer cannot resume "
+            "from this folder.",
+            stacklevel=5,
         )
         return {}
-    return {TRAINER_NAME: partial(write_tensors, tensors=trainer_state)}
+    return {TRAINER_NAME: lambda path: write_tensors(path, trainer_state)}
 
 
 def _stale(folder: Path, writers: Mapping[str, Writer]) -> list[str]:
     return [TRAINER_NAME] if TRAINER_NAME not in writers and is_ours(folder / TRAINER_NAME) else []
-
-
-def check_replaceable(folder: Path, kind: PeftType = PeftType.XLORA) -> None:
-    """Raises SaveError: an adapter lies in the way that loramix did not write, or that is of another kind."""
-    present = [name for name in (CONFIG_NAME, *WEIGHTS_NAMES) if (folder / name).exists()]
-    if present and not is_ours(folder / _WEIGHTS_NAME):
-        raise _occupied(folder, f"{', '.join(present)} that loramix did not write")
-    if CONFIG_NAME in present and PeftConfig.from_json_file(folder / CONFIG_NAME).peft_type != kind:
-        raise _occupied(folder, "an adapter of another kind")
-
-
-def _check_members(folder: Path, names: Sequence[str]) -> None:
-    """The experts' subfolders are the mixture's own: experts that lay there before the mixture are not replaced."""
-    is_mixture = (folder / CONFIG_NAME).exists()
-    for name in names:
-        if (folder / name).is_symlink():
-            raise _occupied(folder / name, "a link")
-        check_replaceable(folder / name, PeftType.LORA)
-        if not is_mixture and (folder / name / CONFIG_NAME).exists():
-            raise _occupied(folder / name, "an expert that is no part of a mixture")
-
-
-def _occupied(folder: Path, content: str) -> SaveError:
-    return SaveError(
-        "A save replaces only what an earlier save of the same kind left there.",
-        received=f"{str(folder)!r}, with {content}",
-        remedy="Save to another folder, or move that adapter away.",
-    )

@@ -10,24 +10,32 @@ import copy
 from abc import ABC, ABCMeta
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramix import formats
-from loramix.config.base import LoraConfig, PeftConfig, XLoraConfig
-from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError
+from loramix.config.base import PeftConfig
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
+from loramix.errors import ConfigurationError, ModelError
 from loramix.experts.adapter import Adapter
+from loramix.experts.base_model import hidden_size_of, identifier_of
 from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.layers.inject import adapt, find_carrier, plan, replace
 from loramix.layers.layer import XLoraLayer
-from loramix.model.peft_methods import ADAPTER_NAME, CLASSIFIER, PeftMethods
+from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
-from loramix.passes.two_pass import MixtureState, rebind_forward, route_checkpoints, specialise
-from loramix.routers.classifier import XLoraClassifier
+from loramix.passes.checkpointing import route_checkpoints
+from loramix.passes.specialise import rebind_forward, specialise
+from loramix.passes.state import AdaptedState, MixtureState
+from loramix.routers.gating import gating_of
+from loramix.routers.router import RouterSizes, router_class
+
+_Config = TypeVar("_Config", bound=PeftConfig)
 
 if TYPE_CHECKING:
 
@@ -81,19 +89,18 @@ class PeftModel(_Peft):
         options = _options(hub)
         config = copy.deepcopy(config)
         if formats.detect(model_id, options) == "expert":
-            _require_kind(config, LoraConfig, model_id)
+            lora = _of_kind(config, LoraConfig, model_id)
             if adapters is not None:
                 raise ConfigurationError(
                     "adapters= replaces the experts of a mixture.",
                     received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
                     remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
                 )
-            adapter = formats.load_adapter(adapter_name, model_id, options, cast("LoraConfig | None", config))
+            adapter = formats.load_adapter(adapter_name, model_id, options, lora)
             return _build_lora(model, adapter, trainable=is_trainable)
-        _require_kind(config, XLoraConfig, model_id)
-        saved = formats.load_mixture(model_id, options, adapters, cast("XLoraConfig | None", config))
+        saved = formats.load_mixture(model_id, options, adapters, _of_kind(config, XLoraConfig, model_id))
         saved.config.inference_mode = not is_trainable
-        result = _build_mixture(model, saved.config, saved.experts, saved.classifier, trainable=is_trainable)
+        result = _build_mixture(model, saved.config, saved.experts, saved.router, trainable=is_trainable)
         return result if is_trainable else cast(PeftModel, cast(PreTrainedModel, result).eval())
 
 
@@ -135,7 +142,7 @@ def get_peft_model(
         ConfigurationError, CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
     """
     _check_base(model)
-    if not isinstance(cast(object, peft_config), XLoraConfig | LoraConfig) or mixed:
+    if not isinstance(peft_config, XLoraConfig | LoraConfig) or mixed:
         kind = type(peft_config)
         raise ModelError(
             "A model is built from one loramix.XLoraConfig or loramix.LoraConfig.",
@@ -146,10 +153,9 @@ def get_peft_model(
     config.revision = hub.pop("revision", config.revision)
     options = _options(hub)
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(model.config, "_name_or_path", None) or None
+        config.base_model_name_or_path = identifier_of(model)
     if isinstance(config, LoraConfig):
         return _build_lora(model, new_adapter(adapter_name, model, config), trainable=True)
-    assert isinstance(config, XLoraConfig)
     config.validate_for(len(config.adapters), hidden_size_of(model))
     config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
     experts = [formats.load_adapter(name, source, options) for name, source in config.adapters.items()]
@@ -165,13 +171,14 @@ _ONLY_PEFTS = frozenset(
 )
 
 
-def _require_kind(config: PeftConfig | None, kind: type[PeftConfig], model_id: str | PathLike[str]) -> None:
+def _of_kind(config: PeftConfig | None, kind: type[_Config], model_id: str | PathLike[str]) -> _Config | None:
     if config is not None and not isinstance(config, kind):
         raise ConfigurationError(
             "config= is of the kind of the saved one.",
             received=f"a {type(config).__name__} for {str(model_id)!r}, which needs a {kind.__name__}",
             remedy=f"pass a {kind.__name__}, or leave config= out",
         )
+    return config
 
 
 def prepare_model_for_kbit_training(
@@ -193,16 +200,6 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
     return model
-
-
-def hidden_size_of(model: PreTrainedModel) -> int:
-    """H: the width of the last hidden state, which the head reads where there is one."""
-    head = model.get_output_embeddings()
-    width = getattr(head, "in_features", None)
-    if isinstance(width, int):
-        return width
-    config = model.config.get_text_config()
-    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT projects its last hidden state
 
 
 def _check_base(model: PreTrainedModel) -> None:
@@ -235,16 +232,19 @@ def _build_mixture(
 ) -> PeftModel:
     hidden_size = hidden_size_of(model)
     config.validate_for(len(experts), hidden_size)
+    kind = router_class(config)
+    gating_of(config)
     config.hidden_size = hidden_size
     sites = plan(model, experts)
-    classifier = XLoraClassifier(config, len(experts), len(sites))
+    sizes = RouterSizes(hidden_size, len(sites), len(experts), tuple(site.expert_of_rank for site in sites))
+    router = kind.build(config, sizes)
     if saved is not None:
-        _load_classifier(classifier, saved)
-    classifier.requires_grad_(trainable).train(model.training)
+        router.load(saved)
+    router.requires_grad_(trainable).train(model.training)
     carrier = find_carrier(model, sites, [expert.name for expert in experts])
     layers = adapt(sites, precise=config.use_trainable_adapters, dtype=model.dtype)
-    classifier.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
-    state = MixtureState(config, experts, layers, classifier)
+    router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
+    state = MixtureState(config, experts, layers, router, hidden_size)
     _commit(model, carrier, layers, state, XLoraMethods)
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
@@ -255,29 +255,17 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     sites = plan(model, [adapter])
     carrier = find_carrier(model, sites, [adapter.name])
     layers = adapt(sites, precise=True, dtype=model.dtype)
-    state = MixtureState(adapter.config, [adapter], layers, None)
+    state = AdaptedState(adapter.config, [adapter], layers)
     _commit(model, carrier, layers, state, PeftMethods)
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())
-
-
-def _load_classifier(classifier: XLoraClassifier, saved: Mapping[str, Tensor]) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    if own != found:
-        raise AdapterMismatchError(
-            "A saved router fits the base model's hidden size, its adapted layers and the experts.",
-            received=f"expected {own}, found {found}",
-            remedy="load it on the base model it was trained on, with as many experts on the same modules",
-        )
-    classifier.load_state_dict(dict(saved))
 
 
 def _commit(
     model: PreTrainedModel,
     carrier: PreTrainedModel,
     layers: Mapping[str, XLoraLayer],
-    state: MixtureState,
+    state: AdaptedState,
     methods: type,
 ) -> None:
     """Change the model. All checks are behind us: nothing in here may fail."""
@@ -286,8 +274,8 @@ def _commit(
     route_checkpoints(model)
     for path, layer in layers.items():
         replace(model, path, layer)
-    if state.classifier is not None:
-        model.add_module(CLASSIFIER, state.classifier)
+    if isinstance(state, MixtureState):
+        model.add_module(state.router.attribute, state.router)
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(c is carrier for c in m.modules())]
     for part in parts:
         part.__dict__["_loramix"] = state
@@ -298,5 +286,4 @@ def _commit(
 
 def _set_trainable(layers: Mapping[str, XLoraLayer], trainable: bool) -> None:
     for layer in layers.values():
-        for parameter in layer.parameters(recurse=False):
-            parameter.requires_grad_(trainable)
+        layer.stack.requires_grad_(trainable)

@@ -1,4 +1,4 @@
-"""Training a mixture's router, and its experts if asked, with stock trainers."""
+"""Training a router with stock trainers; and experts, when asked."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import torch
 
 from loramix.errors import ConfigurationError
 from loramix.evaluation.passages import window_size
+from loramix.experts.base_model import positions_of
 from loramix.files.base_models import one_line
-from loramix.passes.two_pass import positions_of
 from loramix.training.settings import check_keys
 
 _RENAMED = {  # transformers' old names

@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from loramix import formats
-from loramix.config.base import LoraConfig, XLoraConfig
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError, SaveError
+from loramix.experts.base_model import hidden_size_of
 from loramix.experts.targets import new_targets
 from loramix.files.hub import from_anywhere
 from loramix.layers.inject import plan
-from loramix.model.build import hidden_size_of
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base, without_weights
 from loramix.training.data import Row, read_rows

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from loramix.config.base import XLoraConfig
-from loramix.formats.xlora import classifier_shapes
+from loramix.config.xlora import XLoraConfig
+from loramix.experts.base_model import blocks_of, vocabulary_of
+from loramix.routers import RouterSizes, router_class
 
 TRAINED = 16  # bytes of a trained parameter: float32, its gradient, and Adam's two moments
 SAVED = 24  # · H numbers that backward needs for each token and block of a frozen base (a Llama's, rounded up)
@@ -57,17 +58,16 @@ def sizes_of(base: PreTrainedModel, config: XLoraConfig, *, layers: int, experts
     """
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     root = {id(p): p.numel() for module in ends if module is not None for p in module.parameters()}
-    out = len(config.adapters) * (layers if config.layerwise_scalings else 1)
-    text = base.config.get_text_config()
+    router = router_class(config).shapes(config, RouterSizes(config.hidden_size, layers, len(config.adapters)))
     return Sizes(
         base=base.num_parameters(),
         root=sum(root.values()),
         experts=experts,
-        router=sum(map(math.prod, classifier_shapes(config, out).values())),
+        router=sum(map(math.prod, router.values())),
         ranks=ranks,
         hidden=config.hidden_size,
-        blocks=text.num_hidden_layers,
-        vocabulary=text.vocab_size,
+        blocks=blocks_of(base.config),
+        vocabulary=vocabulary_of(base.config),
         itemsize=base.dtype.itemsize,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from loramix.config.base import XLoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter
 from loramix.training.data import Row, pieces
 from loramix.training.memory import sizes_of, training_memory

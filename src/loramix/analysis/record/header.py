@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loramix.config.base import PeftConfig, XLoraConfig
-from loramix.passes.two_pass import MixtureState
+from loramix.config.base import PeftConfig
+from loramix.passes.state import MixtureState
 
 ALL_LAYERS = "all layers"
 _SETTINGS = (
@@ -61,7 +61,7 @@ class Header:
     @staticmethod
     def of(state: MixtureState) -> Header:
         """The header of a record of this mixture, before a token was read."""
-        shared = isinstance(state.config, XLoraConfig) and not state.config.layerwise_scalings and len(state.paths) > 1
+        shared = not state.config.layerwise_scalings and len(state.paths) > 1
         layers = [ALL_LAYERS] if shared else list(state.paths)
         return Header(list(state.names), list(state.names), layers, list(state.paths))
 

@@ -31,9 +31,10 @@ from loramix.analysis.record.slots import held_before, packed_starts, real_slots
 from loramix.analysis.record.stores import MemorySource, Reservoir, Source, SpillStore, Store
 from loramix.config.checks import require_integer
 from loramix.decoding.requests import Request, request
-from loramix.passes.cache import TwoPassCache
-from loramix.passes.hooks import CacheFollower, Made, RoutingHook, between_graphs
-from loramix.passes.two_pass import MixtureState, attach, cache_in, require_routing, state_of
+from loramix.passes.cache import FollowedCache
+from loramix.passes.call import cache_in
+from loramix.passes.hooks import CacheFollower, RouterOutput, RoutingHook, between_graphs
+from loramix.passes.state import MixtureState, attach, require_routing, state_of
 
 MAX_TOKENS = 10_000
 Reader = tuple[int, bool]
@@ -192,13 +193,13 @@ class Recorder(RoutingHook):
                 self._last.clear()
                 self._reread_texts.clear()
                 for cache in self._caches:
-                    if isinstance(cache, TwoPassCache):  # its scaling-pass half may have been taken off meanwhile
+                    if isinstance(cache, FollowedCache):  # it may have become a plain one meanwhile
                         cache.followers = tuple(other for other in cache.followers if not self._owns(other))
 
     def _owns(self, follower: CacheFollower) -> bool:
         return isinstance(follower, CacheRows) and follower.observer is self
 
-    def made(self, made: Made) -> None:
+    def routed(self, output: RouterOutput) -> None:
         reader = _reader()
         if self._thread not in (None, reader[0]):
             return
@@ -208,26 +209,26 @@ class Recorder(RoutingHook):
                 return
             self._keep(reader)
             self.header.note_settings(state.config)
-            self._last[reader] = _LastForward(*self._read(made, reader), request())
+            self._last[reader] = _LastForward(*self._read(output, reader), request())
 
     def _recorded(self) -> MixtureState | None:
         """The mixture's state; None while a forward drafts candidates, or a hook asks not to be recorded."""
         state = None if self.store is None or request().drafts else self.state
         return None if state is None or any(hook.unrecorded for hook in state.hooks) else state
 
-    def cached(self, cache: TwoPassCache) -> None:
+    def cached(self, cache: FollowedCache) -> None:
         with self._lock:
             last = self._last.get(_reader())
             if last is not None and self._recorded() is not None:
                 self._follow(cache, last.rows)
 
-    def _follow(self, cache: TwoPassCache, rows: CacheRows) -> None:
+    def _follow(self, cache: FollowedCache, rows: CacheRows) -> None:
         cache.followers = (*(other for other in cache.followers if not self._owns(other)), rows)
         self._caches.add(cache)
 
-    def _read(self, made: Made, reader: Reader) -> tuple[CacheRows, Part]:
+    def _read(self, output: RouterOutput, reader: Reader) -> tuple[CacheRows, Part]:
         """The rows of a forward, moved on, and the tokens that it read for the first time."""
-        inputs, final = made.inputs, made.final.detach()
+        inputs, final = output.inputs, output.final.detach()
         cache = cache_in(inputs)
         batch, length = final.shape[:2]
         ids = inputs.get("input_ids")
@@ -263,7 +264,7 @@ class Recorder(RoutingHook):
 
     def _rows_of(self, cache: Any, batch: int, length: int, inputs: Any) -> CacheRows:
         """Where the rows of a forward stand before it."""
-        if not isinstance(cache, TwoPassCache):
+        if not isinstance(cache, FollowedCache):
             return CacheRows(self, batch)
         self._caches.add(cache)
         own = next((other for other in cache.followers if self._owns(other)), None)

@@ -24,8 +24,9 @@ from loramix.analysis.record.token_text import IncrementalDecoder, require_token
 from loramix.analysis.show.terminal import led_by, legend, token_text, visible
 from loramix.decoding.requests import Request, request
 from loramix.errors import RoutingError, UnsupportedOperationError
-from loramix.passes.hooks import Made, RoutingHook, between_graphs
-from loramix.passes.two_pass import attach, cache_in, require_routing
+from loramix.passes.call import cache_in
+from loramix.passes.hooks import RouterOutput, RoutingHook, between_graphs
+from loramix.passes.state import attach, require_routing
 
 
 class WrittenToken(NamedTuple):
@@ -135,11 +136,11 @@ class _LastForward(RoutingHook):
         """Forget all forwards."""
         self._last.clear()
 
-    def made(self, made: Made) -> None:
+    def routed(self, output: RouterOutput) -> None:
         if request().scoring or request().drafts:
             return
-        cache, final = cache_in(made.inputs), made.final.detach()[0]
-        first = 0 if cache is None else held_before(cache, made.inputs, len(final))
+        cache, final = cache_in(output.inputs), output.final.detach()[0]
+        first = 0 if cache is None else held_before(cache, output.inputs, len(final))
         self._last[threading.get_ident()] = first, final
 
     @property

@@ -12,15 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from loramix.errors import LoramixError, RoutingError
-from loramix.layers.scalings import (
-    ConstantRouting,
-    TensorRouting,
-    checkpoint_with,
-    current,
-    override,
-    overriding,
-    routed,
-)
+from loramix.layers.routing import ConstantRouting, TensorRouting
+from loramix.layers.slot import checkpoint_with, current, override, overriding, routed
 
 ONE, TWO = ConstantRouting(1.0), ConstantRouting(2.0)
 
@@ -30,6 +23,7 @@ class FakeStack:
     """Layer `number` with expert 0 at rank 1, c = 2 and expert 2 at rank 2, c = 3."""
 
     number: int = 0
+    rank: int = 3
     layout: int = 0
     expert_of_rank: Tensor = field(default_factory=lambda: torch.tensor([0, 2, 2]))
     rank_scale: Tensor = field(default_factory=lambda: torch.tensor([2.0, 3.0, 3.0]))
@@ -121,7 +115,7 @@ def test_constant_columns_are_the_value_times_each_scale() -> None:
     stack = FakeStack()
     assert torch.equal(ConstantRouting(0.5).columns(stack, torch.zeros(1)), torch.tensor([1.0, 1.5, 1.5]))
     assert ConstantRouting(0.5).columns(stack, torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert torch.equal(ConstantRouting(0.5).experts(stack, torch.tensor([2])), torch.tensor([0.5]))
+    assert torch.equal(ConstantRouting(0.5).experts(stack, torch.tensor([2]), torch.zeros(1)), torch.tensor([0.5]))
     assert ConstantRouting(0.0).silent
     assert not ConstantRouting(0.5).silent
 
@@ -137,20 +131,8 @@ def test_columns_are_weight_times_scale_times_scaling(tokens: tuple[int, ...], l
     for layouts in ([], [stack]):
         routing = TensorRouting(s, weight, layouts)
         assert_close(routing.columns(stack, torch.zeros(1)), expected)
-        assert_close(routing.experts(stack, torch.tensor([2, 0])), weight * own[..., [2, 0]])
+        assert_close(routing.experts(stack, torch.tensor([2, 0]), torch.zeros(1)), weight * own[..., [2, 0]])
         assert routing.columns(stack, torch.zeros(1, dtype=torch.float16)).dtype == torch.float16
-
-
-def test_many_layouts_are_expanded_layer_by_layer() -> None:
-    """Together, each layout's columns are made for all layers: that pays for a few layouts."""
-    stacks = [FakeStack(number=i, layout=i) for i in range(5)]
-    scalings = torch.rand(1, 2, 5, 3)
-    with torch.no_grad():
-        few, many = TensorRouting(scalings, 1.0, stacks[:2]), TensorRouting(scalings, 1.0, stacks)
-        low_rank = torch.zeros(1, 2, 3)
-        assert_close(few.columns(stacks[1], low_rank), many.columns(stacks[1], low_rank))
-    assert few._of_layouts
-    assert not many._of_layouts
 
 
 def test_layers_of_one_layout_share_their_columns() -> None:

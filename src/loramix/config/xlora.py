@@ -1,0 +1,257 @@
+"""The configuration of a mixture: its experts, its router and its gating."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast, no_type_check
+
+from loramix.config.base import PeftConfig, PeftType
+from loramix.config.checks import (
+    require,
+    require_finite,
+    require_integer,
+    require_probability,
+    require_switch,
+    warn,
+)
+from loramix.config.names import check_expert_names
+from loramix.errors import ConfigurationError
+
+_NOT_GIVEN = cast(Any, None)
+
+
+class _AssumedSize(int):
+    """A default hidden size; its type survives copying, replacing and pickling."""
+
+    def __repr__(self) -> str:
+        return str(int(self))
+
+
+@no_type_check
+@dataclass
+class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
+    """A mixture: its experts, the router that makes logits, and the gating that makes scalings of them.
+
+    X-LoRA's router, the classifier, maps the base model's last hidden state h (B, S, H) to logits z; its gating maps
+    these to scalings s (B, S, L, E): s = softmax(z / softmax_temperature) with `enable_softmax`, else z; with
+    `top_k_lora` all but the k largest become 0; with `enable_softmax_topk` a softmax over those that are left.
+
+    A mixture with another router or another gating has `peft_type` LORAMIX, in its file too, so that PEFT refuses it
+    rather than run it with a classifier drawn at random.
+
+    Args:
+        hidden_size: H, the base model's hidden size; if it is left out, it is set when the model is built.
+        adapters: name -> local folder or Hub identifier, in the order of the experts.
+        enable_softmax: softmax over all experts.
+        enable_softmax_topk: softmax over the selected experts.
+        layerwise_scalings: whether each adapted layer has its own scalings; otherwise all share them.
+        xlora_depth: number of linear layers of the classifier, at least 1.
+        xlora_size: width of the classifier's hidden layers, at least 1; used with depth > 1.
+        xlora_dropout_p: the classifier's dropout probability, in [0, 1); used with depth > 1.
+        use_trainable_adapters: whether the experts are trained too.
+        softmax_temperature: temperature of the softmax over all experts, positive; lower is sharper.
+        top_k_lora: number of experts selected for each token, from 1 to E; None selects all.
+        scaling_pass_value: every expert's scaling in the scaling pass.
+        global_scaling_weight: factor on the experts' contribution to every layer.
+        router: kind of router. `xlora_depth`, `xlora_size` and `xlora_dropout_p` are settings of "classifier"; other
+            kinds refuse them.
+        gating: kind of gating.
+
+    Raises:
+        ConfigurationError: an invalid value, whatever the base model is.
+        AdapterNameError: an expert's name that cannot be the name of a folder, or two names that clash.
+
+    Source: X-LoRA, arXiv 2402.07148, section 2; PEFT 0.21.2, `tuners/xlora/config.py`.
+    """
+
+    hidden_size: int = _NOT_GIVEN
+    adapters: dict[str, str] = _NOT_GIVEN
+    enable_softmax: bool = True
+    enable_softmax_topk: bool = False
+    layerwise_scalings: bool = False
+    xlora_depth: int = 1
+    xlora_size: int = 2048
+    xlora_dropout_p: float = 0.2
+    use_trainable_adapters: bool = False
+    softmax_temperature: float = 1.0
+    top_k_lora: int | None = None
+    scaling_pass_value: float = 0.0
+    global_scaling_weight: float = 1.0
+    router: str = "classifier"
+    gating: str = "xlora"
+
+    def __post_init__(self) -> None:
+        missing_adapters = cast(object, self.adapters) is None
+        if cast(object, self.hidden_size) is None:
+            self.hidden_size = _AssumedSize(4096)
+            # Not every other router reads the hidden state, and those that do take the base model's size.
+            if self.router == _CLASSIFIER:
+                warn("hidden_size was not given: the base model's is taken when the model is built, 4096 until then.")
+        if missing_adapters:
+            warn("adapters was not given: this mixture has no experts yet.")
+        self.adapters = {} if missing_adapters else as_adapters(self.adapters)
+        super().__post_init__()
+        self._warn_about_gating()
+
+    @property
+    def peft_type(self) -> PeftType:
+        """XLORA, or LORAMIX with a router or a gating that PEFT does not have; it follows from the fields."""
+        return PeftType.LORAMIX if self._beyond_peft() else PeftType.XLORA
+
+    @peft_type.setter
+    def peft_type(self, _value: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Ignored: the type follows from the fields."""
+
+    @property
+    def hidden_size_given(self) -> bool:
+        """Whether the hidden size was given, so that it is not the default."""
+        return not isinstance(self.hidden_size, _AssumedSize)
+
+    def validate(self) -> None:
+        super().validate()
+        require_integer("hidden_size", self.hidden_size, at_least=1, remedy="Use base.config.hidden_size.")
+        self._validate_router()
+        require_integer("xlora_depth", self.xlora_depth, at_least=1, remedy="Use xlora_depth=1 or more.")
+        require(
+            self.xlora_depth <= _DEEPEST,
+            f"xlora_depth must not exceed {_DEEPEST}.",
+            received=f"xlora_depth={self.xlora_depth!r}",
+            remedy="Use a small depth; two or three are usual.",
+        )
+        if self.xlora_depth > 1:
+            require_integer("xlora_size", self.xlora_size, at_least=1, remedy="Use the width of a layer, e.g. 2048.")
+            require_probability("xlora_dropout_p", self.xlora_dropout_p)
+        require_finite("softmax_temperature", self.softmax_temperature, remedy="Use softmax_temperature=1.0.")
+        require(
+            self.softmax_temperature > 0,
+            "softmax_temperature must be positive.",
+            received=f"softmax_temperature={self.softmax_temperature!r}",
+            remedy="Use softmax_temperature=1.0, or less for sharper scalings.",
+        )
+        for name in ("scaling_pass_value", "global_scaling_weight"):
+            require_finite(name, getattr(self, name), remedy=f"Use a number for {name}.")
+        if cast("object", self.top_k_lora) is not None:
+            require_integer("top_k_lora", self.top_k_lora, at_least=None, remedy="Use a whole number, or None.")
+        for name in _SWITCHES:
+            require_switch(name, getattr(self, name))
+
+    def _validate_router(self) -> None:
+        for name in _BEYOND_PEFT:
+            value = getattr(self, name)
+            require(
+                isinstance(value, str) and bool(value.strip()),
+                f"{name} must be the name of a kind of {name}.",
+                received=f"{name}={value!r}",
+                remedy=f"Leave {name} out, or name a registered kind (see loramix.routers).",
+            )
+        given = [name for name in _OF_THE_CLASSIFIER if getattr(self, name) != _default(name)]
+        require(
+            self.router == _CLASSIFIER or not given,
+            f"{', '.join(given)} {'belongs' if len(given) == 1 else 'belong'} to the classifier.",
+            received=", ".join(f"{name}={getattr(self, name)!r}" for name in ("router", *given)),
+            remedy=f"Leave {', '.join(given)} out, or use router={_CLASSIFIER!r}.",
+        )
+
+    def validate_for(self, num_experts: int, hidden_size: int) -> None:
+        """Check the rules that depend on the base model and the experts, and all others again.
+
+        Args:
+            num_experts: E.
+            hidden_size: H of the base model.
+
+        Raises:
+            ConfigurationError: no experts, a `top_k_lora` outside 1..E, or a given `hidden_size` that is not H.
+        """
+        self.validate()
+        require(
+            num_experts >= 1,
+            "A mixture needs at least one expert.",
+            received=f"adapters={self.adapters!r}",
+            remedy='Give adapters={"name": "path or Hub id", …}.',
+        )
+        require(
+            self.top_k_lora is None or 1 <= self.top_k_lora <= num_experts,
+            f"top_k_lora must be None or from 1 to {num_experts}, the number of experts.",
+            received=f"top_k_lora={self.top_k_lora!r}",
+            remedy=f"Use top_k_lora={num_experts} or less, or None to keep all.",
+        )
+        require(
+            not self.hidden_size_given or self.hidden_size == hidden_size,
+            f"hidden_size must be the base model's, {hidden_size}.",
+            received=f"hidden_size={self.hidden_size!r}",
+            remedy=f"Use hidden_size={hidden_size}, or leave it out.",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name; `router` and `gating`, which PEFT does not have, only if they differ from the default."""
+        values = super().to_dict() | {"hidden_size": int(self.hidden_size)}
+        return {name: value for name, value in values.items() if name not in _BEYOND_PEFT} | self._beyond_peft()
+
+    @classmethod
+    def _known(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+        known = super()._known(values, source)
+        named = [name for name in _BEYOND_PEFT if known.get(name, _default(name)) != _default(name)]
+        require(
+            values.get("peft_type") != PeftType.LORAMIX.value or bool(named),
+            "A configuration with peft_type LORAMIX names a router or a gating that PEFT does not have.",
+            received=", ".join(f"{name}={known.get(name)!r}" for name in _BEYOND_PEFT),
+            remedy='Put "router" or "gating" back into the file, or write "peft_type": "XLORA".',
+        )
+        return known
+
+    def _beyond_peft(self) -> dict[str, str]:
+        """`router` and `gating`, as far as they differ from the default."""
+        values = {name: getattr(self, name) for name in _BEYOND_PEFT}
+        return {name: value for name, value in values.items() if value != _default(name)}
+
+    def _to_saved(self) -> dict[str, Any]:
+        return self.to_dict() if self.hidden_size_given else self.to_dict() | {"hidden_size": None}
+
+    def _warn_about_gating(self) -> None:
+        if self.enable_softmax_topk and self.top_k_lora is None:
+            warn("enable_softmax_topk is set without top_k_lora: the softmax is taken over all experts.")
+        if self.enable_softmax_topk and self.enable_softmax:
+            warn("enable_softmax_topk and enable_softmax are both set: softmax twice, which performs worse.")
+        if self.top_k_lora is not None and self.top_k_lora < 1:
+            warn(f"top_k_lora must be at least 1, and is {self.top_k_lora}: no model can be built like this.")
+
+
+_CLASSIFIER = "classifier"
+_OF_THE_CLASSIFIER = ("xlora_depth", "xlora_size", "xlora_dropout_p")
+_BEYOND_PEFT = ("router", "gating")
+_DEEPEST = 1000
+_SWITCHES = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")
+
+
+def _default(name: str) -> object:
+    return XLoraConfig.__dataclass_fields__[name].default
+
+
+def as_adapters(adapters: object) -> dict[str, str]:
+    """A mapping from experts' names to folders or Hub ids, with paths as texts; the order stays.
+
+    Raises:
+        ConfigurationError: not a mapping, or a value that is neither text nor path.
+        AdapterNameError: a name that cannot be the name of a folder, or two that clash.
+    """
+    if not isinstance(adapters, Mapping):
+        raise ConfigurationError(
+            "adapters must map names to folders or Hub ids.",
+            received=f"adapters={adapters!r}",
+            remedy='Write adapters={"name": "path or Hub id", …}.',
+        )
+    places = cast("Mapping[str, object]", adapters)
+    check_expert_names(places)
+    return {name: _as_place(name, place) for name, place in places.items()}
+
+
+def _as_place(name: str, place: object) -> str:
+    if not isinstance(place, str | os.PathLike):
+        raise ConfigurationError(
+            "adapters must map each name to a folder or a Hub id.",
+            received=f"adapters[{name!r}]={place!r}",
+            remedy=f'Write adapters={{"{name}": "path or Hub id", …}}.',
+        )
+    return os.fspath(cast("str | os.PathLike[str]", place))

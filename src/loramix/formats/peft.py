@@ -1,0 +1,71 @@
+"""What PEFT's formats share: the names of the files, `peft_type`, and which files a save may replace."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loramix.config.base import PeftConfig
+from loramix.config.folder import CONFIG_NAME
+from loramix.config.xlora import XLoraConfig
+from loramix.errors import CheckpointNotFoundError, SaveError
+from loramix.files.json_file import read_json_object
+from loramix.files.location import Location
+from loramix.files.tensors import is_ours
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+READ_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
+
+
+def peft_type(location: Location) -> object:
+    """`peft_type` in `adapter_config.json`; None if it is missing, or the file is.
+
+    Raises:
+        CheckpointNotFoundError: no such folder or repository.
+        CorruptCheckpointError: a configuration that cannot be read.
+    """
+    path = location.find(CONFIG_NAME)
+    return None if path is None else read_json_object(path).get("peft_type")
+
+
+def find_weights(location: Location) -> Path:
+    """The file with an adapter's tensors; safetensors takes precedence over the pickle.
+
+    Raises:
+        CheckpointNotFoundError: the folder has neither.
+    """
+    path = location.find(*READ_NAMES)
+    if path is None:
+        raise CheckpointNotFoundError(
+            f"An adapter's folder holds {' or '.join(READ_NAMES)}.",
+            received=f"{str(location)!r}, which has neither",
+            remedy="Give the folder that save_pretrained wrote, or save the adapter again.",
+        )
+    return path
+
+
+def check_replaceable(folder: str | os.PathLike[str], kind: type[PeftConfig] = XLoraConfig) -> None:
+    """Refuse to replace an adapter that loramix did not write, or one of another kind.
+
+    Args:
+        folder: where to save; it may not exist yet.
+        kind: the class of the configuration to save; a mixture's by default.
+
+    Raises:
+        SaveError: naming what is there.
+    """
+    place = Path(folder)
+    present = [name for name in (CONFIG_NAME, *READ_NAMES) if (place / name).exists()]
+    if present and not is_ours(place / WEIGHTS_NAME):
+        raise occupied(place, f"{', '.join(present)} that loramix did not write")
+    if CONFIG_NAME in present and not isinstance(PeftConfig.from_json_file(place / CONFIG_NAME), kind):
+        raise occupied(place, "an adapter of another kind")
+
+
+def occupied(folder: Path, content: str) -> SaveError:
+    """The error for a folder with files that a save does not replace."""
+    return SaveError(
+        "A save replaces only what an earlier save of the same kind left there.",
+        received=f"{str(folder)!r}, with {content}",
+        remedy="Save to another folder, or move that adapter away.",
+    )
