@@ -95,7 +95,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, inspection in made.items():
         write_report(inspection, folder / f"{name}.html")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loramix.analysis.report.report.choose", partial(choose, layer_bytes=4 * 3 * 4))
+        patch.setattr("loramix.analysis.report.report.choose_tokens", partial(choose_tokens, layer_bytes=4 * 3 * 4))
         write_report(random_record(40, 4, 3), folder / "sampled.html")
     return {path.stem: path for path in folder.iterdir()}
 
