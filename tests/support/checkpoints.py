@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
@@ -31,6 +35,11 @@ def make_expert(name, *, seed=0, r=2, modules=("model.layers.0.q", "model.layers
     return Adapter(name, settings, weights)
 
 
+def xlora_config(**changes):
+    """A configuration of two experts, of which nothing warns."""
+    return XLoraConfig(**{"hidden_size": 64, "adapters": {"math": "a", "code": "b"}, **changes})
+
+
 def make_mixture(*, seed=0, names=("math", "code"), **config):
     """The arguments of `save_mixture` after the folder; every tensor depends on the seed."""
     experts = [make_expert(name, seed=seed + i, r=2 + i) for i, name in enumerate(names)]
@@ -38,6 +47,20 @@ def make_mixture(*, seed=0, names=("math", "code"), **config):
     generator = torch.Generator().manual_seed(seed)
     shapes = XLoraClassifier.tensors(settings, layers=2, experts=len(names))
     return settings, {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}, experts
+
+
+def edit_config(folder, **changes):
+    """Change fields of a saved configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    """Pass the tensors of a saved adapter through a function; the file's metadata stay."""
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({key: tensor.clone() for key, tensor in change(load_file(path)).items()}, path, metadata)
 
 
 def same_expert(one, two):
