@@ -9,7 +9,7 @@ INPUTS := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 export PYTHONUTF8 = 1
 
-.PHONY: help demo test check format docs readme repin clean
+.PHONY: help demo test check lint imports types documents site format docs readme repin clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -21,12 +21,23 @@ demo: $(VENV)/.installed ## build, train, compare and use a mixture of four expe
 test: $(VENV)/.installed-dev ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-check: $(VENV)/.installed-dev ## style, types, one-way imports, public names, documents and examples
+check: lint imports types documents site ## all of the following, up to the site
+
+lint: $(VENV)/.installed-dev ## style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+imports: $(VENV)/.installed-dev ## imports that run one way
 	$(BIN)/lint-imports --no-logo
+
+types: $(VENV)/.installed-dev ## types
 	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
+
+documents: $(VENV)/.installed-dev ## public names, code blocks, links and examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_public_names.py tests/project/test_imports.py tests/docs
+
+site: $(VENV)/.installed-dev ## the documentation, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/.installed-dev ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix

@@ -20,8 +20,8 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
     """One measurement, for each row of the prompt at once."""
     length = models.prompt.shape[1]
     contenders = [
-        Contender("base", _step(models.base, models.prompt)),
-        Contender("loramix", _step(models.loramix, models.prompt)),
+        Contender("base", one_token(models.base, models.prompt)),
+        Contender("loramix", one_token(models.loramix, models.prompt)),
         Contender("PEFT", _step_without_cache(models.peft, models.prompt), PEFT_EVERY),
     ]
     times = interleave(contenders, rounds, warm_ups=3)
@@ -29,7 +29,8 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
     return [Measurement(f"one token after {length}", times, limit)]
 
 
-def _step(model: Any, prompt: torch.Tensor) -> Callable[[], None]:
+def one_token(model: Any, prompt: torch.Tensor) -> Callable[[], None]:
+    """One token after a prompt, with a cache that is cropped again."""
     with torch.no_grad():
         cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
     token = prompt[:, -1:]

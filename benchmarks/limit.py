@@ -65,6 +65,6 @@ def weights_of(mixture: nn.Module, head: nn.Linear) -> Weights:
     layers = [m for m in mixture.modules() if isinstance(m, XLoraLayer)]
     return Weights(
         backbone=sum(m.weight.numel() for m in linears),
-        experts=sum(m.lora_A.numel() + m.lora_B.numel() for m in layers),
+        experts=sum(sum(p.numel() for p in m.stack.parameters()) for m in layers),
         head=head.weight.numel(),
     )

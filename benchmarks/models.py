@@ -49,11 +49,9 @@ def build(size: Size, folder: Path) -> Models:
     Raises:
         RuntimeError: they do not.
     """
-    base = llama(size)
-    experts = [_save_expert(folder / str(i), base, size.rank, seed=i) for i in range(size.experts)]
     router: dict[str, Any] = {
         "hidden_size": size.hidden,
-        "adapters": {str(i): path for i, path in enumerate(experts)},  # PEFT wants these names
+        "adapters": save_experts(folder, size),
         "xlora_depth": size.depth,
         "xlora_size": size.router_width,
         "layerwise_scalings": size.layerwise,
@@ -90,6 +88,12 @@ def _peft(size: Size, router: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers renames
         return peft.get_peft_model(llama(size, use_cache=False), peft.XLoraConfig(**router)).eval()  # as PEFT wants it
+
+
+def save_experts(folder: Path, size: Size) -> dict[str, str]:
+    """Write random experts; names, which are numbers as PEFT wants them, to folders."""
+    base = llama(size)
+    return {str(i): _save_expert(folder / str(i), base, size.rank, seed=i) for i in range(size.experts)}
 
 
 def _save_expert(folder: Path, base: Any, rank: int, seed: int) -> str:

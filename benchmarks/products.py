@@ -1,25 +1,34 @@
 """How a mixture layer's products are best made on a CPU: `python -m benchmarks.products` writes docs/products.md.
 
-Two choices of the layer stand on these figures: experts that no token weighs are left out where they are most of all
-(`loramix.layers.scalings.gathered_share`), and layers with one input keep down projections of their own. A third table
-says
-where the time of a decoded token goes in a layer.
+Two choices of the layer rest on these figures: where few of many experts have a non-zero scaling only their columns are
+multiplied (`loramix.layers.routing.GATHERED_SHARE`), and layers with one input keep down projections of their own. The
+last table says where the time of a decoded token goes in a layer.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.decode import one_token
+from benchmarks.models import llama, save_experts
+from benchmarks.sizes import SIZES
+from loramix import XLoraConfig, get_peft_model
 from loramix.experts.adapter import LoraWeights
-from loramix.layers.layer import Resident, XLoraLinear
-from loramix.layers.scalings import GATHERED_RANKS, GATHERED_TOKENS, TensorRouting, gathered_share, routed
+from loramix.layers import routing as settings
+from loramix.layers.layer import adapted_layer
+from loramix.layers.routing import GATHERED_RANKS, GATHERED_SHARE, GATHERED_TOKENS, TensorRouting
+from loramix.layers.slot import routed
+from loramix.layers.stack import LayerExpert
 from loramix.timing import describe_machine
 
 RANK, TOP_K, EXPERTS = 8, 2, 8
@@ -29,13 +38,20 @@ PAGE = """# Products of a mixture layer
 One thread, CPU time, medians of interleaved rounds; {processor}, PyTorch {torch}. Weights of many layers in turn, so
 that none waits in the cache. To measure again: `python -m benchmarks.products`.
 
-## Gathering the experts that are weighed
+## Gathering the columns of few experts
 
 Top {top_k} of E experts of rank {rank}, layers H → H: time of gathering their rank columns and multiplying those, over
-that of multiplying all. For T tokens up to {top_k} T experts are weighed. A layer gathers for up to {tokens} tokens
-where at most one rank column in {single} is weighed (float32), or in {half} (other dtypes), of at least {ranks}.
+that of multiplying all. T tokens have up to {top_k} T experts with a non-zero scaling.
 
 {gathered}
+
+The products alone are not all: which columns to gather must be found, for each token anew. So the same for a whole
+model: the time of a decode step with gathering over that without (Llama, H 512, 8 blocks, seven linear layers each).
+
+{steps}
+
+A layer gathers for up to {tokens} tokens if at most 1/{share} of its rank columns have a non-zero scaling and there are
+at least {ranks} columns: below that share it does not save 5 % of a step.
 
 ## One down projection for layers with one input
 
@@ -81,7 +97,7 @@ def gathered(hidden: int, experts: int, tokens: int, dtype: torch.dtype, rounds:
     columns = torch.rand(1, tokens, experts * RANK, dtype=dtype)
     chosen = torch.randperm(experts)[: min(experts, TOP_K * tokens)].sort().values
     ranks = (chosen[:, None] * RANK + torch.arange(RANK)).flatten()
-    weighed = columns[..., ranks]
+    few = columns[..., ranks]
 
     def every() -> None:
         for A, B in made:
@@ -89,9 +105,36 @@ def gathered(hidden: int, experts: int, tokens: int, dtype: torch.dtype, rounds:
 
     def some() -> None:
         for A, B in made:
-            y.add_(F.linear(F.linear(x, A.index_select(0, ranks)).mul_(weighed), B.index_select(1, ranks)))
+            y.add_(F.linear(F.linear(x, A.index_select(0, ranks)).mul_(few), B.index_select(1, ranks)))
 
     return ratio(some, every, rounds)
+
+
+def step(experts: int, layerwise: bool, rounds: int) -> float:
+    """A decode step of a whole model with gathering over one without."""
+    size = replace(SIZES["small"], vocabulary=4096, experts=experts, rank=RANK)
+    gating: dict[str, Any] = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": TOP_K}
+    with tempfile.TemporaryDirectory() as folder:
+        config = XLoraConfig(
+            hidden_size=size.hidden,
+            adapters=save_experts(Path(folder), size),
+            layerwise_scalings=layerwise,
+            **gating,
+        )
+        model: Any = get_peft_model(llama(size), config).eval()
+    token = one_token(model, torch.randint(size.vocabulary, (1, size.prompt)))
+
+    def with_share(share: int) -> Callable[[], None]:
+        def call() -> None:
+            settings.GATHERED_SHARE = share
+            token()
+
+        return call
+
+    try:
+        return ratio(with_share(1), with_share(2 * experts), rounds)
+    finally:
+        settings.GATHERED_SHARE = GATHERED_SHARE
 
 
 def shared(hidden: int, ranks: int, tokens: int, rounds: int) -> float:
@@ -123,15 +166,15 @@ def _add(y: Tensor, low_rank: Tensor, B: Tensor) -> None:
 def profile(hidden: int, rounds: int) -> list[float]:
     """Microseconds of a base layer, with the products of its experts, and as a mixture layer."""
     made = layers(hidden, EXPERTS * RANK, torch.float32)
-    residents = [
+    experts = [
         [
-            Resident(e, LoraWeights(a, b), 1.0, 0.0)
+            LayerExpert(e, LoraWeights(a, b), 1.0, 0.0)
             for e, (a, b) in enumerate(zip(A.split(RANK), B.split(RANK, 1), strict=True))
         ]
         for A, B in made
     ]
-    mixtures = [XLoraLinear(nn.Linear(hidden, hidden, bias=False), r, i) for i, r in enumerate(residents)]
-    routing = TensorRouting(torch.rand(1, 1, 1, EXPERTS), 1.0, mixtures[:1])
+    mixtures = [adapted_layer(nn.Linear(hidden, hidden, bias=False), r, i) for i, r in enumerate(experts)]
+    routing = TensorRouting(torch.rand(1, 1, 1, EXPERTS), 1.0, [mixtures[0].stack])
     x, columns = torch.randn(1, 1, hidden), torch.rand(1, 1, EXPERTS * RANK)
 
     def base() -> None:
@@ -140,7 +183,7 @@ def profile(hidden: int, rounds: int) -> list[float]:
 
     def bare() -> None:
         for layer in mixtures:
-            layer.base_layer(x).add_(F.linear(F.linear(x, layer.lora_A).mul_(columns), layer.lora_B))
+            layer.base_layer(x).add_(F.linear(F.linear(x, layer.stack.lora_A).mul_(columns), layer.stack.lora_B))
 
     def whole() -> None:
         for layer in mixtures:
@@ -157,8 +200,8 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 
 @torch.no_grad()
-def page(rounds: int, hiddens: tuple[int, ...] = (512, 1024), largest: int = 64) -> str:
-    """The whole page."""
+def page(rounds: int, hiddens: tuple[int, ...] = (512, 1024), largest: int = 64, models: bool = True) -> str:
+    """The whole page; without `models` the whole decode steps are left out."""
     counts = [E for E in (8, 16, 32, 64) if largest >= E]
 
     def gathered_rows() -> Iterable[list[str]]:
@@ -174,6 +217,11 @@ def page(rounds: int, hiddens: tuple[int, ...] = (512, 1024), largest: int = 64)
                 found = [f"{shared(hidden, E * RANK, tokens, rounds):.2f}" for E in counts]
                 yield [str(hidden), str(tokens), *found]
 
+    def step_rows() -> Iterable[list[str]]:
+        for layerwise in (False, True) if models else ():
+            found = [f"{step(E, layerwise, 5 * rounds):.2f}" for E in counts[1:]]
+            yield ["a layer" if layerwise else "all layers", *found]
+
     machine = describe_machine(["torch"])
     return PAGE.format(
         processor=machine["processor"],
@@ -181,9 +229,9 @@ def page(rounds: int, hiddens: tuple[int, ...] = (512, 1024), largest: int = 64)
         top_k=TOP_K,
         rank=RANK,
         tokens=GATHERED_TOKENS,
-        single=gathered_share(torch.float32),
-        half=gathered_share(torch.bfloat16),
+        share=GATHERED_SHARE,
         ranks=GATHERED_RANKS,
+        steps=table(["scalings of", *(f"E {E}" for E in counts[1:])], step_rows()),
         gathered=table(["dtype", "H", "tokens", *(f"E {E}" for E in counts)], gathered_rows()),
         shared=table(["H", "tokens", *(f"R {E * RANK}" for E in counts)], shared_rows()),
         experts=EXPERTS,

@@ -19,7 +19,8 @@ from loramix import XLoraModel, get_peft_model
 from loramix.demo import bundle, corpus
 from loramix.demo.router import router_arguments, router_config, router_windows
 from loramix.demo.text import heldout_passages, switching_passages, windows
-from loramix.evaluation.scores import Passage, measure, pad, total
+from loramix.evaluation.passages import Passage, pad
+from loramix.evaluation.scores import measure, total
 from loramix.timing import describe_machine
 from loramix.training import RouterCallback, RouterObjectives, init_router
 

@@ -69,8 +69,8 @@ def _memory(models: Models, ids: Tensor, work: str) -> Measurement:
         models.base.requires_grad_(True).eval()
     ours, theirs = (peak_bytes(lambda model=model: _step(model, ids)) for model in (models.loramix, models.peft))
     layers = [layer for layer in models.loramix.modules() if isinstance(layer, XLoraLayer)]
-    ranks = sum(layer.lora_A.shape[0] for layer in layers)
-    columns = ranks if models.size.layerwise else layers[0].lora_A.shape[0]
+    ranks = sum(layer.stack.rank for layer in layers)
+    columns = ranks if models.size.layerwise else layers[0].stack.rank
     limit = (base + 4 * ids.numel() * (ranks + columns + models.size.hidden)) / base
     peaks: Samples = {"base": [float(base)], "loramix": [float(ours)], "PEFT": [float(theirs)]}
     return Measurement(work, peaks, limit, limit, unit="B")

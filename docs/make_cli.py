@@ -13,10 +13,26 @@ PAGE = Path(__file__).with_name("cli.md")
 TERMINAL = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb", "PYTHONUTF8": "1"}
 HEAD = """# The command line
 
-Made from the help texts by `make docs`. All of them answer without loading torch.
+```bash
+loramix demo                                                    # build, train, compare and use a mixture
+loramix generate demo --prompt "def read_lines(path):"          # print the text as it is written
+loramix generate demo --prompt "def f(" --show-experts          # each token in the colour of its leading expert
+echo "2 + 2 =" | loramix generate demo --prompt - --do-sample --temperature 0.7 --seed 1 --json
+loramix info mixture                                            # what a folder holds, without loading its base model
+loramix train-expert --base ./base --data texts/ --output math  # train a LoRA expert
+loramix train run.yaml                                          # train a router: see training.md
+loramix eval mixture --data test.jsonl                          # base, experts, uniform mixture, X-LoRA, oracle
+loramix inspect demo --text "def f(x):"                         # the leading expert of each token, and the numbers
+loramix bench demo                                              # time per token, beside the base model
+```
 
-Exit codes: 0 done; 1 one of loramix's own errors, with its rule, what was received and the remedy on stderr, or a demo
-whose router did not earn its place; 2 wrong usage. With `--json`, stdout holds one JSON document and nothing else.
+MIXTURE is a folder, a Hub id, or `demo`, the mixture that ships with loramix. Its base model is the one that it names,
+unless `--base` gives another.
+
+Exit codes: 0 done; 1 an error of loramix, with its rule, what was received and the remedy on stderr, or a demo whose
+router did not beat its rivals; 2 wrong usage. With `--json`, stdout holds one JSON document and nothing else.
+
+The rest of this page is made from the help texts by `make docs`. No `--help` loads torch.
 """
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from loramix.analysis.show.terminal import legend
 from loramix.demo import DemoResult, run_demo
-from loramix.demo.show import routed_panel
+from loramix.demo.show import written_panel
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -43,7 +43,7 @@ def written_in_colour(result: DemoResult) -> str:
     screen = console(colour=True)
     screen.print(legend(result.switching.experts, screen))
     for text in result.written:
-        screen.print(routed_panel(text, screen))
+        screen.print(written_panel(text, screen))
     picture = screen.export_svg(title="loramix demo")
     return re.sub(r"@font-face \{.*?\}\s*|[\x00-\x08\x0b-\x1f]", "", picture, flags=re.DOTALL)
 

@@ -67,9 +67,9 @@ Answer: 84
 )
 SECTION = """### My router ignores its input
 
-`information` is near 0: the mean of all tokens is as undecided as each token by itself, and one picture of tokens ×
-experts looks the same from left to right: whichever expert leads, it leads by next to nothing, and the strip of leaders
-is pale. A router that was never trained is so, above; the demo's, below, is not.
+`information` is near 0: the mean over all tokens is as undecided as each token alone. The picture of tokens × experts
+looks the same from left to right: the leading expert leads by next to nothing, and the strip of leaders is pale. Above,
+a router that was never trained; below, that of the demo.
 
 ![Weights of the experts along a text: alike in the untrained router, changing in the trained one](routing_ignores.png)
 
@@ -77,38 +77,38 @@ is pale. A router that was never trained is so, above; the demo's, below, is not
 |---|---|---|---|
 {routers}
 
-What to do: train the router (a load that forgot it starts from random weights, and loramix refuses such a file); give
-it a start that looks at words, `init_router(model, "prompts", …)`; name the expert of each text in the data and add the
-objective `supervised`; look whether the training text holds more than one kind of text. See [training.md](training.md).
+What to do: train the router. Initialise it from texts, `init_router(model, "prompts", …)`. Name the expert of each text
+in the data and add the objective `supervised`. Check that the training text has more than one kind of text. See
+[Train](training.md).
 
 ### One expert takes all
 
 MaxVio is near E − 1, `effective_experts` near 1, and the others hardly ever lead. On text of one kind that is right. On
-mixed text it is a router that collapsed: here a new one, after {steps} steps on code alone, on the three texts of the
+mixed text the router has collapsed: here a new one, after {steps} steps on code alone, on the three texts of the
 report.
 
 ![Load and importance of each expert: one leads nearly everywhere](routing_one.png)
 
-What to do: put text of all kinds into the training data; the objective `entropy_floor` keeps the mean over a batch from
-collapsing and costs less than `load_balance`, which wants the same load for all; a higher `softmax_temperature`, or one
-that is annealed, keeps a choice open while the router learns. What each of them gives is measured in
-[router.md](router.md).
+What to do: put text of all kinds into the training data. The objective `entropy_floor` keeps the mean over a batch from
+collapsing and costs less than `load_balance`, which asks for the same load on all experts. A higher
+`softmax_temperature`, or an annealed one, keeps several experts in use while the router learns. What each of them gains
+is measured in [Starts and objectives](router.md).
 
 ### Which expert hurts
 
-The loss without an expert, less the loss with all: below 0, the text is predicted better without it. Measured on
+The loss without an expert minus the loss with all. Below 0, the text is predicted better without it. Measured on
 held-out text of each domain ({tokens} tokens), in thousandths of a nat a token, ± two standard errors:
 
 | text | {heads} |
 |---|{rule}
 {worths}
 
-`loramix inspect mixture --data test.jsonl --leave-one-out` prints the same for any text, and its HTML shows it.
+`loramix inspect mixture --data test.jsonl --leave-one-out` prints this table for any text, and its HTML shows it.
 
 {verdict}
 
-What to do where a difference is below 0: look in the report for the tokens that the expert leads; on that text, train
-the router with labels (`supervised`), or longer; an expert that helps nowhere can go, `adapters={{…}}` without it. A
+What to do where a difference is below 0: look in the report for the tokens that the expert leads. Train the router on
+that text with labels (`supervised`), or longer. An expert that helps nowhere can go, `adapters={{…}}` without it. A
 difference within two standard errors is unclear: measure on more text before acting on it.
 """
 
@@ -180,7 +180,7 @@ def verdict(worths: dict[str, LeaveOneOut]) -> str:
         least, domain, expert = min(hurting)
         told += (
             f" What costs most: {domain} would be predicted better by {-1000 * least:.1f} thousandths without the "
-            f"{expert} expert. The router gives it weight there that it does not earn."
+            f"{expert} expert. The router gives it too much weight there."
         )
     return textwrap.fill(told, 120)
 

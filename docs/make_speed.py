@@ -1,4 +1,4 @@
-"""Puts the measured ratios of docs/benchmarks.json into the README: `make docs`; a test holds the two together."""
+"""Puts the measured ratios of docs/benchmarks.json into docs/speed.md: `make docs`; a test compares the two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from loramix.timing import Measurement, Spread
 
 DOCS = Path(__file__).parent
-README = DOCS.parent / "README.md"
+PAGE = DOCS / "speed.md"
 BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->\n"
 WORKS = ("forward", "generate", "length", "fixed", "training")
 SECTION = """| CPU time (or memory), in units of the base model's | loramix | arithmetic limit | PEFT's X-LoRA |
@@ -16,23 +16,22 @@ SECTION = """| CPU time (or memory), in units of the base model's | loramix | ar
 {rows}
 
 Llama, H {hidden}, {blocks} blocks, vocabulary {vocabulary}; {experts} experts of rank {rank} on all seven linear
-layers; float32, {processor}, one thread; medians of interleaved rounds, quartiles in brackets. The limit counts
-multiplications of two passes for each token. `generate` lies below it: it reads several tokens at once where it can,
-and a model of random weights, as this one, repeats itself, which is the best case; the demo's experts below are
-trained.
-How, and more figures: [docs/benchmarks.md](docs/benchmarks.md).
+layers; float32, {processor}, one thread; medians of interleaved rounds, quartiles in brackets. The limit counts the
+multiplications of two passes for each token. `generate` lies below it, because one forward reads several tokens where
+drafts are accepted. This model has random weights and repeats itself, which is the best case for drafts; the experts of
+the demo mixture, below, are trained.
 
-| lockstep, on the demo mixture | right guesses | forwards a token | time / two passes |
+| lockstep, on the demo mixture | accepted drafts | forwards per token | time / sequential |
 |---|---|---|---|
 {drafts}
 
-Two passes take two forwards a token. How much more several rows cost than one depends on the machine; `generate` takes
-the cheapest way.
+Sequential decoding takes two forwards per token. How much more a forward of several rows costs than one of a single row
+depends on the machine.
 """
 
 
 def section() -> str:
-    """The README's figures."""
+    """The figures of the page."""
     result = json.loads((DOCS / "benchmarks.json").read_text(encoding="utf-8"))
     measured = [(work, Measurement(**found)) for work in WORKS for found in result["works"][work]]
     rows = "\n".join(
@@ -59,5 +58,5 @@ def _ratio(spread: Spread) -> str:
 
 
 if __name__ == "__main__":
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    README.write_text(before + BEGIN + section() + END + rest.partition(END)[2], encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + section() + END + rest.partition(END)[2], encoding="utf-8")

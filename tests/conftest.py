@@ -13,10 +13,14 @@ import functools
 from collections.abc import Callable
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 import transformers
 
+import shape_checker
+
+jaxtyping.jaxtyped = shape_checker.jaxtyped
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)

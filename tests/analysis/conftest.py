@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loramix.passes.hooks import Made, RoutingHook
-from loramix.passes.two_pass import attach
+from loramix.passes.hooks import RouterOutput, RoutingHook
+from loramix.passes.state import attach
 from support.mixtures import SPARSE, mixture
 
 
@@ -18,8 +18,8 @@ class _Final(RoutingHook):
     def __init__(self) -> None:
         self.final = torch.empty(0)
 
-    def made(self, made: Made) -> None:
-        self.final = made.final.detach()
+    def routed(self, output: RouterOutput) -> None:
+        self.final = output.final.detach()
 
 
 @pytest.fixture(scope="package")

@@ -12,10 +12,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.testing import assert_close
 
-from cli.conftest import byte_tokenizer
 from loramix import RoutingError, UnsupportedOperationError
 from loramix.analysis import WrittenToken, expert_colours, stream_routing
+from loramix.analysis.record.token_text import IncrementalDecoder
 from loramix.analysis.show.live import RoutingStreamer
+from support.byte_tokenizer import byte_tokenizer
 from support.tiny import tokens
 
 Direct = Callable[[Any, Any], Tensor]
@@ -113,9 +114,7 @@ def test_the_first_word_keeps_its_space_and_a_character_its_first_half() -> None
 
 
 def test_bytes_that_begin_no_character_are_the_prompts() -> None:
-    from loramix.analysis.record.pieces import Pieces
-
-    pieces = Pieces(byte_tokenizer())
+    pieces = IncrementalDecoder(byte_tokenizer())
     whole = byte_tokenizer()("漢", add_special_tokens=False)["input_ids"]
     assert pieces.read([whole[1]] * 5) == "�" * 5
     assert [pieces.step(token) for token in whole] == ["", "", "漢"]

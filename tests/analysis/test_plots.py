@@ -15,13 +15,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from torch.testing import assert_close
 
-from cli.conftest import byte_tokenizer
 from loramix import RoutingError, UnsupportedOperationError
 from loramix.analysis import RoutingRecord, expert_colours, plots
+from loramix.analysis.colours import PALETTE
 from loramix.analysis.metrics import confidence_of, entropy_of
 from loramix.analysis.plots import NAMED
 from loramix.analysis.show.canvas import MOST_GAPS, distinct, drawable, paled, short_layers
-from loramix.analysis.show.colours import PALETTE
+from support.byte_tokenizer import byte_tokenizer
 from support.records import random_record, record_of
 
 ALL: dict[str, Any] = {

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from cli.conftest import byte_tokenizer
 from loramix import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -34,6 +33,7 @@ from loramix.analysis import (
     stream_routing,
 )
 from loramix.analysis.metrics import RoutingMeter
+from support.byte_tokenizer import byte_tokenizer
 from support.records import random_record, record_of
 from support.tiny import tokens
 
@@ -99,7 +99,7 @@ def test_a_selection_of_a_sample_is_a_sample() -> None:
 def test_what_nothing_matches_is_an_error_that_lists_what_there_is() -> None:
     record = random_record()
     for options in ({"experts": "maths"}, {"experts": 3}, {"layers": ["*q_proj", "*k_proj"]}, {"experts": slice(5, 9)}):
-        with pytest.raises(RoutingError, match="picked by its number, its name or a pattern"):
+        with pytest.raises(RoutingError, match="selected by its number, its name or a pattern"):
             record.select(**options)
     for places in (-1, slice(-3, None), [1, -1], slice(None, None, -1)):
         with pytest.raises(RoutingError, match="from the beginning"):
@@ -148,13 +148,13 @@ def test_tokens_that_are_neither_positions_nor_a_mask_are_refused(wrong: Any) ->
     ids=repr,
 )
 def test_what_picks_nothing_is_refused_by_every_part_of_a_selection(what: str, wrong: Any) -> None:
-    with pytest.raises(RoutingError, match="picked by whole numbers"):
+    with pytest.raises(RoutingError, match="made by whole numbers"):
         random_record(12).select(**{what: wrong})
 
 
 @pytest.mark.parametrize("wrong", ["0", [0, "1"], [True] * 12, torch.ones(12) > 0])
 def test_texts_have_numbers_and_no_names(wrong: Any) -> None:
-    with pytest.raises(RoutingError, match="picked by whole numbers"):
+    with pytest.raises(RoutingError, match="made by whole numbers"):
         random_record(12, texts=[5, 7]).select(sequences=wrong)
 
 
@@ -412,7 +412,7 @@ def test_a_save_that_stops_leaves_the_earlier_record(tmp_path: Path, monkeypatch
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr("loramix.analysis.record.parts.write_tensors", fail)
+    monkeypatch.setattr("loramix.analysis.record.shards.write_tensors", fail)
     with pytest.raises(LoramixError, match="no room"):
         random_record(4).save(tmp_path)
     assert equal(RoutingRecord.load(tmp_path), record)

@@ -72,7 +72,7 @@ def test_generate_is_recorded_as_one_text_a_row(
         )
     assert (routed.lockstep_report.reason is None) == (lockstep and cached)
     if lockstep and cached:
-        assert routed.lockstep_report.right < routed.lockstep_report.drafts  # some were rejected
+        assert routed.lockstep_report.accepted_drafts < routed.lockstep_report.drafts  # some were rejected
     texts = [out[0, 3:-1] if padded else out[0, :-1], out[1, :-1]]
     assert_holds(record, routed, texts, direct)
 
@@ -298,7 +298,8 @@ def test_memory_is_bounded_and_the_sample_is_told(routed: Any, direct: Direct) -
 
 
 def test_each_token_has_the_same_chance_to_be_kept() -> None:
-    from loramix.analysis.record.parts import Part, Reservoir
+    from loramix.analysis.record.part import Part
+    from loramix.analysis.record.stores import Reservoir
 
     counts = torch.zeros(60)
     for seed in range(100):
@@ -351,7 +352,7 @@ def test_what_is_recorded_is_what_the_layers_mix_by(routed: Any, shared: Any, di
 COMPILED = """
 import sys; sys.path[:0] = {path!r}
 import torch
-from cli.conftest import byte_tokenizer
+from support.byte_tokenizer import byte_tokenizer
 from support.mixtures import mixture
 from loramix.analysis import record_routing, stream_routing
 from support.tiny import tokens
@@ -531,7 +532,7 @@ def test_what_a_user_crops_has_been_read(routed: Any) -> None:
 def test_nothing_is_read_ahead_of_a_record(routed: Any, direct: Direct, wanted: Any) -> None:
     with record_routing(routed) as record, record_routing(routed) as other:
         out = routed.generate(tokens(1), max_new_tokens=12, do_sample=False, lockstep=wanted)
-    assert set(routed.lockstep_report.rounds) == {"together"}
+    assert set(routed.lockstep_report.rounds) == {"lockstep"}
     for found in (record, other):
         assert_holds(found, routed, [out[0, :-1]], direct)
 

@@ -14,19 +14,18 @@ import pytest
 import torch
 
 import loramix
+from loramix.analysis.colours import PALETTE
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import confidence_of, entropy_of
 from loramix.analysis.report.data import choose, embedded
 from loramix.analysis.report.parts import CONTRAST, DARK, LIGHT, contrast, strongest
 from loramix.analysis.report.report import check_place, report_html, write_report
-from loramix.analysis.show.colours import PALETTE
-from loramix.analysis.show.notebook import record_html
 from loramix.errors import ConfigurationError, RoutingError, SaveError
 from loramix.evaluation.ablation import LeaveOneOut
 from support.records import random_record, record_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-SOURCE = Path(loramix.__file__).parent / "routing"
+SOURCE = Path(loramix.__file__).parent / "analysis" / "report"
 EVIL = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \" ' & \u2028 ]]>"
 ADDRESS = re.compile(r"https?:|//\w|\burl\(|\bsrc=|\bhref=|@import|\bimport\s*\(|fetch\(|XMLHttpRequest", re.IGNORECASE)
 
@@ -174,8 +173,8 @@ def test_nobody_leads_where_no_selected_expert_has_a_weight() -> None:
         assert torch.frombuffer(bytearray(decoded(data[name])), dtype=torch.int16).tolist() == expected
     assert re.findall(r'<path class="fill (e\d) s\d" d="M(\d)', page) == [("e1", "1")]
     assert [token["leader"] for token in found.to_dict()["tokens"]] == [None, "e1", None]
-    assert re.findall(r"<span title=[^>]*style=[^>]*>(#\d)", record_html(record)) == ["#1"]
-    assert re.findall(r'<span title="e1 0.00, e2 0.00">(#\d)', record_html(record)) == ["#0", "#2"]
+    assert re.findall(r"<span title=[^>]*style=[^>]*>(#\d)", record._repr_html_()) == ["#1"]
+    assert re.findall(r'<span title="e1 0.00, e2 0.00">(#\d)', record._repr_html_()) == ["#0", "#2"]
 
 
 def test_texts_that_fork_say_from_where() -> None:
@@ -294,8 +293,8 @@ def test_a_notebook_gets_static_html_with_everything_escaped() -> None:
     assert set(_Elements(page).names) == {"div", "p", "span"}
     assert set(_Elements(page).attributes) <= {"style", "title"}
     assert ADDRESS.findall(page.replace("&lt;img src=x", "")) == []
-    assert "Nothing was recorded" in record_html(record_of(torch.zeros(0, 2, 2)))
-    assert len(record_html(random_record(count=5000))) < 100_000
+    assert "Nothing was recorded" in record_of(torch.zeros(0, 2, 2))._repr_html_()
+    assert len(random_record(count=5000)._repr_html_()) < 100_000
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from loramix import XLoraConfig, get_peft_model
 from loramix.cli import main
 from support import tiny
+from support.byte_tokenizer import byte_tokenizer
+from support.commands import Folders, Outcome
+from support.training_files import Files, write_training_files
 
 EXPERTS = {"math": ["q_proj", "v_proj"], "code": ["q_proj", "down_proj"]}
-
-
-@dataclass(frozen=True)
-class Folders:
-    base: Path
-    mixture: Path
-    experts: dict[str, Path]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0} | {character: number for number, character in enumerate(alphabet, 1)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +47,8 @@ def loramix(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Outcome(int(stop.value.code or 0), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return write_training_files(tmp_path_factory.mktemp("training"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cli.conftest import Folders, Outcome
+from support.commands import Folders, Outcome
 
 Command = Callable[..., Outcome]
 WAYS = ["base model", "two passes", "generate", "fixed routing"]

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from loramix import XLoraConfig, get_peft_model
+from loramix.analysis.colours import PALETTE
 from loramix.analysis.inspection import Inspection
-from loramix.analysis.show.colours import PALETTE
 from loramix.analysis.show.terminal import coloured_text, shown, visible
 from support import tiny
 from support.records import random_record, record_of

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.conftest import Outcome
-from training.conftest import Files, files
+from support.commands import Outcome
+from support.training_files import Files
 
-__all__ = ["files"]
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
 Command = Callable[..., Outcome]
 

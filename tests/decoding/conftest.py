@@ -7,15 +7,8 @@ from typing import Any
 
 import pytest
 
+from support.generation import ROUTING
 from support.tiny import ARCHITECTURES, llama
-
-ROUTING: dict[str, Any] = {
-    "layerwise_scalings": True,
-    "scaling_pass_value": 0.2,
-    "enable_softmax": False,
-    "enable_softmax_topk": True,
-    "top_k_lora": 2,
-}
 
 
 @pytest.fixture(scope="package", params=ARCHITECTURES)
@@ -46,3 +39,11 @@ def of_llama(experts: Callable[[str], dict[str, str]]) -> Any:
 @pytest.fixture(scope="package")
 def llama_base() -> Any:
     return llama()
+
+
+@pytest.fixture(scope="module", params=["good drafts", "bad drafts"])
+def drafts(request: pytest.FixtureRequest, model: Any) -> Any:
+    """The mixture near its base model, whose drafts are mostly right, and as it is."""
+    model.set_global_scaling_weight(0.02 if request.param == "good drafts" else 1.0)
+    yield model
+    model.set_global_scaling_weight(1.0)

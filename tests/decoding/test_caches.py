@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
-from decoding.conftest import ROUTING
-from decoding.test_exactness import generated, recomputed
 from loramix import CacheError, LoraConfig, get_peft_model
+from support.generation import ROUTING, generated, recomputed
 from support.tiny import llama, tokens
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}

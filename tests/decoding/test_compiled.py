@@ -44,5 +44,5 @@ with torch.no_grad():
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_forward_and_a_decode_step_are_one_graph(layerwise: bool, experts: Callable[[str], dict[str, str]]) -> None:
     command = [sys.executable, "-c", CODE, str(layerwise), *experts("llama").values()]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,16 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.generation import NEW, PADDING, generated, ids_with_padding, recomputed
 from support.tiny import gemma3, llama, save_expert, tokens
-
-NEW = 8
-PADDING = torch.tensor([[0, 0, 0] + [1] * 6, [1] * 9])
-CACHED_ONLY = ("cache_implementation", "prefill_chunk_size", "prompt_lookup_num_tokens")
-
-
-def ids_with_padding() -> Tensor:
-    return tokens() * PADDING
-
 
 MODES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "greedy": lambda _: {"input_ids": tokens()},
@@ -48,16 +40,6 @@ MODES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "prefill in chunks": lambda _: {"input_ids": tokens(), "prefill_chunk_size": 4},
     "prompt lookup": lambda _: {"input_ids": tokens(1).repeat(1, 2), "prompt_lookup_num_tokens": 3},
 }
-
-
-def generated(model: Any, **inputs: Any) -> Tensor:
-    torch.manual_seed(0)
-    return model.generate(**{"max_new_tokens": NEW, "do_sample": False, **inputs})
-
-
-def recomputed(model: Any, **inputs: Any) -> Tensor:
-    plain = {name: value for name, value in inputs.items() if name not in CACHED_ONLY}
-    return generated(model, use_cache=False, **plain)
 
 
 @pytest.mark.parametrize("mode", MODES)

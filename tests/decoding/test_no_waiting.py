@@ -14,7 +14,7 @@ import torch
 from transformers import StaticCache
 
 from loramix.passes.hooks import RoutingHook
-from loramix.passes.two_pass import attach
+from loramix.passes.state import attach
 from support.mixtures import mixture
 
 MODES: dict[str, dict[str, Any]] = {
@@ -50,8 +50,8 @@ def test_prefill_and_decode_ask_for_no_value(cache: str, valueless: Any) -> None
 @pytest.mark.parametrize("valueless", ["shared"], indirect=True)
 def test_whoever_asks_is_found_out(valueless: Any) -> None:
     class Asks(RoutingHook):
-        def made(self, made: Any) -> None:
-            if bool(made.final.max() > 0.5):
+        def routed(self, output: Any) -> None:
+            if bool(output.final.max() > 0.5):
                 raise AssertionError
 
     detach = attach(valueless, Asks())

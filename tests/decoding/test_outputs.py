@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from decoding.test_exactness import generated
+from support.generation import generated
 from support.tiny import tokens
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}

@@ -43,19 +43,22 @@ def test_it_prints_what_it_measured(tour: tuple[DemoResult, str]) -> None:
 def test_it_writes_for_every_domain(tour: tuple[DemoResult, str]) -> None:
     for domain, written in zip(DOMAINS, tour[0].written, strict=True):
         assert written.title == domain
-        assert len(written.tokens) == written.prompt + TINY.tokens
+        assert len(written.tokens) == TINY.tokens
 
 
 def test_it_draws(tour: tuple[DemoResult, str]) -> None:
     assert tour[0].picture is not None
     assert tour[0].picture.is_file()
-    assert set(tour[0].switching.domains or ()) == set(DOMAINS)
+    assert len(tour[0].domains) == tour[0].switching.kept
+    assert set(tour[0].domains) == set(DOMAINS)
 
 
 def test_its_result_is_json(tour: tuple[DemoResult, str]) -> None:
     document: dict[str, Any] = json.loads(json.dumps(tour[0].to_dict()))
     assert document["succeeded"] == tour[0].succeeded
     assert document["comparison"]["bits_per_byte"][XLORA]["mixed"] > 0
+    assert all(len(token["weights"]) == len(DOMAINS) for text in document["written"] for token in text["tokens"])
+    assert [len(row) for row in document["switching"]["weights"]] == [len(DOMAINS)] * len(tour[0].domains)
 
 
 def test_without_matplotlib_there_is_no_picture_and_it_says_so(
@@ -66,7 +69,7 @@ def test_without_matplotlib_there_is_no_picture_and_it_says_so(
 ) -> None:
     monkeypatch.setattr(run, "can_draw", lambda: False)
     console = Console(file=io.StringIO(), width=120)
-    _, path = run.draw_switching(demo_mixture, demo_tokenizer, tmp_path, console)
+    path = run.draw_switching(*run.route_switching(demo_mixture, demo_tokenizer), tmp_path, console)
     assert isinstance(console.file, io.StringIO)
     assert path is None
     assert "loramix[plot]" in console.file.getvalue()

@@ -8,22 +8,26 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from loramix.analysis.show.colours import expert_colours
+from loramix.analysis import WrittenToken, expert_colours
 from loramix.analysis.show.terminal import legend
 from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
 from loramix.demo.picture import draw
-from loramix.demo.routed import RoutedText
-from loramix.demo.show import comparison_table, explanation, routed_panel, verdict
+from loramix.demo.show import comparison_table, explanation, verdict, written_panel
+from loramix.demo.written import WrittenText
 from loramix.evaluation.scores import BASE, ORACLE, UNIFORM
+from support.records import random_record
 
 EXPERTS = ["code", "math"]
-ROUTED = RoutedText(
+WRITTEN = WrittenText(
     title="math",
-    tokens=["Sum", ":", " 1", "2", " if", " x"],
-    weights=[[0.5, 0.5], [0.5, 0.5], [0.1, 0.9], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]],
+    prompt="Sum:",
+    tokens=[
+        WrittenToken(" 1", "math", [0.1, 0.9]),
+        WrittenToken("2", "math", [0.2, 0.8]),
+        WrittenToken(" if", "code", [0.7, 0.3]),
+        WrittenToken(" x", "code", [0.6, 0.4]),
+    ],
     experts=EXPERTS,
-    prompt=2,
-    domains=["math"] * 4 + ["code"] * 2,
 )
 
 
@@ -45,7 +49,7 @@ def printed(what: RenderableType) -> str:
 
 def panel(*, colour: bool) -> str:
     out = console(colour=colour)
-    out.print(routed_panel(ROUTED, out))
+    out.print(written_panel(WRITTEN, out))
     return written(out)
 
 
@@ -54,9 +58,8 @@ def written(out: Console) -> str:
     return out.file.getvalue()
 
 
-def test_the_leader_has_the_largest_weight() -> None:
-    assert ROUTED.leaders[2:] == ["math", "math", "code", "code"]
-    assert ROUTED.shares == {"code": 0.5, "math": 0.5}
+def test_the_shares_of_the_leaders_are_told_equal_ones_in_the_order_of_the_experts() -> None:
+    assert "led by code 50%, math 50%" in panel(colour=False)
 
 
 def test_without_colour_marks_say_who_leads() -> None:
@@ -75,7 +78,7 @@ def test_with_colour_each_token_has_its_leaders_colour() -> None:
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     out = Console(file=io.StringIO(), force_terminal=True)
-    out.print(routed_panel(ROUTED, out))
+    out.print(written_panel(WRITTEN, out))
     assert "⟨math⟩" in written(out)
 
 
@@ -113,5 +116,5 @@ def test_both_texts_must_be_won() -> None:
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    draw(ROUTED, tmp_path / "routing.png")
+    draw(random_record(6, experts=2), ["math"] * 4 + ["code"] * 2, tmp_path / "routing.png")
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")

@@ -11,11 +11,11 @@ from loramix.demo.text import (
     causal_batch,
     encode,
     heldout_passages,
-    passage,
     start_token,
     switching_passages,
     windows,
 )
+from loramix.evaluation.passages import cut_passages
 
 TEXTS = ["def f(x):\n    return x == 12 # é 😀\n", "Question: Ada has 34 apples.\n"]
 
@@ -35,10 +35,9 @@ def test_digits_are_tokens_of_their_own(demo_tokenizer: PreTrainedTokenizerFast)
 
 def test_the_bytes_of_a_passage_add_up_to_its_text(demo_tokenizer: PreTrainedTokenizerFast) -> None:
     for text in TEXTS:
-        ids = [start_token(demo_tokenizer), *encode(demo_tokenizer, text), start_token(demo_tokenizer)]
-        found = passage(demo_tokenizer, ids, ["code"] * (len(ids) - 1))
+        (found,) = cut_passages(demo_tokenizer, [(text, "code")], window=WINDOW)
+        assert found.ids == [start_token(demo_tokenizer), *encode(demo_tokenizer, text)]
         assert sum(found.bytes) == len(text.encode())
-        assert found.bytes[-1] == 0
 
 
 def test_windows_cut_a_text_without_loss(demo_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,6 +25,7 @@ def printed(notebook: dict) -> list[str]:
     return ["".join(output["text"]) for output in outputs if output["output_type"] == "stream"]
 
 
+@pytest.mark.slow
 def test_its_cells_run_and_show_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     again = SCRIPT["executed"](json.loads(json.dumps(NOTEBOOK)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +10,42 @@ import torch
 import transformers as hf
 from torch.testing import assert_close
 
-from failures.test_bad_input import refused
 from loramix import PeftModel, XLoraConfig, errors, get_peft_model
 from support.peft_side import PEFT_WARNINGS, write_expert
-from support.tiny import llama, tokens
+from support.refusals import refused
+from support.tiny import BLOCKS, GATED, SPECIAL, build, tokens
 
-SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-COMMON: dict[str, Any] = {**SIZES, "intermediate_size": 128, "max_position_embeddings": 64, "pad_token_id": 0}
-ENDLESS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": False}
+UNTIED: dict[str, Any] = {**BLOCKS, "tie_word_embeddings": False}
+WIDE: dict[str, Any] = {**UNTIED, "intermediate_size": 128}
+ENCODER: dict[str, Any] = {**BLOCKS, "intermediate_size": 128}
 ENCODER_DECODER: dict[str, Any] = {"vocab_size": 96, "d_model": 64, "pad_token_id": 0, "decoder_start_token_id": 0}
-
-
-def bart() -> hf.BartConfig:
-    layers = {f"{side}_{part}": n for side in ("encoder", "decoder") for part, n in (("layers", 2), ("ffn_dim", 128))}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "forced_eos_token_id": None}
-    return hf.BartConfig(**ENCODER_DECODER, **layers, **heads)
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**COMMON, **ENDLESS)),
-    "bloom": lambda: hf.BloomForCausalLM(
-        hf.BloomConfig(**{**SIZES, "n_layer": 2, "n_head": 4}, pad_token_id=0, **ENDLESS)
+BART: dict[str, Any] = {
+    **{f"{side}_{part}": n for side in ("encoder", "decoder") for part, n in (("layers", 2), ("ffn_dim", 128))},
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "forced_eos_token_id": None,
+    **ENCODER_DECODER,
+}
+T5: dict[str, Any] = {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+GPTJ: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+MODELS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "neox": (hf.GPTNeoXForCausalLM, WIDE),
+    "bloom": (hf.BloomForCausalLM, {**UNTIED, "n_layer": 2, "n_head": 4}),
+    "falcon": (hf.FalconForCausalLM, {**UNTIED, "ffn_hidden_size": 128}),
+    "gptj": (hf.GPTJForCausalLM, {**SPECIAL, **GPTJ, "tie_word_embeddings": False}),
+    "mistral": (hf.MistralForCausalLM, {**WIDE, "num_key_value_heads": 2}),
+    "phi3": (hf.Phi3ForCausalLM, {**WIDE, "num_key_value_heads": 2}),
+    "mixtral": (hf.MixtralForCausalLM, {**WIDE, "num_key_value_heads": 2, "num_local_experts": 4}),
+    "mamba": (hf.MambaForCausalLM, {**UNTIED, "state_size": 8}),
+    "bert, classification": (hf.BertForSequenceClassification, ENCODER),
+    "bert, tokens": (hf.BertForTokenClassification, ENCODER),
+    "bert, masked": (hf.BertForMaskedLM, ENCODER),
+    "llama, classification": (hf.LlamaForSequenceClassification, GATED),
+    "t5": (
+        hf.T5ForConditionalGeneration,
+        {**ENCODER_DECODER, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
     ),
-    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES, ffn_hidden_size=128, pad_token_id=0, **ENDLESS)),
-    "gptj": lambda: hf.GPTJForCausalLM(
-        hf.GPTJConfig(vocab_size=96, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64, **ENDLESS)
-    ),
-    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**COMMON, num_key_value_heads=2, **ENDLESS)),
-    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**COMMON, num_key_value_heads=2, **ENDLESS)),
-    "mixtral": lambda: hf.MixtralForCausalLM(
-        hf.MixtralConfig(**COMMON, num_key_value_heads=2, num_local_experts=4, **ENDLESS)
-    ),
-    "mamba": lambda: hf.MambaForCausalLM(
-        hf.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=8, pad_token_id=0, **ENDLESS)
-    ),
-    "bert, classification": lambda: hf.BertForSequenceClassification(hf.BertConfig(**COMMON)),
-    "bert, tokens": lambda: hf.BertForTokenClassification(hf.BertConfig(**COMMON)),
-    "bert, masked": lambda: hf.BertForMaskedLM(hf.BertConfig(**COMMON)),
-    "llama, classification": lambda: hf.LlamaForSequenceClassification(llama().config),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(**ENCODER_DECODER, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    ),
-    "bart": lambda: hf.BartForConditionalGeneration(bart()),
+    "bart": (hf.BartForConditionalGeneration, BART),
 }
 WORK: dict[str, list[str]] = {
     "neox": ["query_key_value", "dense_h_to_4h"],
@@ -80,8 +73,8 @@ pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS, "ignore:.*tie_word_embed
 
 
 def make(name: str) -> Any:
-    torch.manual_seed(0)
-    return MODELS[name]().eval()
+    kind, config = MODELS[name]
+    return build(kind, **config)
 
 
 def folders(root: Path, name: str, targets: list[str] | str) -> dict[str, str]:

@@ -12,38 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from loramix import LoraConfig, PeftModel, XLoraConfig, errors, get_peft_model
-from support.disk import damaged, edited, everything_in
+from support.disk import damaged, edited
 from support.peft_side import PEFT_WARNINGS
+from support.refusals import refused
 from support.tiny import llama, save_expert
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Make = Callable[[str, Path], object]
-
-
-def bitwise(base: PreTrainedModel) -> object:
-    return (
-        type(base),
-        [(name, type(module), module.training) for name, module in base.named_modules()],
-        [(name, id(p), p.requires_grad, p.dtype, p.detach().numpy().tobytes()) for name, p in base.named_parameters()],
-        base.config.to_dict(),
-    )
-
-
-def refused(error: type[errors.LoramixError], base: Any, folder: Path, call: Callable[[], object]) -> Any:
-    """The error; nothing has changed in the base model or in the folder."""
-    model_before, disk_before = bitwise(base), everything_in(folder)
-    with pytest.raises(error) as caught:
-        call()
-    assert type(caught.value) is error
-    assert bitwise(base) == model_before
-    assert everything_in(folder) == disk_before
-    assert all((caught.value.rule, caught.value.received, caught.value.remedy))
-    assert caught.value.rule in str(caught.value)
-    assert caught.value.remedy in str(caught.value)
-    return caught.value
 
 
 def truncated(good: str, bad: Path) -> Path:

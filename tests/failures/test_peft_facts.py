@@ -1,4 +1,7 @@
-"""What PEFT 0.21.2 was measured to do wrong, one test each (SEMANTICS §5; saving and wrong experts lie elsewhere)."""
+"""What PEFT 0.21.2 was measured to do wrong, one test each (docs/semantics.md §5).
+
+Saving, and wrong experts, are tested elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from loramix import PeftModel, UnsupportedOperationError
-from loramix.layers.scalings import ConstantRouting, current
+from loramix.layers.routing import ConstantRouting
+from loramix.layers.slot import current
 from loramix.passes.scalings_log import CAPACITY, ScalingsLog
 from support.mixtures import HARD, SPARSE, far, logits_of, mixture
 from support.tiny import ARCHITECTURES, gpt2, llama, tokens

@@ -40,7 +40,8 @@ def test_a_mixture(tmp_path, layerwise):
     out = 4 if layerwise else 2
     assert found.router is not None
     assert found.router.parameters == HIDDEN * 8 + 8 + 8 * out + out
-    assert (found.router.depth, found.router.layerwise, found.router.top_k) == (2, layerwise, 1)
+    assert (found.router.kind, found.router.top_k) == ("classifier", 1)
+    assert found.router.settings == {"depth": 2, "hidden_size": HIDDEN, "layerwise": layerwise}
     assert [(expert.name, expert.ranks) for expert in found.experts] == [("math", (2,)), ("code", (3,))]
 
 
@@ -68,6 +69,9 @@ def test_it_is_json(tmp_path):
     document = json.loads(json.dumps(describe(tmp_path).to_dict(), allow_nan=False))
     assert (document["kind"], document["num_experts"], document["num_layers"]) == ("mixture", 2, 2)
     assert document["experts"][0]["ranks"] == [2]
+    parameters = 2 * (HIDDEN + 1)
+    settings = {"depth": 1, "hidden_size": HIDDEN, "layerwise": False}
+    assert document["router"] == {"kind": "classifier", "parameters": parameters, "top_k": None, **settings}
 
 
 def test_importing_needs_no_models():

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import loramix.formats.mixture
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import (
     AdapterNameError,
@@ -21,7 +20,7 @@ from loramix.errors import (
 )
 from loramix.files.hub import HubOptions
 from loramix.formats import describe, detect, load_adapter, load_mixture, save_mixture
-from loramix.routers.classifier import XLoraClassifier
+from loramix.routers import RouterSizes, XLoraClassifier
 from support.checkpoints import (
     HIDDEN,
     edit_config,
@@ -143,7 +142,7 @@ class TestPeft:
         config = peft.XLoraConfig(adapters={}, layerwise_scalings=layerwise, **settings)
         theirs = TheirClassifier(torch.nn.Linear(1, 1), config, n_classes=3, n_layers=5, device="cpu")
         settings["layerwise_scalings"] = layerwise
-        ours = XLoraClassifier.tensors(XLoraConfig(adapters={}, **settings), layers=5, experts=3)
+        ours = XLoraClassifier.shapes(XLoraConfig(adapters={}, **settings), RouterSizes(HIDDEN, 5, 3))
         assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
 
     def test_peft_reads_our_configurations(self, folder):
@@ -188,19 +187,9 @@ class TestPeft:
 class TestAnotherRouter:
     """Another kind of router: its tensors have a prefix of their own, and PEFT refuses the file."""
 
-    @pytest.fixture(autouse=True)
-    def _known(self, monkeypatch):
-        real = loramix.formats.mixture.router_shapes
-
-        def shapes(config, **sizes):
-            return {"logits": (1, 2)} if config.router == "static" else real(config, **sizes)
-
-        monkeypatch.setattr(loramix.formats.mixture, "router_shapes", shapes)
-
     @pytest.fixture
     def mixture(self):
-        config, _, experts = make_mixture(router="static")
-        return config, {"logits": torch.tensor([[0.5, 2.0]])}, experts
+        return make_mixture(router="static")
 
     def test_a_round_trip(self, tmp_path, mixture):
         save_mixture(tmp_path, *mixture)
@@ -210,7 +199,12 @@ class TestAnotherRouter:
         again = load_mixture(tmp_path)
         assert again.config == mixture[0]
         assert same_tensors(again.router, mixture[1])
-        assert describe(tmp_path).router.kind == "static"
+        assert describe(tmp_path).router.to_dict() == {
+            "kind": "static",
+            "parameters": 2,
+            "top_k": None,
+            "layerwise": False,
+        }
 
     def test_it_replaces_a_mixture_with_the_classifier(self, tmp_path, mixture):
         save_mixture(tmp_path, *make_mixture())
@@ -231,10 +225,9 @@ class TestAnotherRouter:
         assert "PEFT" not in str(caught.value)
 
 
-def test_a_router_that_is_not_known_is_named(tmp_path):
-    save_mixture(tmp_path, *make_mixture())
-    edit_config(tmp_path, router="magnetic", peft_type="LORAMIX")
-    edit_tensors(tmp_path, lambda t: {key.replace("classifier", "router"): tensor for key, tensor in t.items()})
+def test_a_router_that_is_not_registered_is_named(tmp_path):
+    save_mixture(tmp_path, *make_mixture(router="static"))
+    edit_config(tmp_path, router="magnetic")
     with pytest.raises(ConfigurationError, match="router='magnetic'"):
         load_mixture(tmp_path)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import loramix
-from loramix.passes.two_pass import specialise
+from loramix.passes.specialise import specialise
 from support.mixtures import HARD, SPARSE, far, logits_of, mixture
 from support.tiny import ARCHITECTURES, llama, save_expert, tokens
 
@@ -74,7 +74,7 @@ def test_an_absent_expert_adds_nothing_and_the_others_are_not_renormalised(tmp_p
     wide = save_expert(tmp_path / "wide", llama(), target_modules=["q_proj", "v_proj"], r=4, lora_alpha=8)
     q = save_expert(tmp_path / "q", llama(), seed=1, target_modules=["q_proj"])
     model = mixture({"wide": wide, "q": q})
-    assert [model.get_submodule(path).members for path in model.adapted_modules] == [(0, 1), (0,)] * 2
+    assert [model.get_submodule(path).stack.members for path in model.adapted_modules] == [(0, 1), (0,)] * 2
     with model.fixed_scalings([0.5, 0.0]):
         half = logits_of(model)
     alone = mixture({"wide": _rescaled(wide, tmp_path / "half", alpha=4)})

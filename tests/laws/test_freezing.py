@@ -46,7 +46,7 @@ def test_what_is_loaded_for_inference_does_not_train(experts_train: bool, expert
 
 def test_a_plain_expert_trains_alone_and_when_loaded_only_if_asked(tmp_path: Path) -> None:
     model = loramix.get_peft_model(llama(), loramix.LoraConfig(target_modules=["q_proj"], use_dora=True))
-    matrices = {f"{p}.{n}" for p in model.adapted_modules for n in ("lora_A", "lora_B", "lora_magnitude")}
+    matrices = {f"{p}.stacks.0.{n}" for p in model.adapted_modules for n in ("lora_A", "lora_B", "lora_magnitude")}
     assert trainable(model) == matrices
     model.save_pretrained(tmp_path)
     assert not trainable(PeftModel.from_pretrained(llama(), tmp_path))
@@ -78,7 +78,7 @@ def trainable(model: Any) -> set[str]:
 def expected(model: Any, experts_train: bool) -> set[str]:
     names = {name for name, _ in model.named_parameters() if name.startswith("internal_xlora_classifier.")}
     assert names
-    return names | {f"{p}.{n}" for p in model.adapted_modules for n in ("lora_A", "lora_B") if experts_train}
+    return names | {f"{p}.stacks.0.{n}" for p in model.adapted_modules for n in ("lora_A", "lora_B") if experts_train}
 
 
 def _inside_contexts(model: Any) -> None:

@@ -96,7 +96,7 @@ def test_logits_and_gradients_equal_the_written_down_mixture(
         assert_close(parameter.grad, other.grad, **TOLERANCE)
     for path, layer in plain.layers.items():
         ours = model.get_submodule(path)
-        got = ours.unstack({"lora_A": ours.lora_A.grad, "lora_B": ours.lora_B.grad})
+        got = ours.stack.unstack({"lora_A": ours.stack.lora_A.grad, "lora_B": ours.stack.lora_B.grad})
         for e, (A, B, _) in enumerate(layer.experts):
             assert_close(got[e].A, A.grad, **TOLERANCE)
             assert_close(got[e].B, B.grad, **TOLERANCE)
@@ -136,8 +136,8 @@ def test_backward_keeps_the_low_rank_activation_of_a_layer_and_computes_nothing_
     own = kept_for_backward(lambda: base(inputs_embeds=embedded, labels=ids, use_cache=False).loss)
     mixed = kept_for_backward(lambda: model(ids, labels=ids).loss)
     layers = [layer for layer in model.modules() if isinstance(layer, XLoraLayer)]
-    ranks = sum(layer.lora_A.shape[0] for layer in layers)
-    columns = ranks if layerwise else layers[0].lora_A.shape[0]
+    ranks = sum(layer.stack.rank for layer in layers)
+    columns = ranks if layerwise else layers[0].stack.rank
     made = len(model.expert_names) * (len(layers) if layerwise else 1)
     assert mixed - own <= 4 * ids.numel() * (ranks + columns + 2 * made + 64)  # 64: the router's input
     model(ids, labels=ids).loss.backward()

@@ -53,7 +53,7 @@ def test_casting_the_model_leaves_router_scales_and_trained_experts(
     model.to(low)
     assert dtypes(model.internal_xlora_classifier) == {torch.float32}
     assert expert_dtypes(model) == {torch.float32 if experts_train else low}
-    assert {model.get_submodule(path).rank_scale.dtype for path in model.adapted_modules} == {torch.float32}
+    assert {model.get_submodule(path).stack.rank_scale.dtype for path in model.adapted_modules} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     assert model.model.embed_tokens.weight.dtype == low
     assert logits_of(model).dtype == low
@@ -78,7 +78,7 @@ def test_the_default_dtype_does_not_reach_router_and_scales(experts: Experts) ->
         model = mixture(experts("llama"), base=base)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {model.get_submodule(path).rank_scale.dtype for path in model.adapted_modules} == {torch.float32}
+    assert {model.get_submodule(path).stack.rank_scale.dtype for path in model.adapted_modules} == {torch.float32}
     assert dtypes(model.internal_xlora_classifier) == {torch.float32}
     assert_close(logits_of(model), expected, atol=1e-2, rtol=1e-2)
 
@@ -94,4 +94,4 @@ def dtypes(module: torch.nn.Module) -> set[torch.dtype]:
 
 
 def expert_dtypes(model: Any) -> set[torch.dtype]:
-    return {p.dtype for path in model.adapted_modules for p in model.get_submodule(path).parameters(recurse=False)}
+    return {p.dtype for path in model.adapted_modules for p in model.get_submodule(path).stack.parameters()}

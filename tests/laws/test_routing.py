@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
-from loramix.layers.scalings import TensorRouting, current
-from support.mixtures import HARD, SPARSE, far, logits_of, mixture
+from support.mixtures import HARD, SPARSE, far, final_scalings, logits_of, mixture
 from support.tiny import tokens
 
 Experts = Callable[[str], dict[str, str]]
@@ -94,13 +91,3 @@ def test_none_as_scaling_pass_value_is_one_over_E(experts: Experts) -> None:
     got = logits_of(model)
     assert torch.equal(got, logits_of(mixture(experts("llama"), scaling_pass_value=1 / 3)))
     assert far(got, logits_of(mixture(experts("llama"))))
-
-
-def final_scalings(model: Any) -> Tensor:
-    """(B, S, L or 1, E): what the layers of the mixture pass are given, seen from inside one of them."""
-    seen: list[Any] = []
-    handle = model.get_submodule(model.adapted_modules[0]).register_forward_hook(lambda *_: seen.append(current()))
-    logits_of(model)
-    handle.remove()
-    assert isinstance(seen[-1], TensorRouting)
-    return seen[-1].scalings

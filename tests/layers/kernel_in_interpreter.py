@@ -21,8 +21,10 @@ from loramix.experts.adapter import LoraWeights
 from loramix.layers.functional import lora_mixture
 from loramix.layers.fused import TOLERANCES, add_mixture, proven
 from loramix.layers.kernels import add_to, tiling
-from loramix.layers.layer import Resident, XLoraLinear
-from loramix.layers.scalings import TensorRouting, routed
+from loramix.layers.layer import adapted_layer
+from loramix.layers.routing import TensorRouting
+from loramix.layers.slot import routed
+from loramix.layers.stack import LayerExpert
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SIZES = {  # tokens, inputs, R, outputs
@@ -163,15 +165,15 @@ def test_small_products_come_out_right(dtype: torch.dtype) -> None:
 def test_a_layer_computes_the_same_with_the_kernels(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, scales = (2, 3, 1), (0.5, 2.0, 1.5)
     weights = [LoraWeights(torch.randn(r, 6), torch.randn(4, r)) for r in ranks]
-    experts = [Resident(e, w, c, 0.0) for e, w, c in zip((0, 1, 3), weights, scales, strict=True)]
-    layer = XLoraLinear(nn.Linear(6, 4), experts, 0).eval()
+    experts = [LayerExpert(e, w, c, 0.0) for e, w, c in zip((0, 1, 3), weights, scales, strict=True)]
+    layer = adapted_layer(nn.Linear(6, 4), experts, 0).eval()
     x, scalings = torch.randn(2, 5, 6), torch.randn(2, 5, 1, 4)
 
     def run(x: Tensor) -> Tensor:
         return routed(TensorRouting(scalings, 0.7), layer, x)
 
     wanted = run(x)
-    monkeypatch.setattr(XLoraLinear, "_add_experts", XLoraLinear._add_fused)
+    monkeypatch.setattr(LinearStack, "_add_experts", LinearStack._add_fused)
     call = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     for tokens in (x, x.flatten(0, 1)):
         got = call(tokens)

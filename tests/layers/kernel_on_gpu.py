@@ -14,8 +14,10 @@ from torch.testing import assert_close
 
 from loramix.experts.adapter import LoraWeights
 from loramix.layers import fused
-from loramix.layers.layer import Resident, XLoraLinear
-from loramix.layers.scalings import TensorRouting, routed
+from loramix.layers.layer import adapted_layer
+from loramix.layers.routing import TensorRouting
+from loramix.layers.slot import routed
+from loramix.layers.stack import LayerExpert
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -37,8 +39,8 @@ def build(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Call, Tensor]:
     """A layer under a routing of its tokens, and an input."""
     torch.manual_seed(0)
     weights = [LoraWeights(torch.randn(r, IN) / IN**0.5, torch.randn(OUT, r) / r**0.5) for r in (8, 16, 40)]
-    experts = [Resident(e, w, c, 0.0) for e, w, c in zip((0, 1, 3), weights, (0.5, 2.0, 1.5), strict=True)]
-    layer = XLoraLinear(nn.Linear(IN, OUT), experts, 0).eval().to("cuda", dtype)
+    experts = [LayerExpert(e, w, c, 0.0) for e, w, c in zip((0, 1, 3), weights, (0.5, 2.0, 1.5), strict=True)]
+    layer = adapted_layer(nn.Linear(IN, OUT), experts, 0).eval().to("cuda", dtype)
     scalings = torch.randn(*shape, 1, E, device="cuda")
     return lambda x: routed(TensorRouting(scalings, 0.7), layer, x), torch.randn(*shape, IN).to("cuda", dtype)
 

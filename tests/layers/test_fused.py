@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from loramix.experts.adapter import LoraWeights
-from loramix.layers import fused
-from loramix.layers import layer as layers
-from loramix.layers.layer import Resident, XLoraLinear
-from loramix.layers.scalings import ConstantRouting, routed
+from loramix.layers import fused, linear
+from loramix.layers.layer import adapted_layer
+from loramix.layers.routing import ConstantRouting
+from loramix.layers.slot import routed
+from loramix.layers.stack import LayerExpert
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -42,6 +43,7 @@ def run_apart(file: str, *options: str, **environment: str) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_in_tritons_interpreter() -> None:
     run_apart("kernel_in_interpreter.py", TRITON_INTERPRET="1")
@@ -69,6 +71,7 @@ def test_a_tiling_covers_all_inputs_and_ends_in_no_empty_share(wide: bool) -> No
     assert seen == {1, 2, 4, 8, 16}
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("capability", [80, 90])
@@ -160,17 +163,26 @@ def test_a_cpu_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not fused.usable(torch.ones(3, 5), torch.ones(3, 4), torch.ones(7, 4), torch.ones(5, 7))
 
 
-@pytest.mark.parametrize(("switch", "wanted"), [("0", False), ("1", True), (None, True)])
-def test_the_environment_turns_the_kernels_off(switch: str | None, wanted: bool) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "LORAMIX_FUSED"}
-    environment |= {} if switch is None else {"LORAMIX_FUSED": switch}
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, bool]:
+    """Whether the kernels are wanted by a module that is imported under each value of LORAMIX_FUSED, "" for none."""
     code = (
-        "import importlib.util, sys; found = importlib.util.find_spec\n"
+        "import importlib, importlib.util, os; found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *more: name if name == 'triton' else found(name, *more)\n"
-        "from loramix.layers import fused; print(fused.WANTED)"
+        "from loramix.layers import fused\n"
+        "for switch in ('0', '1', ''):\n"
+        "    os.environ['LORAMIX_FUSED'] = switch\n"
+        "    if not switch: del os.environ['LORAMIX_FUSED']\n"
+        "    print(switch, importlib.reload(fused).WANTED, sep='=')"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(wanted)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = (line.split("=") for line in done.stdout.splitlines())
+    return {switch: value == "True" for switch, value in told}
+
+
+@pytest.mark.parametrize(("switch", "expected"), [("0", False), ("1", True), ("", True)], ids=["0", "1", "unset"])
+def test_the_environment_turns_the_kernels_off(switch: str, expected: bool, wanted: dict[str, bool]) -> None:
+    assert wanted[switch] == expected
 
 
 def test_small_products_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,14 +226,14 @@ class OnGpu(Tensor):
 def chosen(monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = True, train: bool = False, **changes: Any) -> bool:
     """Whether a layer of two experts takes the kernels, where their own conditions hold."""
     calls: list[Tensor] = []
-    monkeypatch.setattr(layers, "usable", lambda *tensors: True)
-    monkeypatch.setattr(layers, "add_mixture", lambda y, *more: calls.append(y) or y)
+    monkeypatch.setattr(linear, "usable", lambda *tensors: True)
+    monkeypatch.setattr(linear, "add_mixture", lambda y, *more: calls.append(y) or y)
     extra = {name: changes.get(name) for name in ("bias", "magnitude")}
     experts = [
-        Resident(0, LoraWeights(torch.ones(2, 6), torch.ones(4, 2)), 1.0, 0.0),
-        Resident(1, LoraWeights(torch.ones(1, 6), torch.ones(4, 1), **extra), 1.0, changes.get("dropout", 0.0)),
+        LayerExpert(0, LoraWeights(torch.ones(2, 6), torch.ones(4, 2)), 1.0, 0.0),
+        LayerExpert(1, LoraWeights(torch.ones(1, 6), torch.ones(4, 1), **extra), 1.0, changes.get("dropout", 0.0)),
     ]
-    layer = XLoraLinear(nn.Linear(6, 4), experts, 0).train(train)
+    layer = adapted_layer(nn.Linear(6, 4), experts, 0).train(train)
     if changes.get("hook"):
         layer.base_layer.register_forward_hook(lambda *call: None)
     x = torch.ones(2, 3, 6)

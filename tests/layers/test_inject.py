@@ -17,7 +17,7 @@ from loramix.experts.base_layers import expected_shapes
 from loramix.experts.targets import new_targets
 from loramix.layers.inject import adapt, find_carrier, plan
 from loramix.layers.layer import XLoraLayer
-from support.tiny import ARCHITECTURES, TARGETS, gpt2, llama, opt, tokens
+from support.tiny import ARCHITECTURES, TARGETS, build, gpt2, llama, opt, tokens
 
 Q, V = "model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj"
 
@@ -42,8 +42,9 @@ def test_layers_are_numbered_in_the_order_of_the_models_modules() -> None:
         sites = plan(model, experts)
         assert [site.path for site in sites] == [Q.format(0), V.format(0), Q.format(1), V.format(1)]
         layers = adapt(sites, precise=False, dtype=torch.float32)
-        assert [(path, layer.number) for path, layer in layers.items()] == [(s.path, i) for i, s in enumerate(sites)]
-        assert [layer.members for layer in layers.values()] == [(experts.index(e),) for e in (early, early, late, late)]
+        stacks = {path: layer.stack for path, layer in layers.items()}
+        assert [(path, stack.number) for path, stack in stacks.items()] == [(s.path, i) for i, s in enumerate(sites)]
+        assert [s.members for s in stacks.values()] == [(experts.index(e),) for e in (early, early, late, late)]
 
 
 def test_layers_have_one_layout_where_experts_ranks_and_scales_agree() -> None:
@@ -51,7 +52,7 @@ def test_layers_have_one_layout_where_experts_ranks_and_scales_agree() -> None:
     one = adapter("one", model, [Q.format(0), Q.format(1), V.format(0)], alpha_pattern={"v_proj": 3})
     two = adapter("two", model, [Q.format(0), Q.format(1)])
     layers = adapt(plan(model, [one, two]), precise=False, dtype=torch.float32)
-    assert [layer.layout for layer in layers.values()] == [0, 1, 0]
+    assert [layer.stack.layout for layer in layers.values()] == [0, 1, 0]
 
 
 def test_planning_and_building_leave_the_model_alone() -> None:
@@ -168,7 +169,7 @@ def test_a_backbone_without_a_head_is_adapted_too() -> None:
 
 def test_encoder_decoders_are_refused_by_name() -> None:
     sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    model = build(transformers.T5ForConditionalGeneration, **sizes)
     with pytest.raises(ModelError, match="T5ForConditionalGeneration"):
         loramix.get_peft_model(model, loramix.LoraConfig(target_modules=["q"]))
     assert not any(isinstance(module, XLoraLayer) for module in model.modules())

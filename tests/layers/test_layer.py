@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from loramix.errors import RoutingError
 from loramix.experts.adapter import LoraWeights
 from loramix.experts.base_layers import dense_weight, expected_shapes
-from loramix.layers.layer import Resident, XLoraLayer, layer_class
-from loramix.layers.scalings import ConstantRouting, TensorRouting, routed
+from loramix.layers.layer import XLoraLayer, adapted_layer, stack_class
+from loramix.layers.routing import ConstantRouting, TensorRouting
+from loramix.layers.slot import routed
+from loramix.layers.stack import LayerExpert
 from support.tiny import gemma3
 
 B, S, IN, OUT, V = 2, 5, 6, 4, 11
@@ -61,7 +63,7 @@ CASES = [
 ]
 
 
-def residents(base: nn.Module, *, bias: bool = False, dora: bool = False, dropout: float = 0.0) -> list[Resident]:
+def members(base: nn.Module, *, bias: bool = False, dora: bool = False, dropout: float = 0.0) -> list[LayerExpert]:
     """Experts 0, 1 and 3 of four; the second has the bias and the last the magnitude."""
     found = []
     for i, (expert, rank, scale) in enumerate(zip((0, 1, 3), RANKS, SCALES, strict=True)):
@@ -74,14 +76,12 @@ def residents(base: nn.Module, *, bias: bool = False, dora: bool = False, dropou
             magnitude=torch.rand(out) + 0.5 if dora and i == 2 else None,
             embedding=isinstance(base, nn.Embedding),
         )
-        found.append(Resident(expert, weights, scale, dropout * i))
+        found.append(LayerExpert(expert, weights, scale, dropout * i))
     return found
 
 
-def build(base: nn.Module, experts: list[Resident]) -> XLoraLayer:
-    kind = layer_class(base)
-    assert kind is not None
-    return kind(base, experts, 0).eval()
+def build(base: nn.Module, experts: list[LayerExpert]) -> XLoraLayer:
+    return adapted_layer(base, experts, 0).eval()
 
 
 def inputs(base: nn.Module) -> Tensor:
@@ -97,9 +97,9 @@ def run(layer: XLoraLayer, x: Tensor, scalings: Tensor) -> Tensor:
     return routed(TensorRouting(scalings.unsqueeze(2), GLOBAL), layer, x)
 
 
-def delta(base: nn.Module, x: Tensor, resident: Resident) -> Tensor:
+def delta(base: nn.Module, x: Tensor, one: LayerExpert) -> Tensor:
     """What one expert adds at scaling 1, from its equation."""
-    w, c = resident.weights, resident.scale
+    w, c = one.weights, one.scale
     bias = 0.0 if w.bias is None else w.bias
     if isinstance(base, nn.Embedding):
         return c * F.embedding(x, w.A.T) @ w.B.T * getattr(base, "embed_scale", 1.0)
@@ -124,7 +124,7 @@ def tokens_last(base: nn.Module, y: Tensor) -> Tensor:
 @pytest.mark.parametrize(("kind", "extra"), CASES)
 def test_a_layer_computes_its_equation_for_each_token(kind: str, extra: str, grad: bool) -> None:
     base = BASES[kind]()
-    experts = residents(base, bias=extra == "bias", dora=extra == "dora")
+    experts = members(base, bias=extra == "bias", dora=extra == "dora")
     layer, x, s = build(base, experts), inputs(base), torch.randn(B, S, 4)
     with torch.set_grad_enabled(grad):
         plain = tokens_last(base, base(x).clone())
@@ -138,29 +138,41 @@ def test_a_layer_computes_its_equation_for_each_token(kind: str, extra: str, gra
 @pytest.mark.parametrize(("kind", "extra"), CASES)
 def test_stacked_experts_come_out_as_they_went_in(kind: str, extra: str) -> None:
     base = BASES[kind]()
-    experts = residents(base, bias=extra == "bias", dora=extra == "dora")
+    experts = members(base, bias=extra == "bias", dora=extra == "dora")
     layer = build(base, experts)
-    got = layer.unstack(dict(layer.named_parameters(recurse=False)))
+    got = layer.stack.unstack(dict(layer.stack.named_parameters()))
     assert list(got) == [0, 1, 3]
-    for resident in experts:
+    for member in experts:
         for part in ("A", "B", "bias", "magnitude", "embedding"):
-            one, other = getattr(got[resident.expert], part), getattr(resident.weights, part)
+            one, other = getattr(got[member.expert], part), getattr(member.weights, part)
             assert torch.equal(one, other) if isinstance(other, Tensor) else one == other
 
 
 @pytest.mark.parametrize("kind", BASES)
 def test_an_absent_experts_scaling_has_no_effect(kind: str) -> None:
     base = BASES[kind]()
-    layer, x, s = build(base, residents(base)), inputs(base), torch.randn(B, S, 4)
+    layer, x, s = build(base, members(base)), inputs(base), torch.randn(B, S, 4)
     expected = run(layer, x, s)
     assert torch.equal(run(layer, x, s + torch.tensor([0.0, 0.0, 5.0, 0.0])), expected)
     assert not torch.allclose(run(layer, x, s + torch.tensor([0.0, 0.0, 0.0, 5.0])), expected)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without"])
+@pytest.mark.parametrize(("kind", "extra"), CASES)
+def test_what_several_stacks_add_is_summed(kind: str, extra: str, grad: bool) -> None:
+    base = BASES[kind]()
+    experts = members(base, bias=extra == "bias", dora=extra == "dora")
+    together = build(base, experts)
+    stacks = [adapted_layer(base, part, 0).stack for part in (experts[2:], experts[:2])]
+    apart, x, s = type(together)(base, *stacks).eval(), inputs(base), torch.randn(B, S, 4)
+    with torch.set_grad_enabled(grad):
+        assert_close(run(apart, x, s), run(together, x, s), **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_silence_is_the_base_layer_bit_by_bit(kind: str) -> None:
     base = BASES[kind]()
-    layer, x = build(base, residents(base)), inputs(base)
+    layer, x = build(base, members(base)), inputs(base)
     assert torch.equal(routed(ConstantRouting(0.0), layer, x), base(x))
     everyone = run(layer, x, torch.full((B, S, 4), 0.3 / GLOBAL))
     assert_close(routed(ConstantRouting(0.3), layer, x), everyone, **TOLERANCE)
@@ -168,7 +180,7 @@ def test_silence_is_the_base_layer_bit_by_bit(kind: str) -> None:
 
 def test_tokens_that_the_block_has_flattened_keep_their_scalings() -> None:
     base = BASES["linear"]()
-    layer, x, s = build(base, residents(base, dora=True)), torch.randn(B, S, IN), torch.randn(B, S, 4)
+    layer, x, s = build(base, members(base, dora=True)), torch.randn(B, S, IN), torch.randn(B, S, 4)
     assert_close(run(layer, x.flatten(0, 1), s), run(layer, x, s).flatten(0, 1), **TOLERANCE)
 
 
@@ -176,7 +188,7 @@ def test_tokens_that_the_block_has_flattened_keep_their_scalings() -> None:
 @pytest.mark.parametrize("shape", [(B, S + 1, IN), (B + 1, S, IN), (1, S, IN), (B * S + 1, IN), (S, B, IN)], ids=str)
 def test_scalings_of_other_tokens_are_never_broadcast(shape: tuple[int, ...], dora: bool) -> None:
     base = BASES["linear"]()
-    layer = build(base, residents(base, dora=dora))
+    layer = build(base, members(base, dora=dora))
     with pytest.raises(RoutingError, match=r"scalings for tokens \(2, 5\)"):
         run(layer, torch.randn(shape), torch.randn(B, S, 4))
 
@@ -184,13 +196,13 @@ def test_scalings_of_other_tokens_are_never_broadcast(shape: tuple[int, ...], do
 def test_outside_a_pass_a_layer_does_not_run() -> None:
     base = BASES["linear"]()
     with pytest.raises(RoutingError, match="only inside the passes"):
-        build(base, residents(base))(torch.randn(B, S, IN))
+        build(base, members(base))(torch.randn(B, S, IN))
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without"])
 def test_what_a_hook_saw_of_the_base_layer_stays_what_it_saw(grad: bool) -> None:
     base, seen = BASES["linear"](), list[Tensor]()
-    layer, x = build(base, residents(base)), torch.randn(B, S, IN)
+    layer, x = build(base, members(base)), torch.randn(B, S, IN)
     base.register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.set_grad_enabled(grad):
         run(layer, x, torch.ones(B, S, 4))
@@ -199,7 +211,7 @@ def test_what_a_hook_saw_of_the_base_layer_stays_what_it_saw(grad: bool) -> None
 
 def test_an_experts_dropout_is_its_own_and_spares_the_base_layer() -> None:
     base, draws = BASES["linear"](), 4000
-    layer, x = build(base, residents(base, dropout=0.4)), torch.randn(1, 1, IN).expand(draws, 1, IN)
+    layer, x = build(base, members(base, dropout=0.4)), torch.randn(1, 1, IN).expand(draws, 1, IN)
     none, some, more = (F.one_hot(torch.tensor(e), 4).expand(draws, 1, 4).float() for e in (0, 1, 3))
     layer.requires_grad_(False)
     settled = [run(layer, x, s) for s in (none, some, more)]
@@ -221,7 +233,7 @@ def test_the_dense_weight_is_what_the_layer_multiplies_with(kind: str) -> None:
 
 def test_code_of_the_base_model_finds_weight_and_sizes() -> None:
     linear, embedding = BASES["linear"](), BASES["embedding"]()
-    layer, table = build(linear, residents(linear)), build(embedding, residents(embedding))
+    layer, table = build(linear, members(linear)), build(embedding, members(embedding))
     assert layer.weight is linear.weight
     assert layer.bias is linear.bias
     assert table.weight is embedding.weight
@@ -230,7 +242,7 @@ def test_code_of_the_base_model_finds_weight_and_sizes() -> None:
 
 def test_only_known_kinds_of_modules_are_adapted() -> None:
     unknown = [nn.LayerNorm(4), nn.ConvTranspose2d(4, 4, 1), nn.Identity(), nn.Sequential(nn.Linear(2, 2))]
-    assert {layer_class(module) for module in unknown} == {None}
+    assert {stack_class(module, []) for module in unknown} == {None}
 
 
 @pytest.mark.parametrize("tokens", [(1, 1), (2, 1), (1, 8)], ids=str)
@@ -241,23 +253,23 @@ def test_few_experts_of_many_are_gathered_and_compute_the_same(
     base = nn.Linear(IN, OUT)
     experts, rank = 64, 2
     many = [
-        Resident(e, LoraWeights(torch.randn(rank, IN), torch.randn(OUT, rank)), 0.5 + e, 0.0) for e in range(experts)
+        LayerExpert(e, LoraWeights(torch.randn(rank, IN), torch.randn(OUT, rank)), 0.5 + e, 0.0) for e in range(experts)
     ]
     layer = build(base, many)
     scalings = torch.zeros(*tokens, layers, experts)
     scalings[..., layers - 1, [3, 40]] = torch.randn(*tokens, 2)
     number = torch.zeros(1) if layers == 1 else torch.ones(1)
-    layer.number = int(number)
+    layer.stack.number = int(number)
     x = torch.randn(*tokens, IN)
     with torch.no_grad():
-        routing = TensorRouting(scalings, GLOBAL, [layer])
+        routing = TensorRouting(scalings, GLOBAL, [layer.stack])
         found = routed(routing, layer, x)
-        weighed = routing.weighed(layer)
-        assert weighed is not None
-        assert weighed.ranks.tolist() == [6, 7, 80, 81]
-        monkeypatch.setattr("loramix.layers.scalings.GATHERED_RANKS", 1000)
-        every = TensorRouting(scalings, GLOBAL, [layer])
-        assert every.weighed(layer) is None
+        gathered = routing.gathered(layer.stack)
+        assert gathered is not None
+        assert gathered.ranks.tolist() == [6, 7, 80, 81]
+        monkeypatch.setattr("loramix.layers.routing.GATHERED_RANKS", 1000)
+        every = TensorRouting(scalings, GLOBAL, [layer.stack])
+        assert every.gathered(layer.stack) is None
         assert_close(found, routed(every, layer, x), **TOLERANCE)
 
 
@@ -268,7 +280,7 @@ def test_a_base_layer_that_returns_float32_under_autocast(tokens: int) -> None:
             with torch.autocast("cpu", enabled=False):
                 return super().forward(input)
 
-    layer = build(nn.Linear(IN, OUT), residents(nn.Linear(IN, OUT)))
+    layer = build(nn.Linear(IN, OUT), members(nn.Linear(IN, OUT)))
     layer.base_layer.__class__ = Precise
     x, routing = torch.randn(1, tokens, IN), TensorRouting(torch.rand(1, tokens, 1, 4))
     with torch.no_grad():
@@ -279,20 +291,19 @@ def test_a_base_layer_that_returns_float32_under_autocast(tokens: int) -> None:
     assert_close(found, expected, atol=0.1, rtol=0.05)
 
 
-def test_experts_are_gathered_only_where_most_are_not_weighed() -> None:
+def test_experts_are_gathered_only_where_nearly_all_scalings_are_zero() -> None:
     base = nn.Linear(IN, OUT)
-    many = [Resident(e, LoraWeights(torch.randn(8, IN), torch.randn(OUT, 8)), 1.0, 0.0) for e in range(16)]
+    many = [LayerExpert(e, LoraWeights(torch.randn(2, IN), torch.randn(OUT, 2)), 1.0, 0.0) for e in range(64)]
     layer = build(base, many)
 
-    def weighed(scalings: Tensor) -> bool:
-        return TensorRouting(scalings, 1.0, [layer]).weighed(layer) is not None
+    def gathers(scalings: Tensor) -> bool:
+        return TensorRouting(scalings, 1.0, [layer.stack]).gathered(layer.stack) is not None
 
-    few, apart, dense, long = (torch.zeros(1, s, 1, 16) for s in (1, 8, 1, 9))
-    few[..., :2] = long[..., :2] = 0.5
-    apart[0, range(8), 0, range(8)] = 1.0  # each token its own expert: together they weigh half of them
-    dense[:] = 1 / 16
+    few, more, apart, dense, long = (torch.zeros(1, s, 1, 64) for s in (1, 1, 8, 1, 9))
+    few[..., :2] = long[..., :2] = more[..., :3] = 0.5
+    apart[0, range(8), 0, range(8)] = 1.0  # each token has an expert of its own: together they need eight
+    dense[:] = 1 / 64
     with torch.no_grad():
-        assert [weighed(scalings) for scalings in (few, apart, dense, long)] == [True, False, False, False]
-        layer.bfloat16()
-        assert not weighed(few)
-    assert not weighed(few)  # gradients
+        chosen = [gathers(scalings) for scalings in (few, more, apart, dense, long)]
+        assert chosen == [True, False, False, False, False]
+    assert not gathers(few)  # gradients

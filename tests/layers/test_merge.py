@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from loramix import LoraConfig, PeftModel, UnsupportedOperationError, XLoraConfig, get_peft_model
 from support.convolution import tiny_convolution
-from support.tiny import ARCHITECTURES, TARGETS, gemma3, gpt2, llama, save_expert, tokens
+from support.mixtures import logits_of
+from support.tiny import ARCHITECTURES, TARGETS, gemma3, gpt2, llama, save_expert
 
 Experts = Callable[[str], dict[str, str]]
 LORA: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -35,26 +36,21 @@ def shaken(model: Any) -> Any:
     return model.eval()
 
 
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(tokens()).logits
-
-
 @pytest.mark.parametrize("case", LORA)
 def test_a_lora_model_becomes_its_base_with_other_weights(case: str, tmp_path: Path) -> None:
     build, settings = LORA[case]
     base = build()
-    kind, before = type(base), logits(base)
+    kind, before = type(base), logits_of(base)
     model = shaken(get_peft_model(base, LoraConfig(r=3, init_lora_weights=False, **settings)))
-    expected = logits(model)
+    expected = logits_of(model)
     merged: Any = model.merge_and_unload()
     assert merged is base
     assert type(merged) is kind
     assert not isinstance(merged, PeftModel)
-    assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits_of(merged), expected, atol=1e-5, rtol=1e-5)
     assert (expected - before).abs().max() > 0.01
     merged.save_pretrained(tmp_path)
-    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scalings", [[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
@@ -65,9 +61,9 @@ def test_a_mixture_is_merged_with_its_fixed_scalings(
     config = XLoraConfig(hidden_size=64, adapters=experts(architecture), global_scaling_weight=0.5)
     model: Any = get_peft_model(ARCHITECTURES[architecture](), config)
     with model.fixed_scalings(scalings):
-        expected = logits(model)
+        expected = logits_of(model)
         merged = model.merge_and_unload()
-    assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits_of(merged), expected, atol=1e-5, rtol=1e-5)
     assert type(merged) is type(ARCHITECTURES[architecture]())
 
 
@@ -75,8 +71,8 @@ def test_scalings_of_each_layer_are_merged(experts: Experts) -> None:
     model: Any = get_peft_model(llama(), XLoraConfig(hidden_size=64, adapters=experts("llama")))
     rows = torch.rand(len(model.adapted_modules), 3)
     with model.fixed_scalings(rows):
-        expected = logits(model)
-        assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+        expected = logits_of(model)
+        assert_close(logits_of(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_two_dora_experts_share_a_layer(tmp_path: Path) -> None:
@@ -87,15 +83,15 @@ def test_two_dora_experts_share_a_layer(tmp_path: Path) -> None:
     model: Any = get_peft_model(llama(), XLoraConfig(hidden_size=64, adapters=folders))
     shaken(model)
     with model.fixed_scalings([0.3, 0.5, 0.7]):
-        expected = logits(model)
-        assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+        expected = logits_of(model)
+        assert_close(logits_of(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_convolutions_are_merged() -> None:
     config = LoraConfig(r=2, target_modules=["conv", "mix"], init_lora_weights=False)
     model: Any = get_peft_model(tiny_convolution(), config).eval()
-    expected = logits(model)
-    assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+    expected = logits_of(model)
+    assert_close(logits_of(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_head_tied_to_a_merged_embedding_keeps_its_weight() -> None:
@@ -124,11 +120,11 @@ def test_what_cannot_be_merged_is_refused_before_anything_changes() -> None:
     base: Any = llama()
     base.model.layers[1].self_attn.q_proj = Quantised(base.model.layers[1].self_attn.q_proj)
     model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    expected = logits(model)
+    expected = logits_of(model)
     with pytest.raises(UnsupportedOperationError, match="Quantised"):
         model.merge_and_unload()
     assert isinstance(model, PeftModel)
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits_of(model), expected)
     with pytest.raises(UnsupportedOperationError, match="other"):
         model.merge_and_unload(adapter_names=["other"])
 
@@ -141,6 +137,6 @@ def test_an_experts_bias_needs_one_in_the_base() -> None:
 
 def test_weights_that_overflow_are_not_merged() -> None:
     model: Any = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    model.get_parameter("model.layers.0.self_attn.q_proj.lora_B").data.fill_(torch.inf)
+    model.get_parameter("model.layers.0.self_attn.q_proj.stacks.0.lora_B").data.fill_(torch.inf)
     with pytest.raises(UnsupportedOperationError, match="infinite"):
         model.merge_and_unload()

@@ -2,102 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from loramix import PeftModel, XLoraConfig, XLoraModel, get_peft_model
-from loramix.layers.scalings import current
+from support.mixtures import final_scalings, logits_of
 from support.tiny import llama, save_experts, tokens
-
-Adapters = Callable[[int], dict[str, str]]
-USAGES: dict[str, tuple[int, dict[str, Any]]] = {
-    "basic": (3, {"xlora_depth": 2, "xlora_dropout_p": 0.1}),
-    "shallow": (3, {"xlora_depth": 1}),
-    "deep": (4, {"xlora_depth": 4}),
-    "sparse": (3, {"top_k_lora": 2, "enable_softmax_topk": True, "enable_softmax": False}),
-    "hard top-k": (3, {"top_k_lora": 2, "enable_softmax": False}),
-    "dense top-k": (3, {"top_k_lora": 1}),
-    "sharp": (3, {"softmax_temperature": 0.5}),
-    "soft": (3, {"softmax_temperature": 2.0}),
-    "layerwise": (3, {"layerwise_scalings": True}),
-    "shared": (3, {"layerwise_scalings": False}),
-    "trainable experts": (3, {"use_trainable_adapters": True}),
-    "half weight": (3, {"global_scaling_weight": 0.5}),
-    "scaling pass value": (3, {"scaling_pass_value": 0.333}),
-    "everything": (5, {"xlora_depth": 3, "layerwise_scalings": True, "softmax_temperature": 0.8}),
-}
-
-
-def build(adapters: Adapters, usage: str = "shallow", **changes: Any) -> Any:
-    """A mixture of one of the usages, in eval mode; with one seed, its router far from uniform."""
-    count, settings = USAGES[usage]
-    base = llama()
-    config = XLoraConfig(
-        task_type="CAUSAL_LM",
-        hidden_size=base.config.hidden_size,
-        xlora_size=16,
-        adapters=adapters(count),
-        **{**settings, **changes},
-    )
-    torch.manual_seed(4)
-    model: Any = get_peft_model(base, config)
-    with torch.no_grad():
-        model.internal_xlora_classifier.layers[-1].weight.mul_(8)
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(tokens()).logits
-
-
-def generated(model: Any) -> Tensor:
-    return model.generate(tokens(), max_new_tokens=5, do_sample=False)
-
-
-def scalings(model: Any) -> Tensor:
-    logits(model)
-    return model.get_latest_scalings()
-
-
-def final_scalings(model: Any) -> Tensor:
-    """Those that reach a layer in the mixture pass."""
-    seen: list[Tensor] = []
-    layer = model.get_submodule(model.adapted_modules[0])
-    handle = layer.register_forward_pre_hook(lambda *_: seen.append(getattr(current(), "scalings", torch.empty(0))))
-    logits(model)
-    handle.remove()
-    return seen[-1]
+from support.usages import USAGES, Adapters, build, generated, scalings
 
 
 @pytest.mark.parametrize("usage", USAGES)
 def test_built_run_saved_and_loaded_it_is_the_same(usage: str, adapters: Adapters, tmp_path: Path) -> None:
     model = build(adapters, usage)
     count, settings = USAGES[usage]
-    expected, text, routing = logits(model), generated(model), scalings(model)
+    expected, text, routing = logits_of(model), generated(model), scalings(model)
     assert routing.shape == (2, 9, len(model.adapted_modules), count)
     model.save_pretrained(tmp_path)
 
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert isinstance(loaded, XLoraModel)
-    assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits_of(loaded), expected)
     assert torch.equal(scalings(loaded), routing)
     assert torch.equal(generated(loaded), text)
     assert loaded.expert_names == list(adapters(count))
     read_back = loaded.peft_config["default"]
     assert {name: getattr(read_back, name) for name in settings} == settings
-    assert not torch.equal(expected, logits(llama()))
+    assert not torch.equal(expected, logits_of(llama()))
 
 
 def test_every_usage_computes_something_else(adapters: Adapters) -> None:
     same = {"shared": "shallow", "trainable experts": "shallow"}
-    found = {usage: logits(build(adapters, usage)) for usage in USAGES}
+    found = {usage: logits_of(build(adapters, usage)) for usage in USAGES}
     for usage, one in found.items():
         equal = [other for other in found if torch.equal(found[other], one)]
         assert {same.get(other, other) for other in equal} == {same.get(usage, usage)}
@@ -152,7 +92,7 @@ def test_trainable_experts_get_gradients(adapters: Adapters, trains: bool) -> No
     model(tokens(), labels=tokens()).loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert any("internal_xlora_classifier" in name for name in with_gradient)
-    expected = {f"{path}.lora_{part}" for path in model.adapted_modules for part in "AB"} if trains else set()
+    expected = {f"{path}.stacks.0.lora_{part}" for path in model.adapted_modules for part in "AB"} if trains else set()
     assert {name for name in with_gradient if "internal_xlora_classifier" not in name} == expected
 
 
@@ -160,7 +100,7 @@ def test_the_global_weight_scales_what_the_experts_add(adapters: Adapters) -> No
     half, whole = build(adapters, "half weight"), build(adapters)
     assert half.get_global_scaling_weight() == 0.5
     with half.fixed_scalings([1.0, 0.4, 0.2]), whole.fixed_scalings([0.5, 0.2, 0.1]):
-        assert_close(logits(half), logits(whole))
+        assert_close(logits_of(half), logits_of(whole))
     assert torch.equal(scalings(half), scalings(whole))
 
 
@@ -190,12 +130,12 @@ def test_new_adapters_replace_the_saved_ones(adapters: Adapters, tmp_path: Path)
     torch.manual_seed(4)
     expected: Any = get_peft_model(llama(), XLoraConfig(hidden_size=64, adapters=new)).eval()
     expected.internal_xlora_classifier.load_state_dict(model.internal_xlora_classifier.state_dict())
-    assert torch.equal(logits(loaded), logits(expected))
+    assert torch.equal(logits_of(loaded), logits_of(expected))
     assert torch.equal(generated(loaded), generated(expected))
-    assert not torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits_of(loaded), logits_of(model))
 
     loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "again")), logits(expected))
+    assert torch.equal(logits_of(PeftModel.from_pretrained(llama(), tmp_path / "again")), logits_of(expected))
 
 
 def assert_same_router(one: Any, other: Any) -> None:
@@ -210,4 +150,4 @@ def test_saving_into_the_folder_that_was_loaded_keeps_it(adapters: Adapters, tmp
     model.save_pretrained(tmp_path)
     loaded: Any = PeftModel.from_pretrained(llama(), tmp_path)
     loaded.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    assert torch.equal(logits_of(PeftModel.from_pretrained(llama(), tmp_path)), logits_of(model))

@@ -12,17 +12,12 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from decoding.test_exactness import generated
 from loramix import ConfigurationError, LoraConfig, PeftModel, RoutingError, UnsupportedOperationError
 from loramix.passes.cache import TwoPassCache
-from support.mixtures import SPARSE, mixture
+from support.generation import generated
+from support.mixtures import SPARSE, logits_of, mixture
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import gpt2, llama, save_expert, save_experts, tokens
-
-
-@torch.no_grad()
-def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
-    return model(tokens() if ids is None else ids).logits
 
 
 @pytest.fixture
@@ -31,21 +26,21 @@ def model(experts: Any) -> Any:
 
 
 def test_fixed_scalings_stay_until_they_are_released(model: Any) -> None:
-    routed = logits(model)
+    routed = logits_of(model)
     with model.fixed_scalings([0.2, 0.3, 0.5]):
-        expected = logits(model)
+        expected = logits_of(model)
     model.fix_routing([0.2, 0.3, 0.5])
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits_of(model), expected)
     assert model.fixed_routing.shape == (len(model.adapted_modules), 3)
     with model.fixed_scalings([1.0, 0.0, 0.0]):
-        assert not torch.equal(logits(model), expected)
+        assert not torch.equal(logits_of(model), expected)
     with model.disable_adapter():
-        assert torch.equal(logits(model), logits(llama()))
+        assert torch.equal(logits_of(model), logits_of(llama()))
     twin = copy.deepcopy(model)
     model.unfix_routing()
-    assert torch.equal(logits(model), routed)
+    assert torch.equal(logits_of(model), routed)
     assert model.fixed_routing is None
-    assert torch.equal(logits(twin), expected)
+    assert torch.equal(logits_of(twin), expected)
 
 
 def test_one_pass_is_made(model: Any) -> None:
@@ -100,7 +95,7 @@ def test_after_some_tokens_each_row_keeps_the_mean_of_its_scalings(model: Any, a
 
 
 def test_where_it_cannot_be_fixed_on_the_way_it_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loramix.decoding.requests._told", set())
+    monkeypatch.setattr("loramix.model.generation._warned", set())
     model.fix_routing(after=2)
     with pytest.warns(UserWarning, match=r"fix_routing\(after=2\), but .* only greedy"):
         generated(model, input_ids=tokens(), num_beams=2, max_new_tokens=4)
@@ -116,11 +111,11 @@ def test_it_is_fixed_in_one_way(wrong: dict[str, Any], model: Any) -> None:
 
 def test_merged_it_is_an_ordinary_model(model: Any, tmp_path: Path) -> None:
     model.fix_routing(prompt={"input_ids": tokens()})
-    expected = logits(model)
+    expected = logits_of(model)
     merged = model.merge_and_unload()
-    assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits_of(merged), expected, atol=1e-5, rtol=1e-4)
     merged.save_pretrained(tmp_path)
-    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings(*PEFT_WARNINGS)
@@ -132,10 +127,10 @@ def test_saved_as_one_adapter_it_is_the_same_anywhere(
     make = {"llama": llama, "gpt2": gpt2}[architecture]
     model = mixture(experts(architecture), architecture, **config)
     model.fix_routing(prompt={"input_ids": tokens(1, 1)})
-    expected = logits(model)
+    expected = logits_of(model)
     assert model.save_fixed(tmp_path) == 0.0
-    assert_close(logits(PeftModel.from_pretrained(make(), tmp_path)), expected, atol=1e-5, rtol=1e-4)
-    assert_close(logits(peft.PeftModel.from_pretrained(make(), tmp_path)), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits_of(PeftModel.from_pretrained(make(), tmp_path)), expected, atol=1e-5, rtol=1e-4)
+    assert_close(logits_of(peft.PeftModel.from_pretrained(make(), tmp_path)), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_lower_rank_is_the_nearest_and_its_error_is_told(model: Any, tmp_path: Path) -> None:
@@ -166,7 +161,7 @@ def test_a_rank_between_a_layers_sides(tmp_path: Path) -> None:
     model = mixture(save_experts(tmp_path, "llama", r=16))
     model.fix_routing([0.2, 0.3, 0.5])
     assert 0 < model.save_fixed(tmp_path / "one", rank=40) < 0.1
-    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "one")), logits(model), atol=0.1, rtol=0.1)
+    assert_close(logits_of(PeftModel.from_pretrained(llama(), tmp_path / "one")), logits_of(model), atol=0.1, rtol=0.1)
 
 
 def test_a_fix_that_fails_leaves_the_one_before(model: Any) -> None:
@@ -203,5 +198,7 @@ def test_embeddings_are_saved_too(tmp_path: Path) -> None:
     model = mixture(experts)
     model.fix_routing([0.5, 0.25, 0.25])
     model.save_fixed(tmp_path / "one")
-    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "one")), logits(model), atol=1e-5, rtol=1e-4)
+    assert_close(
+        logits_of(PeftModel.from_pretrained(llama(), tmp_path / "one")), logits_of(model), atol=1e-5, rtol=1e-4
+    )
     assert isinstance(LoraConfig.from_pretrained(tmp_path / "one"), LoraConfig)

@@ -32,9 +32,10 @@ from loramix import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from model.test_configurations import Adapters, build, generated, logits
+from support.mixtures import logits_of
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import llama, tokens
+from support.usages import Adapters, build, generated
 
 SCRIPT = """
 from {package} import PeftConfig, PeftModel, PeftType, TaskType, XLoraConfig, get_peft_model
@@ -176,10 +177,10 @@ def test_the_base_classs_from_pretrained_is_its_own(adapters: Adapters, tmp_path
     llama().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert type(again) is transformers.LlamaForCausalLM
-    assert torch.equal(logits(again), logits(llama()))
+    assert torch.equal(logits_of(again), logits_of(llama()))
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(plain) is transformers.LlamaForCausalLM
-    assert torch.equal(logits(plain), logits(llama()))
+    assert torch.equal(logits_of(plain), logits_of(llama()))
 
 
 def test_unload_gives_the_base_model_back(adapters: Adapters) -> None:
@@ -190,7 +191,7 @@ def test_unload_gives_the_base_model_back(adapters: Adapters) -> None:
     assert model.unload() is base
     assert type(base) is transformers.LlamaForCausalLM
     assert {name: type(module) for name, module in base.named_modules()} == before
-    assert torch.equal(logits(base), logits(llama()))
+    assert torch.equal(logits_of(base), logits_of(llama()))
     assert torch.equal(generated(base), generated(llama()))
     assert isinstance(get_peft_model(base, XLoraConfig(hidden_size=64, adapters=adapters(2))), XLoraModel)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from loramix import ConfigurationError, PeftModel, XLoraConfig, get_peft_model
-from model.test_configurations import Adapters, build, final_scalings, logits, scalings
+from support.mixtures import final_scalings, logits_of
 from support.tiny import llama, tokens
+from support.usages import Adapters, build, scalings
 
 CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "top-k": ("set_topk_lora", 1, {"top_k_lora": 1}),
@@ -26,31 +27,31 @@ CHANGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 def test_a_change_counts_from_the_next_forward_and_is_saved(change: str, adapters: Adapters, tmp_path: Path) -> None:
     setter, value, fields = CHANGES[change]
     model = build(adapters)
-    before = logits(model)
+    before = logits_of(model)
     getattr(model, setter)(value)
-    after = logits(model)
+    after = logits_of(model)
     assert not torch.equal(after, before)
-    assert torch.equal(after, logits(build(adapters, **fields)))
+    assert torch.equal(after, logits_of(build(adapters, **fields)))
     for config in (model.peft_config["default"], model.internal_xlora_classifier.config):
         assert {name: getattr(config, name) for name in fields} == fields
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), after)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(llama(), tmp_path)), after)
 
 
 def test_top_k_can_be_taken_back(adapters: Adapters) -> None:
     model = build(adapters)
-    dense = logits(model)
+    dense = logits_of(model)
     model.set_topk_lora(2)
     assert (final_scalings(model) == 0).any()
     model.set_topk_lora(None)
-    assert torch.equal(logits(model), dense)
+    assert torch.equal(logits_of(model), dense)
 
 
 def test_the_scaling_pass_is_not_gated(adapters: Adapters) -> None:
     """With top-k and a value for all experts, the router reads what all of them together produce."""
     dense, sparse = (build(adapters, scaling_pass_value=0.5, **top_k) for top_k in ({}, {"top_k_lora": 1}))
     assert torch.equal(scalings(dense), scalings(sparse))
-    assert not torch.equal(logits(dense), logits(sparse))
+    assert not torch.equal(logits_of(dense), logits_of(sparse))
 
 
 def test_the_callers_configuration_and_other_models_stay_as_they_were(adapters: Adapters) -> None:
@@ -68,7 +69,7 @@ def test_the_callers_configuration_and_other_models_stay_as_they_were(adapters: 
 def test_a_field_of_the_live_configuration_counts_too(adapters: Adapters) -> None:
     model = build(adapters)
     model.internal_xlora_classifier.config.softmax_temperature = 0.5
-    assert torch.equal(logits(model), logits(build(adapters, softmax_temperature=0.5)))
+    assert torch.equal(logits_of(model), logits_of(build(adapters, softmax_temperature=0.5)))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_a_field_of_the_live_configuration_counts_too(adapters: Adapters) -> Non
 )
 def test_a_wrong_value_raises_and_changes_nothing(setter: str, value: Any, adapters: Adapters) -> None:
     model = build(adapters)
-    config, before = model.peft_config["default"].to_dict(), logits(model)
+    config, before = model.peft_config["default"].to_dict(), logits_of(model)
     field = {"set_topk_lora": "top_k_lora"}.get(setter, setter.removeprefix("set_"))
     # Unwrapped: for users nobody checks the types before the rule does.
     with pytest.raises(ConfigurationError) as caught:
@@ -97,7 +98,7 @@ def test_a_wrong_value_raises_and_changes_nothing(setter: str, value: Any, adapt
     assert f"{field}={value!r}" in caught.value.received
     assert caught.value.remedy
     assert model.peft_config["default"].to_dict() == config
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits_of(model), before)
 
 
 def test_the_log_is_bounded_detached_and_bucketed(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from loramix import LoraConfig, PeftModel, XLoraModel, get_peft_model
-from model.test_configurations import Adapters, build, logits
+from support.mixtures import logits_of
 from support.tiny import llama, tokens
+from support.usages import Adapters, build
 
 STEPS = 6
 
@@ -78,7 +79,7 @@ def test_training_saves_mixtures_and_resumes_as_if_it_had_not_stopped(
     model.eval()
     loaded: Any = PeftModel.from_pretrained(llama(), tmp_path / "whole" / f"checkpoint-{STEPS}")
     assert isinstance(loaded, XLoraModel)
-    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits_of(loaded), logits_of(model))
 
     fresh = build(adapters, "basic", use_trainable_adapters=experts_train)
     resumed = trainer(fresh, tmp_path / "resumed")
@@ -108,8 +109,8 @@ def test_the_best_model_is_loaded_at_the_end(adapters: Adapters, tmp_path: Path)
     best = Path(runner.state.best_model_checkpoint)
     assert best.name != "checkpoint-4"
     model.eval()
-    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(llama(), best)))
-    assert not torch.equal(logits(model), logits(PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-4")))
+    assert torch.equal(logits_of(model), logits_of(PeftModel.from_pretrained(llama(), best)))
+    assert not torch.equal(logits_of(model), logits_of(PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-4")))
 
 
 def test_evaluation_predicts_logits_only(adapters: Adapters, tmp_path: Path) -> None:
@@ -123,14 +124,14 @@ def test_evaluation_predicts_logits_only(adapters: Adapters, tmp_path: Path) -> 
 
 def test_a_new_expert_is_trained_and_joins_a_mixture(adapters: Adapters, tmp_path: Path) -> None:
     model: Any = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-    before = logits(model)
+    before = logits_of(model)
     runner = trainer(model, tmp_path)
     runner.train()
     assert losses(runner)[-1] < losses(runner)[0]
     model.eval()
-    assert torch.equal(before, logits(llama()))
+    assert torch.equal(before, logits_of(llama()))
     runner.save_model(str(tmp_path / "new"))
     folders = {**adapters(1), "new": str(tmp_path / "new")}
     mixture = build(lambda _: folders)
     with mixture.fixed_scalings([0.0, 1.0]):
-        assert_close(logits(mixture), logits(model))
+        assert_close(logits_of(mixture), logits_of(model))

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from support.convolution import tiny_convolution
+from support.mixtures import logits_of
 from support.peft_side import PEFT_WARNINGS, lora, ours, write_expert
 from support.tiny import ARCHITECTURES, TARGETS, gpt2, llama, opt, tokens
 
@@ -86,7 +87,7 @@ def test_a_convolution_is_gated_token_by_token(tmp_path: Path) -> None:
     model(input_ids=tokens())
 
     x, expected = seen["x"], layer.base_layer(seen["x"]).clone()
-    weights = layer.unstack(dict(layer.named_parameters(recurse=False)))
+    weights = layer.stack.unstack(dict(layer.stack.named_parameters()))
     for e, w in weights.items():
         for t in range(s.shape[1]):
             low = torch.einsum("bhkw,rhkw->br", x[:, :, t : t + w.A.shape[2]], w.A)
@@ -109,11 +110,6 @@ def one_hot(model: Any, expert: int) -> torch.Tensor:
         return logits_of(model)
 
 
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model(input_ids=tokens()).logits
-
-
 def assert_far(one: torch.Tensor, other: torch.Tensor) -> None:
     assert (one - other).abs().max() > 1e-3
 
@@ -123,8 +119,8 @@ def zeroed(model: Any, part: str) -> None:
     for path in model.adapted_modules:
         layer = model.get_submodule(path)
         if part == "lora_magnitude_vector":
-            layer.lora_magnitude.data = layer.dora_norm.clone()
+            layer.stack.lora_magnitude.data = layer.stack.dora_norm.clone()
         elif part == "lora_B.bias":
-            layer.lora_B.data[:, sum(layer.ranks) :] = 0
+            layer.stack.lora_B.data[:, layer.stack.rank :] = 0
         else:
-            layer.lora_A.data[:] = 0
+            layer.stack.lora_A.data[:] = 0

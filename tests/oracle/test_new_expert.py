@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import loramix
 from support.convolution import tiny_convolution
+from support.mixtures import logits_of
 from support.peft_side import PEFT_WARNINGS, lora, write_expert
 from support.tiny import gemma3, gpt2, llama, save_expert, tokens
 
@@ -88,11 +89,11 @@ def test_a_new_expert_is_drawn_as_peft_draws(choice: bool | str) -> None:
     model = loramix.get_peft_model(llama(), loramix.LoraConfig(**config))
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(**config)).base_model.model
     layer, other = (m.get_submodule("model.layers.0.self_attn.q_proj") for m in (model, theirs))
-    A = other.lora_A["default"].weight
-    assert_close(layer.lora_A.std(), A.std(), rtol=0.1, atol=0.0)
-    assert_close(layer.lora_A.abs().max() > 3 * layer.lora_A.std(), A.abs().max() > 3 * A.std())  # normal, or uniform
-    assert not layer.lora_B.any()
-    embedding = model.get_submodule("model.embed_tokens")
+    A, own = other.lora_A["default"].weight, layer.stack.lora_A
+    assert_close(own.std(), A.std(), rtol=0.1, atol=0.0)
+    assert_close(own.abs().max() > 3 * own.std(), A.abs().max() > 3 * A.std())  # normal, or uniform
+    assert not layer.stack.lora_B.any()
+    embedding = model.get_submodule("model.embed_tokens").stack
     assert not embedding.lora_A.any()
     assert_close(embedding.lora_B.std(), theirs.model.embed_tokens.lora_embedding_B["default"].std(), rtol=0.1, atol=0)
 
@@ -116,7 +117,7 @@ def test_freezing_a_trained_dora_expert_changes_no_output(tmp_path: Path) -> Non
     model = loramix.get_peft_model(llama(), loramix.LoraConfig(target_modules=["q_proj"], use_dora=True))
     with torch.no_grad():
         for path in model.adapted_modules:
-            model.get_submodule(path).lora_B.normal_()
+            model.get_submodule(path).stack.lora_B.normal_()
     expected = logits_of(model)
     model.save_pretrained(tmp_path)
     assert_close(logits_of(lora(llama(), str(tmp_path))), expected, atol=1e-5, rtol=1e-5)
@@ -130,8 +131,3 @@ def test_a_loaded_state_of_a_dora_expert_brings_its_norms(tmp_path: Path) -> Non
     assert (logits_of(one) - logits_of(other)).abs().max() > 1e-3
     one.load_state_dict(other.state_dict())
     assert_close(logits_of(one), logits_of(other), atol=1e-6, rtol=1e-6)
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model(input_ids=tokens()).logits

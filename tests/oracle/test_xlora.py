@@ -80,7 +80,7 @@ def test_experts_of_different_modules_ranks_and_scales_equal_pefts(folders: Fold
     theirs = xlora(llama(), experts, layerwise_scalings=True)
     model = ours(llama(), experts, like=theirs, layerwise_scalings=True)
     assert_equal(model, theirs)
-    ranks = {tuple(layer.ranks) for layer in map(model.get_submodule, model.adapted_modules)}
+    ranks = {tuple(layer.stack.ranks) for layer in map(model.get_submodule, model.adapted_modules)}
     assert ranks >= {(4,), (4, 4), (6,), (6, 4)}
 
 
@@ -126,7 +126,7 @@ def test_the_gradients_of_router_and_experts_equal_pefts(config: dict[str, Any],
         assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-5)
     for path in model.adapted_modules:
         layer, other = model.get_submodule(path), theirs.base_model.lora_model.model.get_submodule(path)
-        for e, grads in layer.unstack({name: p.grad for name, p in layer.named_parameters(recurse=False)}).items():
+        for e, grads in layer.stack.unstack({name: p.grad for name, p in layer.stack.named_parameters()}).items():
             assert_close(grads.A, other.lora_A[str(e)].weight.grad, atol=1e-5, rtol=1e-5)
             assert_close(grads.B, other.lora_B[str(e)].weight.grad, atol=1e-5, rtol=1e-5)
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import products, report
+import typer
+from benchmarks import demo, numerics, products, report
 from benchmarks.limit import Weights
 from benchmarks.models import Models, build
 from benchmarks.plots import draw_scaling, panels
 from benchmarks.run import WORKS, kept_works, main, preamble
 from benchmarks.sizes import SIZES
+from safetensors.torch import load_file, save_file
 
 from loramix.timing import Contender, Measurement, interleave, peak_bytes, spread
 
@@ -26,6 +30,18 @@ TINY = SIZES["tiny"]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The three models of the tiny size."""
     return build(TINY, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def measured(models: Models) -> Iterator[Callable[[str], list[Measurement]]]:
+    """What a work measures in as few rounds as show its structure, the demo with one prompt; each work runs once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "PROMPTS", dict(list(demo.PROMPTS.items())[:1]))
+        yield functools.cache(lambda work: WORKS[work](models, rounds_of(work)))
+
+
+def rounds_of(work: str) -> int:
+    return 1 if work == "start" else 2  # each of its rounds starts three processes
 
 
 def test_the_limit_is_the_formula_of_the_page() -> None:
@@ -91,19 +107,23 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert (spread([1.0, 2.0, 3.0, 4.0, 5.0]).lower, spread([1.0, 2.0, 3.0, 4.0, 5.0]).upper) == (2.0, 4.0)
 
 
-@pytest.mark.parametrize("work", [work for work in WORKS if work != "compiled"])
-def test_every_work_measures_every_contender(models: Models, work: str) -> None:
-    rounds = 1 if work == "start" else 2  # each of its rounds starts three processes
-    for measured in WORKS[work](models, rounds):
-        assert {"base", "loramix"} <= set(measured.samples)
-        assert all(len(found) == (rounds if measured.unit == "s" else 1) for found in measured.samples.values())
-        assert measured.limit is not None or work in ("demo", "start", "load")
-        told = report.tables([measured])
-        assert all(name.removesuffix(", forward") in told for name in measured.samples)
-        assert measured.facts.get("tokens in common") == measured.facts.get("new")
-        assert report.table([measured]).count("\n") == 2
+@pytest.mark.parametrize(
+    "work",
+    [pytest.param(w, marks=[pytest.mark.slow] if w == "start" else []) for w in WORKS if w != "compiled"],
+)
+def test_every_work_measures_every_contender(measured: Callable[[str], list[Measurement]], work: str) -> None:
+    for found in measured(work):
+        assert {"base", "loramix"} <= set(found.samples)
+        rounds = rounds_of(work) if found.unit == "s" else 1
+        assert all(len(each) == rounds for each in found.samples.values())
+        assert found.limit is not None or work in ("demo", "start", "load")
+        told = report.tables([found])
+        assert all(name.removesuffix(", forward") in told for name in found.samples)
+        assert found.facts.get("tokens in common") == found.facts.get("new")
+        assert report.table([found]).count("\n") == 2
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_one_graph(tmp_path: Path) -> None:
     """In a process of its own: pytest's checker of shapes, which users do not have, cannot be traced."""
     target = tmp_path / "figures.json"
@@ -130,8 +150,8 @@ def test_the_run_writes_what_the_report_reads(tmp_path: Path, capsys: pytest.Cap
     assert target.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
-def test_growth_is_drawn_with_its_limits(models: Models, tmp_path: Path) -> None:
-    works = {name: WORKS[name](models, 2) for name in ("prefill", "ranks", "batch")}
+def test_growth_is_drawn_with_its_limits(measured: Callable[[str], list[Measurement]], tmp_path: Path) -> None:
+    works = {name: measured(name) for name in ("prefill", "ranks", "batch")}
     first, second = panels(works)
     assert [panel.work for panel, _ in first[2]] == ["ranks", "prefill", "batch"]
     assert [panel.work for panel, _ in second[2]] == ["ranks", "batch"]
@@ -162,13 +182,46 @@ def test_the_page_and_the_plot_are_those_of_the_figures(tmp_path: Path) -> None:
 
 
 def test_the_page_of_products_has_a_row_for_each_case() -> None:
-    text = products.page(rounds=1, hiddens=(16,), largest=8)
+    text = products.page(rounds=1, hiddens=(16,), largest=8, models=False)
     assert text.count("| float32 | 16 |") == text.count("| bfloat16 | 16 |") == 3
-    assert "one rank column in 8 is weighed" in text
+    assert "at most 1/32 of its rank columns" in text
     assert len([line for line in text.splitlines() if line.startswith("| 16 |")]) == 4 + 1
 
 
 def test_the_committed_page_of_products_tells_the_rule_that_is_in_force() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    rule = products.page(rounds=1, hiddens=(), largest=8).partition("A layer gathers")[2].partition("\n\n")[0]
+    rule = (
+        products.page(rounds=1, hiddens=(), largest=8, models=False)
+        .partition("A layer gathers")[2]
+        .partition("\n\n")[0]
+    )
     assert rule in (docs / "products.md").read_text(encoding="utf-8")
+
+
+def test_frozen_numerics_are_those_of_the_same_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "frozen.safetensors"
+    numerics.freeze(file, only="convolution bias")
+    numerics.compare(file, only="convolution bias")
+    assert "convolution bias: identical" in capsys.readouterr().out
+    frozen = load_file(file)
+    frozen["convolution bias/loaded/trained"][0, 0, 0] += 1e-3
+    save_file(frozen, file, {"circumstances": json.dumps(numerics.circumstances())})
+    numerics.compare(file, only="convolution bias", tolerance=0.1)
+    with pytest.raises(typer.Exit):
+        numerics.compare(file, only="convolution bias")
+    assert "convolution bias: DIFFERS by 0.001 in loaded/trained" in capsys.readouterr().out
+
+
+def test_a_difference_is_a_number_where_it_can_be_one() -> None:
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0])
+    before = {"same": nan, "nan": nan, "moved": one, "tokens": one.long(), "gone": one, "dtype": one}
+    now = {
+        "same": nan.clone(),
+        "nan": one,
+        "moved": one + 0.5,
+        "tokens": one.long() + 1,
+        "dtype": one.double(),
+        "new": one,
+    }
+    infinite = dict.fromkeys(("nan", "tokens", "gone", "dtype", "new"), float("inf"))
+    assert numerics.differences(before, now) == {"same": 0.0, "moved": 0.5, **infinite}

@@ -131,7 +131,7 @@ ANALYSIS = {
     "agreement": "compare",
     "confusion": "compare",
     "drift": "compare",
-    "expert_colours": "show.colours",
+    "expert_colours": "colours",
     "inspect_texts": "inspection",
     "record_routing": "record.recorder",
     "report_html": "report.report",

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from loramix import XLoraClassifier, XLoraConfig
+from loramix.routers import RouterSizes
 
 H, E, L, SIZE = 8, 3, 5, 16
 
@@ -39,7 +40,7 @@ def test_the_places_of_the_linear_layers_are_those_of_the_file_format(
 def test_its_tensors_are_known_without_building_it(depth: int, dropout: float, layerwise: bool) -> None:
     router = classifier(xlora_depth=depth, xlora_dropout_p=dropout, layerwise_scalings=layerwise)
     shapes = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
-    assert XLoraClassifier.tensors(router.config, layers=L, experts=E) == shapes
+    assert XLoraClassifier.shapes(router.config, RouterSizes(H, L, E)) == shapes
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from loramix.routers.gating import activate, largest, select
+from loramix.routers.gating import Gating, largest
 
 
 @st.composite
@@ -25,10 +25,10 @@ def logits(draw: st.DrawFn) -> Tensor:
 @settings(max_examples=50)
 @given(logits(), st.floats(0.1, 5))
 def test_the_softmax_is_over_experts_and_colder_is_sharper(z: Tensor, temperature: float) -> None:
-    s = activate(z, softmax=True, temperature=temperature)
+    s = Gating(softmax=True, temperature=temperature).activate(z)
     assert_close(s.sum(-1), torch.ones(z.shape[:-1]))
     assert_close(s, (z / temperature).exp() / (z / temperature).exp().sum(-1, keepdim=True))
-    assert torch.equal(activate(z, softmax=False, temperature=temperature), z)
+    assert torch.equal(Gating(softmax=False, temperature=temperature).activate(z), z)
 
 
 @settings(max_examples=100)
@@ -46,7 +46,7 @@ def test_exactly_k_are_kept_and_none_of_them_is_smaller_than_a_dropped_one(z: Te
 def test_hard_keeps_values_and_sparse_sums_to_one(z: Tensor, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, z.shape[-1]))
     kept = largest(z, k)
-    hard, sparse = (select(z, top_k=k, renormalise=renormalise) for renormalise in (False, True))
+    hard, sparse = (Gating(top_k=k, renormalise=renormalise).select(z) for renormalise in (False, True))
     assert torch.equal(hard, torch.where(kept, z, torch.zeros(())))
     assert ((sparse > 0) == kept).all()  # also where the kept logit is zero
     assert_close(sparse.sum(-1), torch.ones(z.shape[:-1]))
@@ -58,19 +58,19 @@ def test_hard_keeps_values_and_sparse_sums_to_one(z: Tensor, data: st.DataObject
 @given(logits())
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_all_selected_is_nothing_selected(renormalise: bool, z: Tensor) -> None:
-    every = select(z, top_k=z.shape[-1], renormalise=renormalise)
-    assert torch.equal(every, select(z, top_k=None, renormalise=renormalise))
+    every = Gating(top_k=z.shape[-1], renormalise=renormalise).select(z)
+    assert torch.equal(every, Gating(top_k=None, renormalise=renormalise).select(z))
     assert torch.equal(every, torch.softmax(z, -1) if renormalise else z)
 
 
 def test_a_zero_among_the_selected_stays() -> None:
     z = torch.tensor([[[0.0, -1.0, 1.0]]])
-    assert torch.equal(select(z, top_k=2, renormalise=True) > 0, torch.tensor([[[True, False, True]]]))
+    assert torch.equal(Gating(top_k=2, renormalise=True).select(z) > 0, torch.tensor([[[True, False, True]]]))
 
 
 def test_the_gradient_reaches_the_selected_and_no_others() -> None:
     z = torch.tensor([[[3.0, 1.0, 2.0]]], requires_grad=True)
-    (select(z, top_k=2, renormalise=True)[..., 0]).sum().backward()
+    (Gating(top_k=2, renormalise=True).select(z)[..., 0]).sum().backward()
     assert z.grad is not None
     assert torch.equal(z.grad != 0, torch.tensor([[[True, False, True]]]))
     assert z.grad.isfinite().all()

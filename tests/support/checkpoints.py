@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter, LoraWeights
-from loramix.routers.classifier import XLoraClassifier
+from loramix.formats import MixtureCheckpoint
+from support.tiny import gpt2, llama
 
 HIDDEN = 16
 
@@ -45,7 +46,7 @@ def make_mixture(*, seed=0, names=("math", "code"), **config):
     experts = [make_expert(name, seed=seed + i, r=2 + i) for i, name in enumerate(names)]
     settings = XLoraConfig(**{"hidden_size": HIDDEN, "adapters": {name: f"user/{name}" for name in names}, **config})
     generator = torch.Generator().manual_seed(seed)
-    shapes = XLoraClassifier.tensors(settings, layers=2, experts=len(names))
+    shapes = MixtureCheckpoint(settings, {}, experts).router_shapes()
     return settings, {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}, experts
 
 
@@ -89,18 +90,12 @@ def contents(folder):
 
 
 def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=24, use_cache=False, **sizes)).eval()
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 24}
+    return llama(use_cache=False, **sizes)
 
 
 def tiny_gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=32, vocab_size=24)).eval()
+    return gpt2(n_embd=HIDDEN, n_head=2, n_positions=32, vocab_size=24)
 
 
 PEFT_EXPERTS = {

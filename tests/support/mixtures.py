@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import loramix
+from loramix.layers.routing import TensorRouting
+from loramix.layers.slot import current
 from support.tiny import ARCHITECTURES, tokens
 
 SPARSE: dict[str, Any] = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2}
@@ -30,6 +32,16 @@ def mixture(experts: Mapping[str, str], architecture: str = "llama", base: Any =
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor | None = None, **inputs: Any) -> Tensor:
     return model(tokens() if ids is None else ids, **inputs).logits
+
+
+def final_scalings(model: Any) -> Tensor:
+    """(B, S, L or 1, E): what the layers of the mixture pass are given, seen from inside one of them."""
+    seen: list[Any] = []
+    handle = model.get_submodule(model.adapted_modules[0]).register_forward_hook(lambda *_: seen.append(current()))
+    logits_of(model)
+    handle.remove()
+    assert isinstance(seen[-1], TensorRouting)
+    return seen[-1].scalings
 
 
 def far(one: Tensor, other: Tensor) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from loramix.analysis.record.header import ALL_LAYERS, Header
-from loramix.analysis.record.parts import Kept, Part
+from loramix.analysis.record.part import Part
 from loramix.analysis.record.record import RoutingRecord
+from loramix.analysis.record.stores import MemorySource
 
 
 def record_of(
@@ -34,7 +35,7 @@ def record_of(
     header = Header(names, names, [ALL_LAYERS] if shared else adapted, adapted, {"top_k_lora": None}, seen=count)
     size = -(-count // parts) or 1
     whole = Part(sequence, position, ids, scalings.float())
-    return RoutingRecord(header, Kept([whole[i : i + size] for i in range(0, count, size)]), tokenizer)
+    return RoutingRecord(header, MemorySource([whole[i : i + size] for i in range(0, count, size)]), tokenizer)
 
 
 def random_record(count: int = 12, layers: int = 4, experts: int = 3, seed: int = 0, **options: Any) -> RoutingRecord:

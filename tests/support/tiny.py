@@ -14,43 +14,48 @@ from loramix import LoraConfig, get_peft_model
 
 VOCABULARY = 96
 HIDDEN = 64
-_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-_BLOCKS: dict[str, Any] = {
+SPECIAL: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+BLOCKS: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
-    **_COMMON,
+    **SPECIAL,
 }
-_GATED: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2, **_BLOCKS}
+GATED: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2, **BLOCKS}
+
+
+def build(kind: type[Any], **config: Any) -> Any:
+    """A model of this class with random weights, the same each time, in eval mode."""
+    torch.manual_seed(0)
+    return kind(kind.config_class(**config)).eval()
 
 
 def llama(**changes: Any) -> PreTrainedModel:
     """Grouped-query attention, SwiGLU, RMSNorm."""
-    return _build(transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**_GATED, **changes}))
+    return build(transformers.LlamaForCausalLM, **{**GATED, **changes})
 
 
 def qwen3(**changes: Any) -> PreTrainedModel:
     """Normalised queries and keys."""
-    return _build(transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**{**_GATED, "head_dim": 16, **changes}))
+    return build(transformers.Qwen3ForCausalLM, **{**GATED, "head_dim": 16, **changes})
 
 
 def gemma3(**changes: Any) -> PreTrainedModel:
     """A sliding window of four tokens, scaled and tied embeddings."""
     windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
-    return _build(transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig(**{**_GATED, **windows, **changes}))
+    return build(transformers.Gemma3ForCausalLM, **{**GATED, **windows, **changes})
 
 
 def opt(**changes: Any) -> PreTrainedModel:
     """A decoder below the backbone, and fully connected layers that see flattened tokens."""
-    sizes = {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN}
-    return _build(transformers.OPTForCausalLM, transformers.OPTConfig(**{**_BLOCKS, **sizes, **changes}))
+    return build(transformers.OPTForCausalLM, **{**BLOCKS, "ffn_dim": 128, "word_embed_proj_dim": HIDDEN, **changes})
 
 
 def gpt2(**changes: Any) -> PreTrainedModel:
     """Conv1D layers, whose weights are stored as (in, out)."""
     sizes = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 128}
-    return _build(transformers.GPT2LMHeadModel, transformers.GPT2Config(**{**_COMMON, **sizes, **changes}))
+    return build(transformers.GPT2LMHeadModel, **{**SPECIAL, **sizes, **changes})
 
 
 ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
@@ -67,11 +72,6 @@ TARGETS: dict[str, list[str]] = {
     "opt": ["q_proj", "v_proj", "fc1", "fc2"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
 }
-
-
-def _build(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return kind(config).eval()
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from cli.conftest import byte_tokenizer
 from loramix import DataError
 from loramix.training import ExpertLabels, Row, read_rows
 from loramix.training.data import pieces, to_dataset
-from training.conftest import write_lines
+from support.byte_tokenizer import byte_tokenizer
+from support.training_files import write_lines
 
 MESSAGES = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
@@ -165,9 +165,9 @@ for name, options in (("user/missing", {}), ("user/data", {"split": "train"}), (
 """
 
 
-def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path: Path, lines: Any) -> None:
+def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path: Path) -> None:
     """The `datasets` library itself, offline, with a data set of the Hub as it lies in the cache."""
-    file = lines(tmp_path / "data.jsonl", [{"text": "x", "expert": "math"}, {"text": "y", "expert": None}])
+    file = write_lines(tmp_path / "data.jsonl", [{"text": "x", "expert": "math"}, {"text": "y", "expert": None}])
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", READS, str(file)],

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loramix import PeftModel
-from training.conftest import Files, write_lines
+from support.training_files import Files, write_lines
 
 FSDP2 = {
     "compute_environment": "LOCAL_MACHINE",

@@ -31,8 +31,8 @@ def test_the_estimate_is_near_what_a_step_holds(checkpointing: bool, tmp_path: P
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     layers = [module for module in model.modules() if isinstance(module, XLoraLayer)]
-    experts = sum(p.numel() for layer in layers for p in (layer.lora_A, layer.lora_B))
-    ranks = sum(layer.lora_A.shape[0] for layer in layers)
+    experts = sum(p.numel() for layer in layers for p in layer.stack.parameters())
+    ranks = sum(layer.stack.rank for layer in layers)
     sizes = sizes_of(wide(), config, layers=len(layers), experts=experts, ranks=ranks)
     assert sizes.router == sum(p.numel() for p in model.internal_xlora_classifier.parameters())
     assert sizes.base + sizes.router + experts == sum(p.numel() for p in model.parameters())

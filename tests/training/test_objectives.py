@@ -22,8 +22,8 @@ from loramix import (
     XLoraConfig,
     get_peft_model,
 )
-from loramix.passes.hooks import Made, RoutingHook
-from loramix.passes.two_pass import attach
+from loramix.passes.hooks import RouterOutput, RoutingHook
+from loramix.passes.state import attach
 from loramix.training import ExpertLabels, RouterCallback, RouterObjectives
 from loramix.training.objectives import RouterObjective
 from support.tiny import ARCHITECTURES, llama, tokens
@@ -65,16 +65,16 @@ def test_the_gradient_is_the_sum_of_both(objective: str, architecture: str, expe
     plain = router_gradient(model, expert_ids=IDS)
     hook = hooked(model, OBJECTIVES[objective])
     found: list[Tensor] = []
-    made = hook.made
+    output = hook.routed
 
     def alone(what: Any) -> Tensor | None:
-        loss = made(what)
+        loss = output(what)
         assert loss is not None
         weight = model.internal_xlora_classifier.layers[0].weight
         found.append(torch.autograd.grad(loss, weight, retain_graph=True)[0])
         return loss
 
-    hook.made = alone  # type: ignore[method-assign]
+    hook.routed = alone  # type: ignore[method-assign]
     both = router_gradient(model, expert_ids=IDS)
     assert found[0].abs().max() > 1e-4
     assert_close(both, plain + found[0], atol=1e-6, rtol=1e-4)
@@ -185,9 +185,9 @@ def test_the_last_and_shorter_step_of_an_epoch_counts_as_much(experts: Any, tmp_
     """Three texts: a step of two batches, then a step of one; a loss of 1 for each batch."""
 
     class One(RouterObjective):
-        def _terms(self, made: Made, real: Tensor | None) -> dict[str, tuple[float, Tensor]]:
+        def _terms(self, output: RouterOutput, real: Tensor | None) -> dict[str, tuple[float, Tensor]]:
             seen.append(self.scale)
-            return super()._terms(made, real)
+            return super()._terms(output, real)
 
     seen: list[float] = []
     settings = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -306,9 +306,9 @@ def test_gradients_that_are_no_numbers_stop_the_training_before_the_weights(expe
     class Poison(RoutingHook):
         count = 0
 
-        def made(self, made: Any) -> Tensor | None:
+        def routed(self, output: Any) -> Tensor | None:
             self.count += 1
-            return made.logits.sum() * (math.nan if self.count == 3 else 0.0)
+            return output.logits.sum() * (math.nan if self.count == 3 else 0.0)
 
     attach(model, Poison())
     with pytest.raises(TrainingError, match="step 3") as caught:

@@ -29,14 +29,14 @@ from loramix import (
     XLoraModel,
 )
 from loramix.errors import LoramixError, SaveError, TrainingError
-from loramix.layers.layer import XLoraLinear
+from loramix.layers.linear import LinearStack
 from loramix.training import run as runs
 from loramix.training.check import check
 from loramix.training.run import last_complete_checkpoint, run_expert_training, run_training
 from loramix.training.settings import Data, ExpertSettings, TrainSettings
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import llama, save_expert
-from training.conftest import Files, write_lines
+from support.training_files import Files, write_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
 
@@ -219,7 +219,7 @@ def test_what_trl_offers_reaches_the_model(
     built: list[Any] = []
     build, seen = runs.build_trainer, set[torch.dtype]()
     monkeypatch.setattr(runs, "build_trainer", lambda *a, **k: built.append(build(*a, **k)) or built[0])
-    monkeypatch.setattr(XLoraLinear, "_gated", spied(XLoraLinear._gated, seen))
+    monkeypatch.setattr(LinearStack, "_gated", spied(LinearStack._gated, seen))
     done = run_training(settings(files, tmp_path / "run", data=data, trainer={"max_steps": 2, **trainer}))
     batch = next(iter(built[0].get_train_dataloader()))
     assert SHOWS[case](batch, seen)
@@ -392,7 +392,7 @@ def test_an_expert_is_trained_and_peft_loads_it(files: Files, tmp_path: Path) ->
 def test_a_full_disk_leaves_the_checkpoint_before(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loramix.formats import tensors
+    from loramix.files import tensors
 
     saved: list[Path] = []
     real = tensors.save_file

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from loramix._lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
+    from loramix.analysis.colours import expert_colours
     from loramix.analysis.compare import Confusion, Drift, agreement, confusion, drift
     from loramix.analysis.inspection import Inspection, inspect_texts
     from loramix.analysis.metrics import RoutingMeter, RoutingMetrics
     from loramix.analysis.record.record import RoutingRecord
     from loramix.analysis.record.recorder import record_routing
     from loramix.analysis.report.report import report_html, write_report
-    from loramix.analysis.show.colours import expert_colours
     from loramix.analysis.show.live import RoutingStreamer, WrittenToken, stream_routing
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "expert_colours": "show.colours",
+    "expert_colours": "colours",
     **dict.fromkeys(("Confusion", "Drift", "agreement", "confusion", "drift"), "compare"),
     **dict.fromkeys(("Inspection", "inspect_texts"), "inspection"),
     **dict.fromkeys(("RoutingStreamer", "WrittenToken", "stream_routing"), "show.live"),

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loramix.analysis.metrics import leads_of, shares_of
-from loramix.analysis.record.parts import Part
-from loramix.analysis.record.pick import own, some
+from loramix.analysis.record.part import Part
 from loramix.analysis.record.record import RoutingRecord
 from loramix.errors import RoutingError
+from loramix.experts.selection import as_python, listed
 
 
 def agreement(record: RoutingRecord) -> Float[Tensor, "L L"]:
@@ -87,7 +87,7 @@ def drift(one: RoutingRecord, other: RoutingRecord) -> Drift:
         if mine != theirs:
             raise RoutingError(
                 "A routing drifts between records of the same experts and layers.",
-                received=f"{what} {some(mine)} and {some(theirs)}",
+                received=f"{what} {listed(mine)} and {listed(theirs)}",
                 remedy="record both with the same mixture, or with two trainings of it",
             )
     first, second = same_tokens(one, other)
@@ -185,7 +185,7 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
         of_texts = cast("Mapping[int, Any]", labels)
         found: Any = [of_texts.get(number) for number in whole.sequence.tolist()]
     else:
-        found = own(labels)
+        found = as_python(labels)
     several = [] if isinstance(found, str) or not isinstance(found, Iterable) else list(cast("Iterable[Any]", found))
     column = [_label(value) for value in several]
     fits = len(column) == len(whole)
@@ -205,7 +205,7 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
 
 def _label(value: Any) -> str | None:
     """A label's text; None where none is known."""
-    value = own(value)
+    value = as_python(value)
     try:
         known = value is not None and bool(value == value)  # nan is not itself
     except TypeError:  # NA is neither

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from loramix.analysis.metrics import confidence_of, leaders_of
-from loramix.analysis.record.pick import some
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.record.recorder import MAX_TOKENS, record_routing
 from loramix.config.checks import require_integer
 from loramix.errors import DataError, RoutingError
-from loramix.evaluation.ablation import LeaveOneOut, leave_one_out, pad
+from loramix.evaluation.ablation import LeaveOneOut, leave_one_out
+from loramix.evaluation.passages import pad, start_of, window_size, windows
 from loramix.experts.base_model import positions_of
+from loramix.experts.selection import listed
 from loramix.model.build import XLoraModel
-from loramix.passes.two_pass import evaluating
+from loramix.passes.state import evaluating
 
-LONGEST_PIECE = 1024
 _AT_ONCE = 2048  # tokens of a forward, padding included
 
 
@@ -49,7 +49,8 @@ class Inspection:
         ):
             raise RoutingError(
                 "What the experts are worth is measured with the mixture of the record.",
-                received=f"a record of {some(self.record.palette)}, losses without {some(list(self.worth.without))}",
+                received=f"a record of {listed(self.record.palette)}, losses without "
+                + listed(list(self.worth.without)),
                 remedy="record and measure the same mixture; inspect_texts(…, leave_out=True) does both",
             )
 
@@ -146,19 +147,9 @@ def inspect_texts(
         ConfigurationError: a limit or a window that is no number.
         RoutingError: scalings that are no finite numbers; and as `record_routing`.
     """
-    positions = positions_of(model.config) or 2**31
     require_integer("limit", limit, at_least=1, remedy=f"Pass for example limit={MAX_TOKENS}.")
-    if window is not None:
-        remedy = f"Use a window from 2 to {positions}."
-        require_integer("window", window, at_least=None, remedy=remedy)
-        if not 2 <= window <= positions:
-            raise DataError(
-                "A piece of text has at least two tokens, and no more than the base model has positions.",
-                received=f"window={window} with {positions} positions",
-                remedy=remedy,
-            )
-    size = window or min(LONGEST_PIECE, positions)
-    pieces, notes = _cut(tokenizer, texts, size, limit, whole=size == positions)
+    size = window_size(model.config, window)
+    pieces, notes = _cut(tokenizer, texts, size, limit, whole=size == positions_of(model.config))
     ids = [ids for _, ids in pieces]
     with record_routing(model, tokenizer, max_tokens=max(1, sum(map(len, ids)))) as record:
         _read(model, ids, size)
@@ -176,19 +167,18 @@ def _cut(
     tokenizer: Any, texts: Iterable[tuple[str, str]], size: int, limit: int, *, whole: bool
 ) -> tuple[list[tuple[str, list[int]]], list[str]]:
     """Texts as pieces of at most `size` tokens, up to the limit, and what there is to say about it."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    room, found = max(1, size - len(start)), list[tuple[str, list[int]]]()
+    start, found = start_of(tokenizer), list[tuple[str, list[int]]]()
     read = total = long = 0
     for one in texts:
         name, text = _named(one)
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = list(windows(ids, size, start=start))
         total += len(ids)
-        long += len(ids) > room
-        for first in range(0, len(ids), room):
-            piece = start + ids[first : min(first + room, len(ids))]
-            piece = piece[: max(0, limit - read)]
+        long += len(pieces) > 1
+        for first, whole_piece in pieces:
+            piece = whole_piece[: max(0, limit - read)]
             if len(piece) > len(start):
-                where = f", tokens {first} to {first + len(piece) - len(start) - 1}" if len(ids) > room else ""
+                where = f", tokens {first} to {first + len(piece) - len(start) - 1}" if len(pieces) > 1 else ""
                 found.append((name + where, piece))
                 read += len(piece)
     if not found:

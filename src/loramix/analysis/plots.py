@@ -17,7 +17,6 @@ from torch import Tensor
 
 from loramix.analysis.compare import drift, in_order_of, same_tokens
 from loramix.analysis.metrics import entropy_of, leads_of
-from loramix.analysis.record.pick import some
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.show.canvas import (
     Columns,
@@ -34,6 +33,7 @@ from loramix.analysis.show.canvas import (
     token_labels,
 )
 from loramix.errors import RoutingError
+from loramix.experts.selection import listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +107,7 @@ def layers_by_experts(record: RoutingRecord, *, position: int | None = None, seq
             raise RoutingError(
                 "A token is named by its position in its text.",
                 received=f"position={position!r}, which was not recorded",
-                remedy=f"pass one of these: {some(chosen.positions.tolist())}",
+                remedy=f"pass one of these: {listed(chosen.positions.tolist())}",
             )
         chosen, what = chosen.select(tokens=position), f"{_title(chosen)}, token {position}: {drawable(piece[0])}"
     values = _mean_by_layer(chosen)
@@ -345,7 +345,7 @@ def _mean_by_layer(record: RoutingRecord) -> Tensor:
 
 
 def _colours(record: RoutingRecord) -> list[str]:
-    from loramix.analysis.show.colours import expert_colours
+    from loramix.analysis.colours import expert_colours
 
     paint = expert_colours(record.palette)
     return [paint[name] for name in record.experts]

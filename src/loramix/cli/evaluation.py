@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
 
@@ -72,22 +70,10 @@ def evaluate(
 
 def show(evaluation: Evaluation, figure: str) -> None:
     """Print the table, and what the mixture loses without each expert."""
-    from loramix.evaluation.scores import BASE, MIXTURE, ORACLE, UNIFORM, columns
+    from loramix.evaluation.scores import ORACLE, columns
+    from loramix.evaluation.table import scores_table
 
-    found = columns(evaluation, figure)
-    groups = list(found[BASE])
-    best = {group: min(row[group] for name, row in found.items() if name != ORACLE) for group in groups}
-    table = Table(title=f"{TITLES[figure]}: lower is better, * is best", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for group in groups:
-        table.add_column(Text(group), justify="right", no_wrap=True)
-    for name, row in found.items():
-        if name in (UNIFORM, ORACLE):
-            table.add_section()
-        title = {ORACLE: "best expert (oracle)"}.get(name, name)
-        cells = [f"{row[group]:.3f}{'*' if name != ORACLE and row[group] == best[group] else ' '}" for group in groups]
-        table.add_row(Text(title, style="bold" if name == MIXTURE else ""), *cells)
     console = Console(highlight=False)
-    console.print(table)
+    console.print(scores_table(TITLES[figure], columns(evaluation, figure), {ORACLE: "best expert (oracle)"}))
     for expert, difference in evaluation.leave_one_out().items():
         console.print(f"without {expert}: loss {difference:+.4f}", markup=False)

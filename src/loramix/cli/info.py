@@ -78,6 +78,7 @@ def _experts(description: Description) -> Table:
 def _router(router: RouterDescription | None) -> str:
     if router is None:
         return ""
+    facts = [f"{name.replace('_', ' ')} {value}" for name, value in router.settings.items() if name != "layerwise"]
     kept = "all experts" if router.top_k is None else f"the best {router.top_k}"
-    scope = "for each layer" if router.layerwise else "for all layers at once"
-    return f"{router.parameters:,} parameters, depth {router.depth}, hidden size {router.hidden_size}; {kept}, {scope}"
+    scope = "for each layer" if router.settings.get("layerwise", True) else "for all layers at once"
+    return f"{', '.join([router.kind, f'{router.parameters:,} parameters', *facts])}; {kept}, {scope}"

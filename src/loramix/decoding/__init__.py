@@ -1,1 +1,1 @@
-"""Generation in fewer forwards, with the same text."""
+"""Exact generation in fewer forwards: lockstep, speculative decoding and prompt lookup for the two passes."""

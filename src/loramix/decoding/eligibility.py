@@ -1,19 +1,22 @@
-"""Where lockstep is exact, and why it is not where it is not.
+"""Where drafts leave every token as it is, and the reason where they might not.
 
-A row that stands one token further must change nothing for the others, and what a layer sees must follow from the
-masks it is given. That is so for the model classes below, which tests decode both ways, with what is excepted here.
+A row that is one token ahead must change nothing for the other rows, and what a layer attends to must follow from the
+mask it is given. That holds for the model classes below, each of which the tests decode with and without drafts, but
+for the cases that are excepted here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from loramix.decoding.choice import Choice
+from loramix.decoding.strategies import Sequential
 from loramix.passes.cache import TwoPassCache
-from loramix.passes.two_pass import MixtureState
+from loramix.passes.state import MixtureState
 
 MODELS = frozenset(
     {
@@ -21,29 +24,29 @@ MODELS = frozenset(
         *("olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2"),
     }
 )
-KNOWN = frozenset(
+INPUTS = frozenset(
     {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
 )
-WINDOWS = frozenset({"full_attention", "sliding_attention"})
+ATTENTION = frozenset({"full_attention", "sliding_attention"})
 
 
 def why_not_this_generation(
-    model: Any, state: MixtureState, wanted: object, generation_config: Any, cache: Any
+    model: Any, mixture: MixtureState, choice: Choice, generation_config: Any, cache: Any
 ) -> str | None:
-    """The reason against lockstep that holds for a whole generation; None where there is none.
+    """The reason against a session that holds for a whole generation; None where there is none.
 
     Args:
         model: the mixture.
-        state: its state.
-        wanted: what was asked for.
+        mixture: its state.
+        choice: how to decode.
         generation_config: transformers', complete.
         cache: the one that the generation will fill.
     """
     config = model.config.get_text_config()
     settings = str(getattr(config, "rope_parameters", None)) + str(getattr(config, "rope_scaling", None))
     reasons = {
-        "it was not wanted": wanted is False and state.fixed_after is None,
-        "there is only one pass": state.single_pass() is not None,
+        "it was not wanted": isinstance(choice, Sequential) and mixture.fixed_after is None,
+        "there is only one pass": mixture.single_pass() is not None or not mixture.needs_scaling_pass,
         "the model is in training mode, where dropout draws for each pass": model.training,
         f"{config.model_type} models have not been shown to be exact": config.model_type not in MODELS,
         "rotary frequencies depend on the longest text of a batch": "dynamic" in settings or "longrope" in settings,
@@ -55,51 +58,51 @@ def why_not_this_generation(
         "the cache is offloaded": getattr(cache, "offloading", False),
         "an assistant, or a device that stops late, decodes": generation_config.is_assistant
         or model.device.type == "mps",
-        "a module of the model has a forward hook, which would see both passes' rows": _is_watched(model),
+        "a module of the model has a forward hook, which would see both passes' rows": _has_foreign_hooks(model),
         "the attention takes no masks": getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"),
-        "the model has attention of other kinds than full and sliding": not _kinds(config) <= WINDOWS,
+        "the model has attention of other kinds than full and sliding": not _attention_kinds(config) <= ATTENTION,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def why_not_this_token(model: Any, state: MixtureState, inputs: Mapping[str, Any]) -> str | None:
-    """The reason against reading this token of each row in lockstep; None where there is none.
+def why_not_this_token(model: Any, mixture: MixtureState, inputs: Mapping[str, Any]) -> str | None:
+    """The reason against a session that the first token after the prompt gives; None where there is none.
 
     Args:
         model: the mixture.
-        state: its state.
+        mixture: its state.
         inputs: the arguments of its forward.
     """
     cache, positions = inputs["past_key_values"], inputs.get("position_ids")
-    unknown = sorted(name for name, value in inputs.items() if value is not None and name not in KNOWN)
+    unknown = sorted(name for name, value in inputs.items() if value is not None and name not in INPUTS)
     if unknown:
         return f"the model is given {', '.join(unknown)}"
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return "positions are not one number for each token"
-    if not isinstance(cache, TwoPassCache) or cache.owner != state.owner or cache.torn:
+    if not isinstance(cache, TwoPassCache) or cache.owner != mixture.owner or cache.torn:
         return "there is no cache of both passes"
     kinds = {type(layer) for half in (cache, cache.base) for layer in half.layers}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return f"the cache is made of {', '.join(sorted(kind.__name__ for kind in kinds))}"
-    expected = _windows(model.config.get_text_config(), len(cache.layers))
+    expected = _is_sliding(model.config.get_text_config(), len(cache.layers))
     if [isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers] != expected:
         return "the cache does not know the windows of the model's attention"
     return None
 
 
-def _kinds(config: Any) -> set[str]:
+def _attention_kinds(config: Any) -> set[str]:
     return set(getattr(config, "layer_types", None) or ())
 
 
-def _windows(config: Any, blocks: int) -> list[bool]:
-    """Whether each block's attention slides."""
-    kinds = cast("list[str] | None", getattr(config, "layer_types", None))
+def _is_sliding(config: Any, blocks: int) -> list[bool]:
+    """Whether each block's attention has a sliding window."""
+    kinds: list[str] | None = getattr(config, "layer_types", None)
     if kinds is None:
         return [getattr(config, "sliding_window", None) is not None] * blocks
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def _is_watched(model: nn.Module) -> bool:
+def _has_foreign_hooks(model: nn.Module) -> bool:
     """Whether somebody's hook would see the rows; transformers leaves some of its own, which record nothing here."""
     hooks = (
         hook

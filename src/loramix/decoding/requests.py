@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from loramix.decoding.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
-from loramix.passes.two_pass import MixtureState
+from loramix.decoding.choice import AUTOMATIC, Choice
+from loramix.decoding.report import LockstepReport
+from loramix.decoding.session import Session
+from loramix.passes.state import MixtureState
 
 
 @dataclass
@@ -21,16 +22,16 @@ class Request:
     """One call of `generate`.
 
     Attributes:
-        wanted: what its argument `lockstep` was.
-        report: how it decodes; None where transformers takes a way of its own, such as beams.
-        running: whether it is under way; not so for what stands in where no call is.
-        finished: (B,), True for rows that it only pads any more; None where there is none so far.
+        choice: how it is to decode.
+        report: how it decodes; None where transformers takes a loop of its own, such as beam search.
+        running: whether it is under way; False for the object that stands in outside of all calls.
+        finished: (B,), True for rows that are only padded any more; None before the first token.
         models: the states of the models whose calls are under way, each within the one before.
-        drafts: whether its model is among those already: then it writes candidates for that call.
-        scoring: whether its logits processors are at work: a forward of theirs reads other texts.
+        drafts: whether its model is among the outer ones: then it drafts for the outer call, as an assistant.
+        scoring: whether its logits processors are running: a forward that they make is of other texts.
     """
 
-    wanted: Wanted = None
+    choice: Choice = AUTOMATIC
     report: LockstepReport | None = None
     running: bool = False
     finished: Tensor | None = None
@@ -39,8 +40,8 @@ class Request:
     scoring: bool = False
 
 
-class WatchedProcessors(LogitsProcessorList):
-    """The logits processors of a call, which tell it when they are at work.
+class RequestProcessors(LogitsProcessorList):
+    """The logits processors of a call, which set its `scoring` while they run.
 
     Args:
         processors: all of them.
@@ -59,8 +60,8 @@ class WatchedProcessors(LogitsProcessorList):
             self.call.scoring = False
 
 
-class WatchedCriteria(StoppingCriteriaList):
-    """The criteria of a call, which tell it which of its rows have finished.
+class RequestCriteria(StoppingCriteriaList):
+    """The stopping criteria of a call, which set its `finished`.
 
     Args:
         criteria: all of them.
@@ -70,35 +71,35 @@ class WatchedCriteria(StoppingCriteriaList):
     def __init__(self, criteria: StoppingCriteriaList, call: Request) -> None:
         super().__init__(criteria)
         self.call = call
-        self.pads = any(hasattr(one, "eos_token_id") for one in criteria)  # without an end, rows go on all the same
+        self.pads = any(hasattr(one, "eos_token_id") for one in criteria)  # otherwise finished rows are not padded
         self._done: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         done = super().__call__(*args, **kwargs)
         if self.pads:
-            self.call.finished = self._done  # what a row finished with is still to be read
+            self.call.finished = self._done  # a step later: the token that ends a row is still to be read
             self._done = done if self._done is None else self._done | done
         return done
 
 
 class _Current(threading.local):
     def __init__(self) -> None:
-        self.session: Lockstep | None = None
+        self.session: Session | None = None
         self.request = Request()
 
 
 _current = _Current()
 
 
-def session_of(state: MixtureState) -> Lockstep | None:
-    """The generation of this thread that decodes a model in lockstep."""
+def session_of(mixture: MixtureState) -> Session | None:
+    """The session of this thread that decodes a model."""
     session = _current.session
-    return session if session is not None and session.state is state else None
+    return session if session is not None and session.mixture is mixture else None
 
 
 @contextmanager
-def decoding(session: Lockstep) -> Generator[None]:
-    """Inside, in this thread, the session reads single tokens in the model's place."""
+def decoding(session: Session) -> Generator[None]:
+    """Inside, in this thread, the session computes single tokens in its model's place."""
     outer, _current.session = _current.session, session
     try:
         yield
@@ -108,8 +109,8 @@ def decoding(session: Lockstep) -> Generator[None]:
 
 
 @contextmanager
-def paused() -> Generator[None]:
-    """Inside, the model's forward is its own."""
+def no_session() -> Generator[None]:
+    """Inside, in this thread, the model's forward is its own."""
     outer, _current.session = _current.session, None
     try:
         yield
@@ -118,10 +119,10 @@ def paused() -> Generator[None]:
 
 
 @contextmanager
-def asked(wanted: Wanted, state: MixtureState) -> Generator[Request]:
-    """Inside, in this thread, a model's `generate` runs, and was asked for lockstep or not."""
+def new_request(choice: Choice, mixture: MixtureState) -> Generator[Request]:
+    """Inside, in this thread, a model's `generate` runs."""
     outer = _current.request
-    call = Request(wanted, running=True, models=(*outer.models, state), drafts=state in outer.models)
+    call = Request(choice, running=True, models=(*outer.models, mixture), drafts=mixture in outer.models)
     _current.request = call
     try:
         yield call
@@ -133,22 +134,3 @@ def asked(wanted: Wanted, state: MixtureState) -> Generator[Request]:
 def request() -> Request:
     """The innermost call of `generate` in this thread."""
     return _current.request
-
-
-def wanted_by(generation_config: Any, wanted: Wanted) -> Wanted:
-    """What the call asked for, else what the generation's configuration says.
-
-    Raises:
-        ConfigurationError: nothing that it may say.
-    """
-    return as_wanted(getattr(generation_config, "lockstep", None)) if wanted is None else wanted
-
-
-_told: set[str] = set()
-
-
-def tell(reason: str, asked_for: str = "lockstep=True") -> None:
-    """Say once why what was asked for did not happen."""
-    if reason not in _told:
-        _told.add(reason)
-        warnings.warn(f"{asked_for}, but the two passes run one after the other: {reason}.", stacklevel=3)

@@ -1,14 +1,15 @@
 """Keys and values of both passes in one store, by row and slot, for forwards that run both at once.
 
-A row of the scaling pass and its row of the mixture pass stand at different tokens, and slots that wrong drafts wrote
-are written again: so each forward says where its rows write, and masks say what they see. Slots are counted as the two
-passes' own caches count them, so that windows of attention are the same.
+A row of the scaling pass and its row of the mixture pass may be at different tokens, and the slot of a rejected draft
+is written again (that is the rollback). So each forward says where its rows write, and masks say what they may see.
+Slots are counted as the passes' own caches count them, so that windows of attention are the same.
 
-B: batch; rows 0 … B-1 are the scaling pass's, rows B … 2 B - 1 the mixture pass's.
+B: batch; rows 0 … B-1 are the scaling pass's, rows B … 2 B - 1 the mixture pass's. T: tokens of the prompt.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -31,8 +32,40 @@ def count_of(rows: Rows) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
+@dataclass
+class Plan:
+    """Which rows the next forward has, where they write how many tokens, and which slots they see.
+
+    Attributes:
+        rows: of the store, in the order of the forward's.
+        writes: each run of them, and the slot of its first token.
+        tokens: of each row.
+        first: the first slot that is written.
+        stop: the slot after the last one.
+        length: tokens that both passes have read and that stay.
+    """
+
+    rows: Rows = field(default_factory=lambda: slice(0, 0))
+    writes: tuple[Write, ...] = ()
+    tokens: int = 0
+    first: int = 0
+    stop: int = 0
+    length: int = 0
+
+    def start(self, layer: RowLayer, slot: int | None = None) -> int:
+        """The first slot that the token at `slot` may see; that any token of the forward may see, if that is None."""
+        slot = self.first if slot is None else slot
+        return layer.offset if layer.window is None else max(layer.offset, slot - layer.window + 1)
+
+
 class RowLayer(CacheLayerMixin):
-    """Keys and values of one block for all 2 B rows, the scaling pass's first; grown in chunks, written in place."""
+    """Keys and values of one block for all 2 B rows, grown in chunks and written in place.
+
+    Args:
+        base: the scaling pass's own layer.
+        mixed: the mixture pass's.
+        plan: the store's.
+    """
 
     is_compileable = False
 
@@ -42,18 +75,17 @@ class RowLayer(CacheLayerMixin):
         self.window: int | None = getattr(mixed, "sliding_window", None)
         self.is_sliding = self.window is not None
         self.sources = base, mixed
-        keys, values = (
-            cast("tuple[Tensor, Tensor]", pair) for pair in ((base.keys, mixed.keys), (base.values, mixed.values))
-        )
-        kept = keys[0].shape[-2]
+        (keys, values), (mixed_keys, mixed_values) = _tensors(base), _tensors(mixed)
+        kept = keys.shape[-2]
         self.offset = mixed.get_seq_length() - kept
-        self.own_keys, self.own_values = self._grown(torch.cat(keys)), self._grown(torch.cat(values))
+        self.own_keys = self._grown(torch.cat([keys, mixed_keys]))
+        self.own_values = self._grown(torch.cat([values, mixed_values]))
         self._share(kept)
         self.is_initialized = True
 
     @staticmethod
     def _grown(tensor: Tensor) -> Tensor:
-        """Room for a chunk more; the rest is zeros, which a mask may hide but not a NaN."""
+        """Room for a chunk more; the rest is zeros: a mask hides those, but it does not hide a NaN."""
         slots = tensor.shape[2]
         more = max(CHUNK, slots // 8)
         grown = tensor.new_zeros(*tensor.shape[:2], slots + more, tensor.shape[3])
@@ -66,7 +98,7 @@ class RowLayer(CacheLayerMixin):
         return (base, slice(0, batch)), (mixed, slice(batch, 2 * batch))
 
     def _share(self, slots: int) -> None:
-        """Let the passes' own caches hold views of this store, for as long as it stands in for them: no copies."""
+        """Let the passes' own caches hold views of this store while it stands in for them: nothing is held twice."""
         for layer, rows in self._halves():
             layer.keys, layer.values = self.own_keys[rows, :, :slots], self.own_values[rows, :, :slots]
 
@@ -115,48 +147,28 @@ class RowLayer(CacheLayerMixin):
             layer.values = self.own_values[rows, :, kept].clone()
 
 
-class Plan:
-    """Which rows the next forward has, where they write how many tokens, and which slots they look at.
-
-    Attributes:
-        rows: of the store, in the order of the forward's.
-        writes: each run of them, and the slot of its first token.
-        tokens: of each row.
-        first: the first slot that is written.
-        stop: the slot after the last one.
-        length: tokens that both passes have read for good.
-    """
-
-    rows: Rows
-    writes: tuple[Write, ...]
-    tokens: int
-    first: int
-    stop: int
-    length: int
-
-    def start(self, layer: RowLayer, slot: int | None = None) -> int:
-        """The first slot that the token at `slot` may see; that any token of the forward may see, if that is None."""
-        slot = self.first if slot is None else slot
-        return layer.offset if layer.window is None else max(layer.offset, slot - layer.window + 1)
-
-
 class RowCache(Cache):
-    """Both passes' keys and values."""
+    """Both passes' keys and values.
+
+    Args:
+        cache: both passes' own.
+        batch: B.
+        mask: (B, T), 0 at padding; None where there is none.
+    """
 
     def __init__(self, cache: TwoPassCache, batch: int, mask: Tensor | None) -> None:
         self.plan = Plan()
         self.batch = batch
-        self.mask = mask  # (B, T), 0 at padding; None where there is none
-        pairs = zip(
-            cast("list[DynamicLayer]", cache.base.layers), cast("list[DynamicLayer]", cache.layers), strict=True
-        )
-        super().__init__(layers=[RowLayer(one, other, self.plan) for one, other in pairs])
+        self.mask = mask
+        pairs = zip(_dynamic(cache.base), _dynamic(cache), strict=True)
+        self.row_layers = [RowLayer(base, mixed, self.plan) for base, mixed in pairs]
+        super().__init__(layers=[*self.row_layers])
 
     def write(self, length: int, tokens: int, *writes: Write) -> None:
         """Say what the next forward writes.
 
         Args:
-            length: tokens that both passes have read for good.
+            length: tokens that both passes have read and that stay.
             tokens: of each row.
             *writes: rows and the slot of their first token; the runs of several stand next to each other.
         """
@@ -173,30 +185,41 @@ class RowCache(Cache):
         Returns:
             (rows, 1, tokens, slots), or a mapping of attention kind to that where the model has several.
         """
-        layers, writes = cast("list[RowLayer]", self.layers), self.plan.writes
-        kinds = {"full_attention" if layer.window is None else "sliding_attention": layer for layer in layers}
-        if kinds.keys() == {"full_attention"} and self.mask is None and len(writes) == self.plan.tokens == 1:
+        plan = self.plan
+        kinds = {"full_attention" if one.window is None else "sliding_attention": one for one in self.row_layers}
+        if kinds.keys() == {"full_attention"} and self.mask is None and len(plan.writes) == plan.tokens == 1:
             return None
-        firsts = torch.cat([torch.full((count_of(rows),), slot, device=device) for rows, slot in writes])
-        texts = torch.arange(2 * self.batch, device=device)[self.plan.rows] % self.batch
-        slots = firsts[:, None, None] + torch.arange(self.plan.tokens, device=device)[:, None]
+        firsts = torch.cat([torch.full((count_of(rows),), slot, device=device) for rows, slot in plan.writes])
+        slots = firsts[:, None, None] + torch.arange(plan.tokens, device=device)[:, None]  # (rows, tokens, 1)
         found: dict[str, Tensor] = {}
         for kind, layer in kinds.items():
-            start, stop = self.plan.start(layer), self.plan.stop
-            places = torch.arange(start, stop, device=device)
-            hidden = places > slots
-            if layer.window is not None:
-                hidden = hidden | (places <= slots - layer.window)
-            if self.mask is not None:
-                padding = (
-                    torch.nn.functional.pad(self.mask, (0, stop - self.mask.shape[1]), value=1)[:, start:stop] == 0
-                )
-                hidden = hidden | padding[texts][:, None]
+            hidden = self._hidden(layer, slots)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
             found[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
         return found if len(found) > 1 else next(iter(found.values()))
 
+    def _hidden(self, layer: RowLayer, slots: Tensor) -> Tensor:
+        """(rows, tokens, slots): what the token in each of `slots` (rows, tokens, 1) may not see."""
+        start, stop = self.plan.start(layer), self.plan.stop
+        places = torch.arange(start, stop, device=slots.device)
+        hidden = places > slots
+        if layer.window is not None:
+            hidden = hidden | (places <= slots - layer.window)
+        if self.mask is not None:
+            texts = torch.arange(2 * self.batch, device=slots.device)[self.plan.rows] % self.batch
+            padded = torch.nn.functional.pad(self.mask, (0, stop - self.mask.shape[1]), value=1)[:, start:stop] == 0
+            hidden = hidden | padded[texts][:, None]
+        return hidden
+
     def hand_back(self, length: int) -> None:
         """Make both halves of the cache that this store was made of hold the first `length` tokens."""
-        for layer in cast("list[RowLayer]", self.layers):
+        for layer in self.row_layers:
             layer.hand_back(length)
+
+
+def _dynamic(cache: Cache) -> list[DynamicLayer]:
+    return cast("list[DynamicLayer]", cache.layers)  # `eligibility` has looked
+
+
+def _tensors(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+    return cast("tuple[Tensor, Tensor]", (layer.keys, layer.values))

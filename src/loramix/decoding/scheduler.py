@@ -1,184 +1,227 @@
-"""Which way of decoding is the cheapest: measured while it runs, from the seconds that tokens took.
+"""The strategy for each token: the one that is expected to be the cheapest.
 
-    apart     the two passes one after the other
-    together  both in one forward, the scaling pass one token ahead (lockstep)
-    ahead     the scaling pass k tokens ahead, one after the other, then one forward of the mixture pass over all
-    lookup    k tokens ahead that the text has said before, one forward for each pass
+A strategy's price for a token is the time of its rounds, measured as they run, over the tokens that a round is
+expected to yield at the drafts' estimated acceptance (`acceptance`). The estimate is there before a draft is paid for.
+A strategy that has not run yet has the price that its forwards would have on common hardware.
 
-With the share p of right drafts, `ahead` and `lookup` are expected to give (1 - p^(k+1)) / (1 - p) tokens a round.
+Estimates can be wrong, as at the beginning of another text. So a round may run only if the row-forwards that it would
+waste with all its drafts rejected are within an allowance: one for each row of the batch at first, a small share of
+those made so far, and more with each draft that was right.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
+from typing import Protocol, runtime_checkable
 
-Way = Literal["apart", "together", "ahead", "lookup"]
+from torch import Tensor, nn
 
-AHEAD = 7  # k: with the token before them, eight rows cost a matrix product little more than two (docs/benchmarks.md)
-SAMPLES = 4  # tokens, or drafts, before a way is judged
-FIRST_WAIT, LONGEST_WAIT = 32, 1024  # tokens between trials
-FRESH = 256  # tokens after which the two passes are measured again: what all else is compared with
+from loramix.decoding.acceptance import ENOUGH, Acceptance, Drafter, would_draft
+from loramix.decoding.state import DecodingState
+from loramix.decoding.strategies import DRAFTING, DraftingStrategy, Sequential, Strategy
+from loramix.decoding.strategies.base import Round
+
+WIDE = 1.25  # assumed time of a forward over several tokens or both passes, over that of one token's
+SAMPLES = 3  # rounds before their median is a price
+FRESH = 256  # rounds after which the two passes are measured again: every other price is compared with theirs
+ALLOWANCE = 0.02  # of the row-forwards made so far
+CREDIT = 14  # row-forwards of allowance for each right draft: a round of seven drafts, all rejected
+FIRST_WAIT, LONGEST_WAIT = 32, 1024  # rounds after which a strategy that was too slow is measured again
 
 
 def _seconds() -> deque[float]:
     return deque(maxlen=9)
 
 
-def _drafts() -> deque[bool]:
-    return deque(maxlen=24)
-
-
-def expected(share: float, count: int) -> float:
-    """Tokens that a round with `count` drafts gives: the one that is known, and each draft that all before led to."""
-    return sum(share**i for i in range(count + 1))
-
-
 @dataclass
-class Trials:
-    """When a way that did not pay is tried again: less and less often; it may pay on other text.
-
-    Args:
-        size: rounds of a trial.
+class RoundTimes:
+    """How long the rounds of one strategy take.
 
     Attributes:
-        wait: tokens until the next trial, doubled by each one that failed.
+        seconds: of the latest ones, without forwards that rejected drafts made necessary.
+        wait: rounds until they are forgotten if others are cheaper; doubled each time.
         waited: of them, those that have passed.
-        left: rounds that are left of a trial.
     """
 
-    size: int
+    seconds: deque[float] = field(default_factory=_seconds)
     wait: int = FIRST_WAIT
     waited: int = 0
-    left: int = 0
 
-    def go(self, pays: bool | None, forget: deque[bool] | None = None) -> bool:
-        """Whether to take the way now: it pays, or that is not known, or it is tried again.
+    @property
+    def typical(self) -> float | None:
+        """The median; None while there are too few."""
+        known = list(self.seconds)  # a copy: other threads measure too
+        return median(known) if len(known) >= SAMPLES else None
 
-        Args:
-            pays: as far as is known.
-            forget: what a trial shall find out anew.
-        """
-        if self.left:
-            self.left -= 1
-            if not self.left and pays is False:
-                self.wait, self.waited = min(2 * self.wait, LONGEST_WAIT), 0
-            return True
-        if pays is False:
-            self.waited += 1
-            if self.waited < self.wait:
-                return False
-            self.left = self.size - 1
-            if forget is not None:
-                forget.clear()
-        elif pays:
-            self.wait = FIRST_WAIT
-        return True
+    def pass_over(self) -> None:
+        """Another strategy was cheaper: what was measured in a bad moment is not kept for ever."""
+        self.waited += 1
+        if self.waited >= self.wait:
+            self.wait, self.waited = min(2 * self.wait, LONGEST_WAIT), 0
+            self.seconds.clear()
 
 
 @dataclass
-class Pace:
-    """Seconds each way, and how often drafts were right: what decides between the ways.
+class Measurements:
+    """What is known of one model at one batch size, on one device and in one dtype; its generations share it.
 
     Attributes:
-        apart: of the last tokens with the passes one after the other.
-        right: of the last ones in lockstep that a right draft had prepared.
-        wrong: of the last ones in lockstep that cost a forward more.
-        ahead: of the last rounds with `AHEAD` drafts of the scaling pass.
-        lookup: of the last rounds with `AHEAD` drafts from the text.
-        drafts: whether the last drafts of the scaling pass were right.
-        found: whether the last drafts from the text were.
+        times: of each strategy's rounds.
+        acceptance: the estimate at the end of the last generation, for each drafter.
         age: rounds since the two passes were measured.
     """
 
-    apart: deque[float] = field(default_factory=_seconds)
-    right: deque[float] = field(default_factory=_seconds)
-    wrong: deque[float] = field(default_factory=_seconds)
-    ahead: deque[float] = field(default_factory=_seconds)
-    lookup: deque[float] = field(default_factory=_seconds)
-    drafts: deque[bool] = field(default_factory=_drafts)
-    found: deque[bool] = field(default_factory=_drafts)
+    times: dict[Strategy, RoundTimes] = field(default_factory=dict[Strategy, RoundTimes])
+    acceptance: dict[Drafter, float] = field(default_factory=dict[Drafter, float])
     age: int = 0
-    together_again: Trials = field(default_factory=lambda: Trials(6))
-    ahead_again: Trials = field(default_factory=lambda: Trials(2))
-    lookup_again: Trials = field(default_factory=lambda: Trials(3))
 
-    def choose(self, *, drafts: int, repeats: bool) -> Way:
-        """The way to read the next token.
+    def of(self, strategy: Strategy) -> RoundTimes:
+        """A strategy's times."""
+        return self.times.setdefault(strategy, RoundTimes())
 
-        The first tokens measure the ways. One that does not pay is tried again, but less and less often, so that
-        trying costs little in the end.
+    @property
+    def token(self) -> float | None:
+        """Seconds of a token with the two passes in turn; None while they are to be measured."""
+        return self.of(Sequential()).typical
 
-        Args:
-            drafts: how many tokens may be read ahead.
-            repeats: whether the text has said before what it says now.
-        """
-        way = self._cheapest(drafts, repeats)
-        self.age = 0 if way == "apart" else self.age + 1
-        return way
+    def price(self, strategy: DraftingStrategy, acceptance: float, token: float) -> float:
+        """Expected seconds of a token."""
+        return self._price(strategy, acceptance, token, self.of(strategy).typical)
 
-    def _cheapest(self, drafts: int, repeats: bool) -> Way:
-        if self.age >= FRESH:
-            self.apart.clear()
-        if len(self.apart) < SAMPLES:
-            return "apart"
-        lookup, ahead = self._lookup(), self._ahead()
-        if repeats and _is_measured(lookup, drafts) and self.lookup_again.go(self._pays(lookup), self.found):
-            return "lookup"
-        if self._promises() and _is_measured(ahead, drafts) and self.ahead_again.go(self._pays(ahead)):
-            return "ahead"
-        return "together" if self.together_again.go(self.pays(), self.drafts) else "apart"
+    def assumed_price(self, strategy: DraftingStrategy, acceptance: float, token: float) -> float:
+        """The same as if no round had been measured."""
+        return self._price(strategy, acceptance, token, None)
 
-    def pays(self) -> bool | None:
-        """Whether lockstep is cheaper than the two passes; None while too little is known."""
-        together = self._together()
-        return None if together is None else together < median(_now(self.apart))
-
-    def _pays(self, seconds: float | None) -> bool | None:
-        """Whether a token at this price is cheaper than it is without windows."""
-        others = (median(_now(self.apart)), self._together())
-        return None if seconds is None else seconds < min(other for other in others if other is not None)
-
-    def _together(self) -> float | None:
-        apart, right, wrong = _now(self.apart), _now(self.right), _now(self.wrong)
-        share = _share(self.drafts)
-        if share is None or len(apart) < SAMPLES or len(right) + len(wrong) < SAMPLES:
-            return None
-        prepared = median(right or wrong)
-        not_prepared = median(wrong) if wrong else prepared + median(apart) / 2
-        return share * prepared + (1 - share) * not_prepared
-
-    def _ahead(self) -> float | None:
-        return _of_rounds(self.ahead, self.drafts, least=2)
-
-    def _lookup(self) -> float | None:
-        return _of_rounds(self.lookup, self.found, least=3)
-
-    def _promises(self) -> bool:
-        """Whether drafts are right so often that windows could pay: their scaling passes alone cost k + 1 halves."""
-        share = _share(self.drafts)
-        return share is not None and expected(share, AHEAD) > (AHEAD + 1) / 2
+    @staticmethod
+    def _price(strategy: DraftingStrategy, acceptance: float, token: float, measured: float | None) -> float:
+        single, wide = strategy.forwards
+        seconds = token / 2 * (single + WIDE * wide) if measured is None else measured
+        return (seconds + token / 2 * strategy.recoveries(acceptance)) / strategy.tokens(acceptance)
 
 
-def _is_measured(seconds: float | None, drafts: int) -> bool:
-    """Whether a round with these drafts has a price, or gets one: only full ones are measured."""
-    return drafts == AHEAD or (drafts > 0 and seconds is not None)
+@runtime_checkable
+class Selector(Protocol):
+    """What names the strategy for each round, and is told what happens."""
+
+    def observe(self, ids: Tensor) -> None:
+        """The tokens (B, 1) that were chosen, before anything is computed for them."""
+
+    def select(self) -> Strategy:
+        """The strategy of the round that begins now."""
+        ...
+
+    def ran(self, strategy: Strategy, round: Round) -> None:
+        """It has run."""
+
+    def end(self) -> None:
+        """The generation ends."""
 
 
-def _now(values: Iterable[float]) -> list[float]:
-    """A copy: threads share what was measured."""
-    return list(values)
+class Preference:
+    """The first strategy of a list that is ready.
+
+    Args:
+        state: the generation's.
+        strategies: the last is always ready.
+    """
+
+    def __init__(self, state: DecodingState, strategies: Sequence[Strategy]) -> None:
+        self.state, self.strategies = state, strategies
+
+    def observe(self, ids: Tensor) -> None: ...
+
+    def select(self) -> Strategy:
+        return next(strategy for strategy in self.strategies if strategy.is_ready(self.state))
+
+    def ran(self, strategy: Strategy, round: Round) -> None: ...
+
+    def end(self) -> None: ...
 
 
-def _share(drafts: deque[bool]) -> float | None:
-    known = list(drafts)
-    return sum(known) / len(known) if len(known) >= SAMPLES else None
+class Scheduler:
+    """The cheapest strategy.
 
+    Args:
+        state: the generation's.
+        known: what is known of the model.
+        head: the language model's; None where it is more than one product.
+    """
 
-def _of_rounds(rounds: deque[float], drafts: deque[bool], least: int) -> float | None:
-    """Seconds for a token, of rounds that read `AHEAD` drafts; None while too few rounds are known."""
-    seconds, share = _now(rounds), _share(drafts)
-    return None if len(seconds) < least or share is None else median(seconds) / expected(share, AHEAD)
+    def __init__(self, state: DecodingState, known: Measurements, head: nn.Linear | None) -> None:
+        self.state, self.known, self.head = state, known, head
+        self._began = 0.0
+        self._running: tuple[Strategy, int] | None = None  # the round under way, if it is typical, and its recoveries
+        state.acceptance = {drafter: Acceptance(known.acceptance.get(drafter)) for drafter in state.acceptance}
+        if head is None:  # only trials tell
+            state.acceptance["scaling pass"].prior = 1.0
+
+    def observe(self, ids: Tensor) -> None:
+        """Compare drafts that nothing was computed for with the tokens that were chosen."""
+        state, acceptance = self.state, self.state.acceptance
+        unscored, window = state.unscored, state.window
+        if unscored is not None and self.head is not None and self.head.weight.device == unscored.hidden.device:
+            right = would_draft(self.head, unscored.hidden, unscored.logits, ids[:, 0]) | state.finished
+            acceptance["scaling pass"].add(bool(right.all()))
+        if state.text is not None and (window is None or window.drafter != "text"):
+            drafts = state.text.drafts(1)
+            if drafts:
+                acceptance["text"].add(drafts == ids[0].tolist())
+
+    def select(self) -> Strategy:
+        self._note_time()
+        strategy = self._cheapest()
+        self.known.age = 0 if isinstance(strategy, Sequential) else self.known.age + 1
+        return strategy
+
+    def ran(self, strategy: Strategy, round: Round) -> None:
+        self._running = (strategy, round.recoveries) if round.is_typical else None
+
+    def end(self) -> None:
+        for drafter, found in self.state.acceptance.items():
+            if found.rate is not None and len(found.recent) >= ENOUGH:
+                self.known.acceptance[drafter] = found.rate
+
+    def _note_time(self) -> None:
+        """The time of the last round, from its beginning to this one's."""
+        now = time.perf_counter()
+        if self._running is not None:
+            strategy, recoveries = self._running
+            token = self.known.token
+            if recoveries == 0 or token is not None:
+                seconds = now - self._began - recoveries * (token or 0.0) / 2
+                self.known.of(strategy).seconds.append(seconds)
+        self._began, self._running = now, None
+
+    def _cheapest(self) -> Strategy:
+        known = self.known
+        if known.age >= FRESH:
+            known.of(Sequential()).seconds.clear()
+        token = known.token
+        if token is None:
+            return Sequential()
+        rates = {strategy: self.state.acceptance[strategy.drafter].rate for strategy in DRAFTING}
+        offers = {
+            strategy: rate
+            for strategy, rate in rates.items()
+            if rate is not None and strategy.is_ready(self.state) and self._is_affordable(strategy)
+        }
+        prices: dict[Strategy, float] = {one: known.price(one, rate, token) for one, rate in offers.items()}
+        cheapest = min(prices, key=prices.__getitem__, default=Sequential())
+        lowest = prices.get(cheapest, token)
+        if lowest >= token:
+            cheapest, lowest = Sequential(), token
+        for strategy, rate in offers.items():
+            if strategy != cheapest and known.assumed_price(strategy, rate, token) < lowest:
+                known.of(strategy).pass_over()
+        return cheapest
+
+    def _is_affordable(self, strategy: DraftingStrategy) -> bool:
+        """Whether a round is within the allowance even if all its drafts are rejected."""
+        state, report = self.state, self.state.report
+        allowance = max(state.batch, int(ALLOWANCE * report.row_forwards))
+        right = report.accepted_drafts + state.acceptance["text"].right
+        return state.excess + strategy.row_forwards_at_risk * state.batch <= allowance + CREDIT * right

@@ -2,7 +2,7 @@
 
 data/base/            the base model (bfloat16) and its tokenizer
 data/mixture/         the mixture: its router, and in <domain>/ the experts in PEFT's LoRA format
-data/train.log        how they were made, by `python -m loramix.demo.train`
+data/train.log        the log of their training, by `python -m tools.train_demo` in the source tree
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from loramix.demo.corpus import DOMAINS
 from loramix.demo.text import heldout_passages, switching_passages
-from loramix.evaluation.scores import BASE, MIXTURE, ORACLE, Passage, Score, measure, rows, total
+from loramix.evaluation.passages import Passage
+from loramix.evaluation.scores import BASE, MIXTURE, ORACLE, Score, measure, rows, total
 from loramix.model.build import XLoraModel
 
 XLORA = MIXTURE

@@ -20,14 +20,16 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Trainer
 
+from loramix.analysis.record.record import RoutingRecord
+from loramix.analysis.record.recorder import record_routing
 from loramix.analysis.show.terminal import legend
 from loramix.demo import bundle, corpus
 from loramix.demo.compare import Comparison, compare, heldout_columns
 from loramix.demo.picture import can_draw, draw
-from loramix.demo.routed import RoutedText, route, write
 from loramix.demo.router import router_arguments, router_config, router_windows
-from loramix.demo.show import comparison_table, explanation, routed_panel, verdict
+from loramix.demo.show import comparison_table, explanation, verdict, written_panel
 from loramix.demo.text import causal_batch, encode, start_token
+from loramix.demo.written import WrittenText, write
 from loramix.errors import LoramixError, SaveError
 from loramix.formats import check_replaceable
 from loramix.model.build import PeftModel, XLoraModel, get_peft_model
@@ -70,7 +72,8 @@ class DemoResult:
         comparison: bits per byte of every row and column.
         reload_is_exact: whether the mixture that was saved and loaded gives the same logits, bit for bit.
         written: for each domain, what the mixture wrote after a prompt.
-        switching: a held-out text that switches domain, with its routing.
+        switching: the routing of a held-out text that switches domain.
+        domains: the domain that each of its tokens comes from.
         mixture: the folder of the trained mixture.
         picture: the picture's file; None without matplotlib.
         seconds: by stage.
@@ -78,8 +81,9 @@ class DemoResult:
 
     comparison: Comparison
     reload_is_exact: bool
-    written: list[RoutedText]
-    switching: RoutedText
+    written: list[WrittenText]
+    switching: RoutingRecord
+    domains: list[str]
     mixture: Path
     picture: Path | None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -91,8 +95,22 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
-        paths = {"mixture": str(self.mixture), "picture": None if self.picture is None else str(self.picture)}
-        return {"succeeded": self.succeeded, **asdict(self), **paths}
+        record = self.switching
+        return {
+            "succeeded": self.succeeded,
+            "comparison": asdict(self.comparison),
+            "reload_is_exact": self.reload_is_exact,
+            "written": [text.to_dict() for text in self.written],
+            "switching": {
+                "experts": record.experts,
+                "domains": self.domains,
+                "tokens": record.pieces(),
+                "weights": record.weights.tolist(),
+            },
+            "mixture": str(self.mixture),
+            "picture": None if self.picture is None else str(self.picture),
+            "seconds": self.seconds,
+        }
 
 
 def run_demo(
@@ -128,9 +146,10 @@ def run_demo(
     ):
         written = generate(model, tokenizer, settings, console)
     with clock.stage(console, "6. Draw", "the routing of a held-out text that switches domain"):
-        switching, picture = draw_switching(model, tokenizer, Path(out), console)
+        switching, domains = route_switching(model, tokenizer)
+        picture = draw_switching(switching, domains, Path(out), console)
     console.print(f"\nDone in {sum(clock.seconds.values()):.0f} s.", style="bold")
-    return DemoResult(comparison, exact, written, switching, folder, picture, clock.seconds)
+    return DemoResult(comparison, exact, written, switching, domains, folder, picture, clock.seconds)
 
 
 def build(settings: DemoSettings, console: Console) -> XLoraModel:
@@ -184,32 +203,36 @@ def save_and_load(
 
 def generate(
     model: XLoraModel, tokenizer: PreTrainedTokenizerFast, settings: DemoSettings, console: Console
-) -> list[RoutedText]:
+) -> list[WrittenText]:
     """What the mixture writes after the prompt of each domain."""
     console.print(legend(model.expert_names, console))
-    written: list[RoutedText] = []
+    written: list[WrittenText] = []
     for domain, prompt in PROMPTS.items():
         text = write(model, tokenizer, prompt, title=domain, tokens=settings.tokens, seed=settings.seed)
-        console.print(routed_panel(text, console))
+        console.print(written_panel(text, console))
         written.append(text)
     return written
 
 
-def draw_switching(
-    model: XLoraModel, tokenizer: PreTrainedTokenizerFast, out: Path, console: Console
-) -> tuple[RoutedText, Path | None]:
-    """A short held-out text of all domains with its routing, and the picture's file, None without matplotlib."""
+@torch.no_grad()
+def route_switching(model: XLoraModel, tokenizer: PreTrainedTokenizerFast) -> tuple[RoutingRecord, list[str]]:
+    """The routing of a short held-out text of all domains, and the domain of each of its tokens."""
     pieces = corpus.switching_pieces(1, held_out=True, piece=60, domains=len(corpus.DOMAINS))[0]
     tokens = [(token, domain) for domain, text in pieces for token in encode(tokenizer, text)[:_TOKENS_A_PIECE]]
-    ids, domains = [token for token, _ in tokens], [domain for _, domain in tokens]
-    title = "How much each expert adds to each token of a held-out text that switches domain"
-    routed = route(model, tokenizer, [start_token(tokenizer), *ids], title=title, domains=domains)
+    ids = [start_token(tokenizer), *(token for token, _ in tokens)]
+    with record_routing(model, tokenizer) as record:
+        model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    return record.select(tokens=slice(1, None)), [domain for _, domain in tokens]
+
+
+def draw_switching(record: RoutingRecord, domains: list[str], out: Path, console: Console) -> Path | None:
+    """The file of the picture; None without matplotlib."""
     if not can_draw():
         console.print("no picture: it needs matplotlib, pip install 'loramix\\[plot]'", style="yellow")
-        return routed, None
-    draw(routed, out / "routing.png")
+        return None
+    draw(record, domains, out / "routing.png")
     console.print(f"{out / 'routing.png'}")
-    return routed, out / "routing.png"
+    return out / "routing.png"
 
 
 def _usable(out: Path) -> Path:

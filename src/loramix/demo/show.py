@@ -1,38 +1,26 @@
-"""How the demo looks in a terminal: the table and the coloured text.
-
-Where there is no colour (a pipe, NO_COLOR), text says by marks what colour says elsewhere.
-"""
+"""What the demo prints: the comparison, its verdict, and the text that the mixture wrote."""
 
 from __future__ import annotations
 
-import itertools
-
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loramix.analysis.show.colours import expert_colours
-from loramix.analysis.show.terminal import has_colour
-from loramix.demo.compare import COLUMNS, MIXED, SWITCHING, XLORA, Comparison
-from loramix.demo.routed import RoutedText
+from loramix.analysis.colours import expert_colours
+from loramix.analysis.metrics import confidence_of
+from loramix.analysis.show.terminal import coloured_tokens, led_by, visible
+from loramix.demo.compare import MIXED, SWITCHING, XLORA, Comparison
+from loramix.demo.written import WrittenText
 from loramix.evaluation.scores import BASE, ORACLE, UNIFORM
+from loramix.evaluation.table import scores_table
 
 
 def comparison_table(result: Comparison) -> Table:
     """Rows are models, columns are texts; the best figure of a column (the oracle aside) is bold and starred."""
-    table = Table(title="Bits per byte of held-out text: lower is better, * is best", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    rows = {row: figures for row, figures in result.bits_per_byte.items() if row != ORACLE}
-    best = {column: min(figures[column] for figures in rows.values()) for column in COLUMNS}
-    for row, figures in result.bits_per_byte.items():
-        if row in (UNIFORM, ORACLE):
-            table.add_section()
-        cells = [_figure(figures[column], row != ORACLE and figures[column] == best[column]) for column in COLUMNS]
-        table.add_row(Text(_row_title(row), style="bold" if row == XLORA else ""), *cells)
-    return table
+    names = {expert: _row_title(expert) for expert in result.bits_per_byte}
+    return scores_table("Bits per byte of held-out text", result.bits_per_byte, names)
 
 
 def verdict(result: Comparison) -> Text:
@@ -58,25 +46,15 @@ def explanation(result: Comparison) -> Text:
     )
 
 
-def routed_panel(routed: RoutedText, console: Console) -> Panel:
-    """The prompt, dim, then what the mixture wrote, each token in the colour of its leading expert."""
-    text = Text("".join(routed.tokens[: routed.prompt]), style="dim")
-    written = list(zip(routed.tokens, routed.leaders, strict=True))[routed.prompt :]
-    paint = expert_colours(routed.experts)
-    if has_colour(console):
-        for token, leader in written:
-            text.append(token, style=f"not dim {paint[leader]}")
-    else:
-        for leader, run in itertools.groupby(written, key=lambda pair: pair[1]):
-            text.append(f"⟨{leader}⟩" + "".join(token for token, _ in run))
-    shares = sorted(routed.shares.items(), key=lambda item: -item[1])
-    subtitle = ", ".join(f"{name} {share:.0%}" for name, share in shares if share)
-    return Panel(text, title=routed.title, subtitle=f"led by {subtitle}", title_align="left", subtitle_align="right")
+def written_panel(written: WrittenText, console: Console) -> Panel:
+    """The prompt, dim, then the tokens that the mixture wrote, each in the colour of its leading expert."""
+    text = Text().append(visible(written.prompt), style="dim")
+    rows = [(token.text, token.leader, float(confidence_of(torch.tensor(token.weights)))) for token in written.tokens]
+    text.append_text(coloured_tokens(rows, expert_colours(written.experts), console))
+    order = [*written.experts, None]
+    subtitle = led_by(sorted((token.leader for token in written.tokens), key=order.index))
+    return Panel(text, title=written.title, subtitle=subtitle, title_align="left", subtitle_align="right")
 
 
 def _row_title(row: str) -> str:
     return row if row in (BASE, UNIFORM, XLORA, ORACLE) else f"{row} expert"
-
-
-def _figure(value: float, best: bool) -> Text:
-    return Text(f"{value:.3f}{'*' if best else ' '}", style="bold" if best else "")

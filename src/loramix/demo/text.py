@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from loramix.demo import corpus
-from loramix.evaluation.scores import Passage, pad
+from loramix.evaluation import passages as evaluation
+from loramix.evaluation.passages import Passage, pad
 
 WINDOW = 256
 """Tokens of a window, the start token included."""
@@ -32,11 +34,10 @@ def windows(
         per_text: at most so many windows from the beginning of a text (default: all).
         least: a shorter rest at the end of a text is left out.
     """
-    found: list[list[int]] = []
+    start, found = [start_token(tokenizer)], list[list[int]]()
     for text in texts:
-        ids = encode(tokenizer, text)
-        pieces = [ids[i : i + WINDOW - 1] for i in range(0, len(ids), WINDOW - 1)][:per_text]
-        found += [[start_token(tokenizer), *piece] for piece in pieces if len(piece) >= least]
+        pieces = itertools.islice(evaluation.windows(encode(tokenizer, text), WINDOW, start=start), per_text)
+        found += [ids for _, ids in pieces if len(ids) > least]
         if count is not None and len(found) >= count:
             return found[:count]
     return found
@@ -44,9 +45,10 @@ def windows(
 
 def heldout_passages(tokenizer: PreTrainedTokenizerFast, domain: str, count: int) -> list[Passage]:
     """`count` held-out windows of a domain, at most three of a document."""
-    texts = (text for _, text in corpus.heldout_documents(domain))
-    found = windows(tokenizer, texts, count=count, per_text=3)
-    return [passage(tokenizer, ids, [domain] * (len(ids) - 1)) for ids in found]
+    texts = ([(text, domain)] for _, text in corpus.heldout_documents(domain))
+    cut = (itertools.islice(evaluation.cut_passages(tokenizer, one, window=WINDOW), 3) for one in texts)
+    found = (passage for of_text in cut for passage in of_text if len(passage.groups) >= 64)
+    return list(itertools.islice(found, count))
 
 
 def switching_passages(
@@ -64,9 +66,13 @@ def switching_passages(
     room = (WINDOW - 1) // domains
     found: list[Passage] = []
     for pieces in corpus.switching_pieces(count, held_out=held_out, seed=seed, domains=domains):
-        tokens = [(token, domain) for domain, text in pieces for token in encode(tokenizer, text)[:room]]
-        ids, owners = (list(column) for column in zip(*tokens, strict=True))
-        found.append(passage(tokenizer, [start_token(tokenizer), *ids], owners))
+        window = Passage([start_token(tokenizer)], [], [])
+        for domain, text in pieces:
+            ids, sizes = evaluation.encode_with_sizes(tokenizer, text)
+            window.ids.extend(ids[:room])
+            window.groups.extend([domain] * len(ids[:room]))
+            window.bytes.extend(sizes[:room])
+        found.append(window)
     return found
 
 
@@ -80,14 +86,6 @@ def start_token(tokenizer: PreTrainedTokenizerFast) -> int:
     token = tokenizer.bos_token_id
     assert isinstance(token, int)
     return token
-
-
-def passage(tokenizer: PreTrainedTokenizerFast, ids: list[int], domains: list[str]) -> Passage:
-    """A window as what an evaluation takes: the domain, and the bytes of text, of each token after the first."""
-    special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(ids[1:])  # byte-level: a character stands for a byte
-    sizes = [0 if number in special else len(token) for number, token in zip(ids[1:], tokens, strict=True)]
-    return Passage(ids, domains, sizes)
 
 
 class Windows(Dataset[dict[str, list[int]]]):

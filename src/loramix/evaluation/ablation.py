@@ -1,6 +1,6 @@
-"""What an expert is worth: by how much the loss rises when the router may not choose it.
+"""Leave-one-out: by how much the loss rises when the router cannot choose an expert.
 
-B: batch. S: tokens of a text. V: vocabulary.
+N: predicted tokens. E: experts.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from loramix.analysis.record.pick import own, pick
 from loramix.config.checks import require_integer
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import DataError, RoutingError
+from loramix.evaluation.losses import text_nats
 from loramix.experts.base_model import positions_of
+from loramix.experts.selection import as_python, select
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import RoutingHook
-from loramix.passes.two_pass import attach, evaluating, require_routing
+from loramix.passes.state import attach, require_routing
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class LeaveOneOut:
 
     Attributes:
         loss: the mixture's.
-        without: by the expert that the router could not choose.
-        tokens: how many were predicted.
-        errors: the standard error of each difference, as if tokens were independent; empty where it is not known.
+        without: the loss by the expert that the router could not choose.
+        tokens: the number of predicted tokens, N.
+        errors: the standard error of each difference, as if tokens were independent; empty where it was not measured.
     """
 
     loss: float
@@ -62,15 +63,15 @@ def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveO
 
     Args:
         model: the mixture, a causal language model. With one expert there is nothing to leave out.
-        texts: token ids of each, as a list or a tensor; the first token of a text is given, not predicted.
+        texts: the token ids of each, as a list or a tensor; the first token of a text is given, not predicted.
         batch: texts in one forward.
 
     Raises:
         DataError: what are no token ids, no token to predict, a text beyond the base model's positions, or a loss that
-            is no number.
-        ConfigurationError: `batch` is no number from 1.
+            is not finite.
+        ConfigurationError: `batch` is no whole number from 1.
         UnsupportedOperationError: a model without a router.
-        RoutingError: a mixture that makes no scalings, or one of whose experts none can be left out.
+        RoutingError: a mixture that makes no scalings, or whose gating gives every expert a weight.
     """
     require_routing(model)
     require_integer("batch", batch, at_least=1, remedy="Pass for example batch=8.")
@@ -106,7 +107,7 @@ def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveO
 
 
 def _ids(text: Any, vocabulary: int) -> list[int]:
-    found = own(text)
+    found = as_python(text)
     ids = list(cast("Sequence[Any]", found)) if isinstance(found, list | tuple) else None
     whole = ids is not None and all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
     if ids is None or not whole or not all(0 <= one < vocabulary for one in ids):
@@ -119,43 +120,24 @@ def _ids(text: Any, vocabulary: int) -> list[int]:
 
 
 def _nats(model: XLoraModel, texts: Sequence[list[int]], without: str | None, batch: int) -> Float[Tensor, " N"]:
-    """Of each token that is predicted."""
-    device = next(model.parameters()).device
-    nats: list[Tensor] = []
-    with evaluating(model), nullcontext() if without is None else without_expert(model, without, recorded=False):
-        for i in range(0, len(texts), batch):
-            ids, real = (tensor.to(device) for tensor in pad(texts[i : i + batch]))
-            found = token_nats(model(input_ids=ids, attention_mask=real, use_cache=False).logits, ids)
-            nats.append(found[real[:, 1:] == 1].double().cpu())
-    return torch.cat(nats)
-
-
-def token_nats(logits: Float[Tensor, "B S V"], ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S-1"]:
-    """Nats of information of each token after the first: -ln of the probability that the model gave it."""
-    return nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-
-
-def pad(texts: Sequence[list[int]], padding: int = 0) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
-    """Token lists as one tensor, padded on the right, and 1 where a token is real."""
-    longest = max(map(len, texts))
-    ids = torch.tensor([text + [padding] * (longest - len(text)) for text in texts])
-    real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-    return ids, real
+    """−ln p of each predicted token."""
+    with nullcontext() if without is None else without_expert(model, without, recorded=False):
+        return torch.cat(text_nats(model, texts, batch)).double()
 
 
 @contextmanager
 def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> Generator[None]:
-    """Inside, the router cannot choose one of the experts; the others share its weight as the softmax has it.
+    """Inside, the router cannot choose an expert; the softmax divides its weight among the others.
 
     Args:
         model: the mixture.
-        expert: its name.
-        recorded: whether records under way take in what is routed so.
+        expert: the name of the expert.
+        recorded: whether routing records include these forwards.
 
     Raises:
         RoutingError: no such expert, or a softmax of a softmax, which gives each expert a weight whatever its logit.
     """
-    place = pick("expert", model.expert_names, expert)[0]
+    place = select("expert", model.expert_names, expert)[0]
     config = cast(XLoraConfig, model.peft_config["default"])
     if not can_leave_out(model):
         raise RoutingError(
@@ -163,7 +145,7 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
             received="enable_softmax and enable_softmax_topk without a top_k_lora below the number of experts",
             remedy="set one of the two softmaxes to False, as is better anyway, or top_k_lora",
         )
-    detach = attach(model, _Without(config, place, not recorded))
+    detach = attach(model, _ExpertLeftOut(config, place, not recorded))
     try:
         yield
     finally:
@@ -171,13 +153,13 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
 
 
 def can_leave_out(model: XLoraModel) -> bool:
-    """Whether the router can be kept from an expert: not where a softmax of a softmax gives each of them a weight."""
+    """Whether an expert can be left out: not where a softmax of a softmax gives every expert a weight."""
     config = cast(XLoraConfig, model.peft_config["default"])
     kept = config.top_k_lora is not None and config.top_k_lora < len(model.expert_names)
     return kept or not (config.enable_softmax and config.enable_softmax_topk)
 
 
-class _Without(RoutingHook):
+class _ExpertLeftOut(RoutingHook):
     def __init__(self, config: XLoraConfig, expert: int, unrecorded: bool) -> None:
         self.config = config
         self.expert = expert

@@ -1,7 +1,4 @@
-"""What a mixture is worth: the loss of the base model, each expert, both mixtures and the oracle on any text.
-
-B: batch. S: tokens of a passage, the first of which is given, not predicted. V: vocabulary.
-"""
+"""The loss of the base model, each expert, both mixtures and the oracle on any text."""
 
 from __future__ import annotations
 
@@ -12,12 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from loramix.errors import DataError
-from loramix.evaluation.ablation import pad, token_nats, without_expert
+from loramix.evaluation.ablation import LeaveOneOut, without_expert
+from loramix.evaluation.losses import text_nats
+from loramix.evaluation.passages import Passage
 from loramix.model.build import XLoraModel
 
 BASE, UNIFORM, MIXTURE, ORACLE = "base model", "uniform mixture", "X-LoRA", "oracle"
@@ -26,7 +24,7 @@ WITHOUT = "without "
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts some text: `nats` of information for `tokens` tokens, `bytes` bytes of UTF-8."""
+    """How well a model predicts some text: Σ −ln p in `nats`, over `tokens` tokens of `bytes` bytes of UTF-8."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -34,7 +32,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats for a token; lower is better."""
+        """Nats per token; lower is better."""
         return self.nats / self.tokens
 
     @property
@@ -44,26 +42,11 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits for a byte of text: comparable between tokenizers; lower is better."""
+        """Bits per byte of text, which do not depend on the tokenizer; lower is better."""
         return self.nats / math.log(2) / self.bytes
 
     def __add__(self, other: Score) -> Score:
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A piece of text as tokens.
-
-    Attributes:
-        ids: S tokens.
-        groups: for each token but the first, the group of text that it belongs to.
-        bytes: for each token but the first, how many bytes of text it adds.
-    """
-
-    ids: list[int]
-    groups: list[str]
-    bytes: list[int]
 
 
 def total(scores: Iterable[Score]) -> Score:
@@ -71,7 +54,6 @@ def total(scores: Iterable[Score]) -> Score:
     return sum(scores, Score())
 
 
-@torch.no_grad()
 def measure(
     model: nn.Module, passages: Sequence[Passage], batch: int = 8, *, done: Callable[[int], object] = id
 ) -> dict[str, Score]:
@@ -79,25 +61,15 @@ def measure(
 
     Args:
         model: a causal language model, mixture or not.
-        passages: what to predict; padding on the right does not change what a causal model makes of them.
+        passages: what to predict.
         batch: passages in one forward.
         done: called after each forward, with the number of its passages.
     """
-    device = next(model.parameters()).device
     scores: defaultdict[str, Score] = defaultdict(Score)
-    was_training = model.training
-    model.eval()
-    try:
-        for i in range(0, len(passages), batch):
-            chosen = passages[i : i + batch]
-            ids, real = (tensor.to(device) for tensor in pad([passage.ids for passage in chosen]))
-            nats = token_nats(model(input_ids=ids, attention_mask=real, use_cache=False).logits, ids)
-            for row, passage in zip(nats.tolist(), chosen, strict=True):
-                for group, size, value in zip(passage.groups, passage.bytes, row, strict=False):
-                    scores[group] += Score(value, 1, size)
-            done(len(chosen))
-    finally:
-        model.train(was_training)
+    nats = text_nats(model, [passage.ids for passage in passages], batch, done=done)
+    for row, passage in zip(nats, passages, strict=True):
+        for group, size, value in zip(passage.groups, passage.bytes, row.tolist(), strict=True):
+            scores[group] += Score(value, 1, size)
     return dict(scores)
 
 
@@ -129,10 +101,11 @@ class Evaluation:
         return self.scores[name]
 
     def leave_one_out(self) -> dict[str, float]:
-        """For each expert, by how many nats a token the mixture's loss rises without it; negative where it hurts."""
-        whole = total(self.scores[MIXTURE].values()).loss
+        """By how many nats a token the mixture's loss rises without each expert; negative where the expert hurts."""
+        whole = total(self.scores[MIXTURE].values())
         rows = {expert: self.scores.get(WITHOUT + expert) for expert in self.experts}
-        return {expert: total(row.values()).loss - whole for expert, row in rows.items() if row is not None}
+        without = {expert: total(row.values()).loss for expert, row in rows.items() if row is not None}
+        return LeaveOneOut(whole.loss, without, whole.tokens).differences
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON's types, with the totals over all groups as `all`."""
@@ -206,54 +179,6 @@ def rows(model: XLoraModel, *, leave_one_out: bool) -> Iterator[tuple[str, Abstr
     if leave_one_out and len(experts) > 1:
         for expert in experts:
             yield WITHOUT + expert, without_expert(model, expert)
-
-
-def cut(
-    tokenizer: Any, texts: Iterable[tuple[str, str]], *, window: int, least: int = 2, limit: int | None = None
-) -> list[Passage]:
-    """Texts cut into passages of at most `window` tokens, each with the start token in front where there is one.
-
-    Args:
-        tokenizer: a fast transformers tokenizer.
-        texts: text and its group.
-        window: tokens of a passage, the start token included.
-        least: a shorter rest is left out.
-        limit: at most so many passages of each group.
-
-    Raises:
-        DataError: a tokenizer that does not know where its tokens lie in the text.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            "Bits per byte need a tokenizer that tells which bytes a token stands for.",
-            received=f"a {type(tokenizer).__name__}, which is not a fast one",
-            remedy="Save a tokenizer.json with AutoTokenizer.from_pretrained(…).save_pretrained(…), and use that.",
-        )
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    size = window - len(start)
-    found: list[Passage] = []
-    counts: defaultdict[str, int] = defaultdict(int)
-    for text, group in texts:
-        encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        ids, sizes = list(encoding.ids), _sizes(text, encoding.offsets)
-        for i in range(0, len(ids), size):
-            piece = start + ids[i : i + size]
-            if len(piece) < max(2, least) or (limit is not None and counts[group] >= limit):
-                continue
-            lengths = sizes[i : i + size]
-            found.append(Passage(piece, [group] * (len(piece) - 1), lengths if start else lengths[1:]))
-            counts[group] += 1
-    return found
-
-
-def _sizes(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """The bytes that each token adds; a character of several tokens counts with the first that reaches its end."""
-    sizes: list[int] = []
-    reached = 0
-    for _, end in offsets:
-        sizes.append(len(text[reached:end].encode()) if end > reached else 0)
-        reached = max(reached, end)
-    return sizes
 
 
 def columns(evaluation: Evaluation, figure: str) -> Mapping[str, dict[str, float]]:

@@ -11,6 +11,7 @@ from loramix.experts.adapter import Adapter
 from loramix.files.hub import HubOptions
 from loramix.files.location import Location
 from loramix.formats.load import Kind, kind_at, read_expert, read_mixture
+from loramix.routers import router_class
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,18 @@ class RouterDescription:
     Args:
         kind: "classifier" is X-LoRA's.
         parameters: number of its parameters.
-        depth: number of linear layers of a classifier.
-        hidden_size: H, the width of a classifier's input.
-        layerwise: whether each adapted layer has its own scalings.
         top_k: number of experts selected for each token; None for all.
+        settings: the settings of this kind of router, as it describes itself; in JSON's types.
     """
 
     kind: str
     parameters: int
-    depth: int
-    hidden_size: int
-    layerwise: bool
     top_k: int | None
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description in JSON's types; the settings are on the same level as the rest."""
+        return {"kind": self.kind, "parameters": self.parameters, "top_k": self.top_k, **self.settings}
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Description:
 
     def to_dict(self) -> dict[str, Any]:
         """The description in JSON's types."""
-        return {**asdict(self), "kind": self.kind.value, "num_experts": self.num_experts}
+        router = None if self.router is None else self.router.to_dict()
+        return {**asdict(self), "kind": self.kind.value, "router": router, "num_experts": self.num_experts}
 
 
 def describe(identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Description:
@@ -119,10 +121,8 @@ def _mixture(location: Location) -> Description:
         router=RouterDescription(
             kind=config.router,
             parameters=sum(tensor.numel() for tensor in mixture.router.values()),
-            depth=config.xlora_depth,
-            hidden_size=config.hidden_size,
-            layerwise=config.layerwise_scalings,
             top_k=config.top_k_lora,
+            settings=dict(router_class(config).describe(config)),
         ),
     )
 

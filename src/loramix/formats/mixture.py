@@ -22,9 +22,7 @@ from loramix.errors import (
 from loramix.experts.adapter import Adapter
 from loramix.files.hub import from_anywhere
 from loramix.files.tensors import all_finite
-from loramix.routers.classifier import XLoraClassifier
-
-CLASSIFIER = "classifier"
+from loramix.routers import RouterSizes, XLoraClassifier, router_class
 
 
 @dataclass(frozen=True)
@@ -48,27 +46,21 @@ class MixtureCheckpoint:
 
     def router_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the router's tensors, by the configuration and the experts."""
-        return router_shapes(self.config, layers=self.num_layers, experts=len(self.experts))
+        return shapes_of(self.config, self.num_layers, len(self.experts))
 
 
-def router_attribute(config: XLoraConfig) -> str:
-    """The attribute of the model that holds the router; it is also the prefix of the router's keys in a file."""
-    return "internal_xlora_classifier" if config.router == CLASSIFIER else "internal_xlora_router"
+def shapes_of(config: XLoraConfig, layers: int, experts: int) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors of a mixture's router.
 
-
-def router_shapes(config: XLoraConfig, *, layers: int, experts: int) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a router's tensors.
+    Args:
+        config: the mixture's configuration.
+        layers: L.
+        experts: E.
 
     Raises:
-        ConfigurationError: an unknown kind of router.
+        ConfigurationError: a kind of router that is not registered.
     """
-    if config.router != CLASSIFIER:
-        raise ConfigurationError(
-            f"router must be {CLASSIFIER!r}.",
-            received=f"router={config.router!r}",
-            remedy="correct the name, or install the version of loramix that saved the mixture",
-        )
-    return XLoraClassifier.tensors(config, layers=layers, experts=experts)
+    return router_class(config).shapes(config, RouterSizes(config.hidden_size, layers, experts))
 
 
 def select_experts(
@@ -138,8 +130,8 @@ def check_before_experts(config: XLoraConfig, router: Mapping[str, Tensor], sour
             received=f"{source}: {', '.join(strange) + ' of another dtype' if strange else 'infinite ones, or NaN'}",
             remedy="Download the mixture again, or train it again.",
         )
-    if config.router == CLASSIFIER:  # whose tensors have the same names for every L
-        _require_all(router_shapes(config, layers=1, experts=len(config.adapters)), config, router, source)
+    if config.router == XLoraClassifier.kind:  # whose tensors have the same names for every L
+        _require_all(shapes_of(config, 1, len(config.adapters)), config, router, source)
 
 
 def check_router(checkpoint: MixtureCheckpoint, source: str, replaced: Collection[str] = ()) -> None:
@@ -183,7 +175,7 @@ def _require_all(names: Iterable[str], config: XLoraConfig, router: Mapping[str,
         return
     dropped = "; PEFT 0.20 to 0.21.2 drop such tensors when they save an X-LoRA model"
     older = ", or save it again with PEFT 0.19.1 or older"
-    by_peft = config.router == CLASSIFIER
+    by_peft = config.router == XLoraClassifier.kind
     raise IncompleteCheckpointError(
         "A mixture's file holds every tensor of its router.",
         received=f"{source} without {', '.join(missing)}{dropped if by_peft else ''}",

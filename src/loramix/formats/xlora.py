@@ -42,10 +42,10 @@ from loramix.formats.mixture import (
     MixtureCheckpoint,
     check_before_experts,
     check_router,
-    router_attribute,
     select_experts,
 )
 from loramix.formats.peft import WEIGHTS_NAME, check_replaceable, find_weights, occupied, peft_type
+from loramix.routers import router_class
 
 
 class XLoraFormat(MixtureFormat):
@@ -89,7 +89,7 @@ class XLoraFormat(MixtureFormat):
         writers: dict[str, Writer] = {}
         for expert in content.experts:
             writers |= {f"{expert.name}/{place}": write for place, write in expert_writers(expert).items()}
-        prefix = f"base_model.{router_attribute(content.config)}."
+        prefix = f"base_model.{router_class(content.config).attribute}."
         tensors = {prefix + name: tensor for name, tensor in content.router.items()}
         writers[WEIGHTS_NAME] = partial(write_tensors, tensors=tensors)
         saved = copy.copy(content.config)
@@ -157,7 +157,7 @@ def _has_adapter(location: Location) -> bool:
 
 def _parse_router(config: XLoraConfig, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The router's tensors by their names in its `state_dict`; PEFT's prefixes may be missing or repeated."""
-    expression = re.compile(rf"(?:base_model\.)*(?:model\.)*{router_attribute(config)}\.(.+)")
+    expression = re.compile(rf"(?:base_model\.)*(?:model\.)*{router_class(config).attribute}\.(.+)")
     router: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = expression.fullmatch(key)

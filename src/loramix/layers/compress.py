@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,10 @@ from torch import Tensor
 from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter, LoraWeights
-from loramix.layers.layer import XLoraLayer, XLoraLinear
-from loramix.layers.scalings import Routing
+from loramix.layers.dora import DoraStack
+from loramix.layers.layer import XLoraLayer
+from loramix.layers.routing import Routing
+from loramix.layers.stack import ExpertStack
 
 NAME = "mixture"
 
@@ -50,7 +51,7 @@ def single_adapter(
     weights: dict[str, LoraWeights] = {}
     lost = whole = 0.0
     for path, layer in layers.items():
-        both = _side_by_side(path, layer, routing)
+        both = _side_by_side(path, layer.stack, routing)
         if rank is not None and both.rank > rank:
             both, left_out, all_of_it = _nearest(both, rank)
             lost, whole = lost + left_out, whole + all_of_it
@@ -74,20 +75,20 @@ def single_adapter(
     return Adapter(NAME, config, weights), (lost / whole) ** 0.5 if whole else 0.0
 
 
-def _side_by_side(path: str, layer: XLoraLayer, routing: Routing) -> LoraWeights:
-    if layer.biased or (isinstance(layer, XLoraLinear) and layer.dora):
+def _side_by_side(path: str, stack: ExpertStack, routing: Routing) -> LoraWeights:
+    if stack.biased or isinstance(stack, DoraStack):
         raise UnsupportedOperationError(
             "One LoRA adapter holds two matrices for each layer.",
-            received=f"{path!r}: an expert with {'a bias' if layer.biased else 'DoRA'}",
+            received=f"{path!r}: an expert with {'a bias' if stack.biased else 'DoRA'}",
             remedy="merge into plain weights with merge_and_unload()",
         )
-    columns = routing.columns(layer, layer.lora_B.float())
-    tensors: dict[str, Any] = {"lora_A": layer.lora_A.float(), "lora_B": layer.lora_B.float() * columns}
-    parts = list(layer.unstack(tensors).values())
+    up = stack.lora_B.float()
+    tensors = {"lora_A": stack.lora_A.float(), "lora_B": up * routing.columns(stack, up)}
+    parts = list(stack.unstack(tensors).values())
     kept = [part for part in parts if bool(part.B.any())] or parts[:1]
     A = torch.cat([part.A for part in kept])
     return LoraWeights(
-        A.contiguous(), torch.cat([part.B for part in kept], dim=1).contiguous(), embedding=layer.is_embedding
+        A.contiguous(), torch.cat([part.B for part in kept], dim=1).contiguous(), embedding=stack.is_embedding
     )
 
 

@@ -17,16 +17,22 @@ from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterE
 from loramix.experts.adapter import Adapter, LoraWeights
 from loramix.experts.base_layers import device_of, expected_shapes, kind_of, refuse_module
 from loramix.experts.targets import carrier_path, in_head, targeted
-from loramix.layers.layer import Resident, XLoraLayer, layer_class
+from loramix.layers.layer import XLoraLayer, adapted_layer
+from loramix.layers.stack import LayerExpert
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer to adapt: where it is, and who moves in."""
+    """One layer to adapt: where it is, and the experts that adapt it."""
 
     path: str
     module: nn.Module
-    residents: tuple[Resident, ...]
+    experts: tuple[LayerExpert, ...]
+
+    @property
+    def expert_of_rank(self) -> tuple[int, ...]:
+        """The expert of each rank column, without the columns of LoRA biases."""
+        return tuple(e.expert for e in self.experts for _ in range(e.rank))
 
 
 def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
@@ -40,13 +46,13 @@ def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
     for adapter in adapters:
         _check(adapter, model, modules)
     paths = [path for path in modules if any(path in adapter.weights for adapter in adapters)]
-    return [Site(path, modules[path], tuple(_residents(path, adapters))) for path in paths]
+    return [Site(path, modules[path], tuple(_experts_at(path, adapters))) for path in paths]
 
 
-def _residents(path: str, adapters: Sequence[Adapter]) -> Iterator[Resident]:
+def _experts_at(path: str, adapters: Sequence[Adapter]) -> Iterator[LayerExpert]:
     for expert, adapter in enumerate(adapters):
         if path in adapter.weights:
-            yield Resident(expert, adapter.weights[path], adapter.scaling(path), adapter.config.lora_dropout)
+            yield LayerExpert(expert, adapter.weights[path], adapter.scaling(path), adapter.config.lora_dropout)
 
 
 def _check(adapter: Adapter, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
@@ -124,10 +130,10 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
     """
     for site in sites:
         if in_head(model, site.path):
-            residents = ", ".join(repr(names[r.expert]) for r in site.residents)
+            experts = ", ".join(repr(names[e.expert]) for e in site.experts)
             raise UnsupportedAdapterError(
                 "The head of the model runs after both passes and cannot be routed.",
-                received=f"expert {residents} adapts {site.path!r}",
+                received=f"expert {experts} adapts {site.path!r}",
                 remedy=f"train the expert without {site.path.rpartition('.')[2]!r} in target_modules",
             )
     paths = sorted({carrier_path(model, site.path) for site in sites})
@@ -165,12 +171,9 @@ def adapt(sites: Sequence[Site], *, precise: bool, dtype: torch.dtype) -> dict[s
     layers: dict[str, XLoraLayer] = {}
     layouts: dict[object, int] = {}
     for number, site in enumerate(sites):
-        kind = layer_class(site.module)
-        assert kind is not None
-        layer = kind(
-            site.module, site.residents, number, dtype=torch.float32 if precise else _dtype(site.module, dtype)
-        )
-        layer.layout = layouts.setdefault(layer.arrangement, len(layouts))
+        own_dtype = torch.float32 if precise else _dtype(site.module, dtype)
+        layer = adapted_layer(site.module, site.experts, number, dtype=own_dtype)
+        layer.stack.layout = layouts.setdefault(layer.stack.arrangement, len(layouts))
         layers[site.path] = layer
     return layers
 

@@ -2,7 +2,7 @@
 
     W' = W + g · Σ_e s[e] · c_e · B_e A_e
 
-and with DoRA, of magnitude m and norm n (SEMANTICS §2),
+and with DoRA, of magnitude m and norm n (docs/semantics.md §2),
 
     W' = W + g · Σ_e s[e] · ((m_e/n_e − 1) W + (m_e/n_e) · c_e · B_e A_e)
 
@@ -23,19 +23,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramix.errors import UnsupportedOperationError
-from loramix.layers.layer import XLoraLayer, XLoraLinear
-from loramix.layers.scalings import Routing
+from loramix.layers.layer import XLoraLayer
+from loramix.layers.routing import Routing
+from loramix.layers.stack import ExpertStack
 
 
-class Merged(NamedTuple):
-    """What a base layer becomes: its weight, in its own shape and dtype, and its bias, None where it has none."""
+class MergedWeights(NamedTuple):
+    """A base layer's new weight, in its own shape and dtype, and its new bias; None where it has none."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 @torch.no_grad()
-def merge(layers: Mapping[str, XLoraLayer], routing: Routing) -> dict[str, Merged]:
+def merge(layers: Mapping[str, XLoraLayer], routing: Routing) -> dict[str, MergedWeights]:
     """The weights with the experts in them, by path; nothing is changed yet.
 
     Args:
@@ -49,8 +50,8 @@ def merge(layers: Mapping[str, XLoraLayer], routing: Routing) -> dict[str, Merge
     return {path: _merged(path, layer, routing) for path, layer in layers.items()}
 
 
-def put(model: PreTrainedModel, merged: Mapping[str, Merged]) -> None:
-    """Give the base layers, which have taken their places again, their merged weights.
+def put(model: PreTrainedModel, merged: Mapping[str, MergedWeights]) -> None:
+    """Give the base layers, once they are back in their places, their merged weights.
 
     A weight that others share, as a tied head shares the embedding's, stays theirs.
     """
@@ -66,52 +67,41 @@ def put(model: PreTrainedModel, merged: Mapping[str, Merged]) -> None:
             model.config.tie_word_embeddings = False
 
 
-def _merged(path: str, layer: XLoraLayer, routing: Routing) -> Merged:
-    base: Any = layer.base_layer
+def _merged(path: str, layer: XLoraLayer, routing: Routing) -> MergedWeights:
+    base, stack = layer.base_layer, layer.stack
     if type(base) is not nn.Linear and not isinstance(base, Conv1D | nn.Embedding | _ConvNd):
         raise _refused(path, f"a {type(base).__name__}, whose weight has no plain form")
     weight = cast("Tensor", base.weight)
-    stretch, up = _up_projection(layer, routing)
-    ranks = sum(layer.ranks)
-    product = _product(layer, up[:, :ranks])
-    new = product if stretch is None else product + _rows(layer, weight.float()) * stretch.unsqueeze(1)
-    new = weight.float() + _like_weight(layer, new)
+    up, stretch = stack.update_matrices(routing, base)
+    update = _product(stack, up[:, : stack.rank])
+    if stretch is not None:
+        update = update + _rows(base, weight.float()) * stretch.unsqueeze(1)
+    new = weight.float() + _like_weight(base, update)
     bias = cast("Tensor | None", getattr(base, "bias", None))
-    if layer.biased:
+    if stack.biased:
         if bias is None:
             raise _refused(path, "an expert's bias, for which the base layer has no place")
-        bias = (bias.float() + up[:, ranks:].sum(1)).to(bias.dtype)
+        bias = (bias.float() + up[:, stack.rank :].sum(1)).to(bias.dtype)
     if not bool(torch.isfinite(new).all()):
         raise _refused(path, "weights that become infinite, or NaN")
-    return Merged(new.to(weight.dtype), bias)
+    return MergedWeights(new.to(weight.dtype), bias)
 
 
-def _up_projection(layer: XLoraLayer, routing: Routing) -> tuple[Tensor | None, Float[Tensor, "out R"]]:
-    """B with everything that weighs its columns in it; with DoRA also what is added to the rows of W, in shares."""
-    up = layer.lora_B.float()
-    weighed = up * routing.columns(layer, up)
-    if not isinstance(layer, XLoraLinear) or not layer.dora:
-        return None, weighed
-    ratio = layer.dora_ratio().float()
-    stretch = routing.experts(layer, layer.dora_experts).float() @ (ratio - 1)
-    return stretch, weighed * layer.column_ratios(ratio)
-
-
-def _product(layer: XLoraLayer, up: Float[Tensor, "out R"]) -> Float[Tensor, "out inputs"]:
-    experts = layer.unstack(dict(layer.named_parameters(recurse=False))).values()
+def _product(stack: ExpertStack, up: Float[Tensor, "out R"]) -> Float[Tensor, "out inputs"]:
+    experts = stack.unstack(dict(stack.named_parameters(recurse=False))).values()
     down = torch.cat([weights.A.float().flatten(1) for weights in experts])
     return up @ down
 
 
-def _rows(layer: XLoraLayer, weight: Tensor) -> Float[Tensor, "out inputs"]:
+def _rows(base: nn.Module, weight: Tensor) -> Float[Tensor, "out inputs"]:
     """The base layer's weight with a row for each output."""
-    return weight.T if isinstance(layer.base_layer, Conv1D | nn.Embedding) else weight.flatten(1)
+    return weight.T if isinstance(base, Conv1D | nn.Embedding) else weight.flatten(1)
 
 
-def _like_weight(layer: XLoraLayer, rows: Float[Tensor, "out inputs"]) -> Tensor:
+def _like_weight(base: nn.Module, rows: Float[Tensor, "out inputs"]) -> Tensor:
     """The inverse of `_rows`."""
-    transposed = isinstance(layer.base_layer, Conv1D | nn.Embedding)
-    return rows.T if transposed else rows.reshape(cast("Tensor", layer.base_layer.weight).shape)
+    transposed = isinstance(base, Conv1D | nn.Embedding)
+    return rows.T if transposed else rows.reshape(cast("Tensor", base.weight).shape)
 
 
 def _refused(path: str, reason: str) -> UnsupportedOperationError:

@@ -20,17 +20,20 @@ from loramix import formats
 from loramix.config.base import PeftConfig
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import AdapterMismatchError, ConfigurationError, ModelError
+from loramix.errors import ConfigurationError, ModelError
 from loramix.experts.adapter import Adapter
 from loramix.experts.base_model import hidden_size_of, identifier_of
 from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.layers.inject import adapt, find_carrier, plan, replace
 from loramix.layers.layer import XLoraLayer
-from loramix.model.peft_methods import ADAPTER_NAME, CLASSIFIER, PeftMethods
+from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
-from loramix.passes.two_pass import MixtureState, rebind_forward, route_checkpoints, specialise
-from loramix.routers.classifier import XLoraClassifier
+from loramix.passes.checkpointing import route_checkpoints
+from loramix.passes.specialise import rebind_forward, specialise
+from loramix.passes.state import AdaptedState, MixtureState
+from loramix.routers.gating import gating_of
+from loramix.routers.router import RouterSizes, router_class
 
 _Config = TypeVar("_Config", bound=PeftConfig)
 
@@ -229,16 +232,19 @@ def _build_mixture(
 ) -> PeftModel:
     hidden_size = hidden_size_of(model)
     config.validate_for(len(experts), hidden_size)
+    kind = router_class(config)
+    gating_of(config)
     config.hidden_size = hidden_size
     sites = plan(model, experts)
-    classifier = XLoraClassifier(config, len(experts), len(sites))
+    sizes = RouterSizes(hidden_size, len(sites), len(experts), tuple(site.expert_of_rank for site in sites))
+    router = kind.build(config, sizes)
     if saved is not None:
-        _load_classifier(classifier, saved)
-    classifier.requires_grad_(trainable).train(model.training)
+        router.load(saved)
+    router.requires_grad_(trainable).train(model.training)
     carrier = find_carrier(model, sites, [expert.name for expert in experts])
     layers = adapt(sites, precise=config.use_trainable_adapters, dtype=model.dtype)
-    classifier.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
-    state = MixtureState(config, experts, layers, classifier)
+    router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
+    state = MixtureState(config, experts, layers, router, hidden_size)
     _commit(model, carrier, layers, state, XLoraMethods)
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
@@ -249,29 +255,17 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     sites = plan(model, [adapter])
     carrier = find_carrier(model, sites, [adapter.name])
     layers = adapt(sites, precise=True, dtype=model.dtype)
-    state = MixtureState(adapter.config, [adapter], layers, None)
+    state = AdaptedState(adapter.config, [adapter], layers)
     _commit(model, carrier, layers, state, PeftMethods)
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())
-
-
-def _load_classifier(classifier: XLoraClassifier, saved: Mapping[str, Tensor]) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    if own != found:
-        raise AdapterMismatchError(
-            "A saved router fits the base model's hidden size, its adapted layers and the experts.",
-            received=f"expected {own}, found {found}",
-            remedy="load it on the base model it was trained on, with as many experts on the same modules",
-        )
-    classifier.load_state_dict(dict(saved))
 
 
 def _commit(
     model: PreTrainedModel,
     carrier: PreTrainedModel,
     layers: Mapping[str, XLoraLayer],
-    state: MixtureState,
+    state: AdaptedState,
     methods: type,
 ) -> None:
     """Change the model. All checks are behind us: nothing in here may fail."""
@@ -280,8 +274,8 @@ def _commit(
     route_checkpoints(model)
     for path, layer in layers.items():
         replace(model, path, layer)
-    if state.classifier is not None:
-        model.add_module(CLASSIFIER, state.classifier)
+    if isinstance(state, MixtureState):
+        model.add_module(state.router.attribute, state.router)
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(c is carrier for c in m.modules())]
     for part in parts:
         part.__dict__["_loramix"] = state
@@ -292,5 +286,4 @@ def _commit(
 
 def _set_trainable(layers: Mapping[str, XLoraLayer], trainable: bool) -> None:
     for layer in layers.values():
-        for parameter in layer.parameters(recurse=False):
-            parameter.requires_grad_(trainable)
+        layer.stack.requires_grad_(trainable)

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from loramix import formats
 from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
 from loramix.layers.compress import single_adapter
-from loramix.layers.scalings import TensorRouting, override
-from loramix.model.peft_methods import PeftMethods, layers_of
-from loramix.passes.hooks import Made, RoutingHook
-from loramix.passes.two_pass import observing
+from loramix.layers.routing import TensorRouting
+from loramix.layers.slot import override
+from loramix.model.peft_methods import MixtureMethods, layers_of
+from loramix.passes.hooks import RouterOutput, RoutingHook
+from loramix.passes.state import observing
 
 
-class FixedMethods(PeftMethods):
+class FixedMethods(MixtureMethods):
     """One pass per token, with scalings that are the same for every token."""
 
     def fixed_scalings(self, values: Tensor | Sequence[float]) -> AbstractContextManager[None]:
@@ -73,6 +74,7 @@ class FixedMethods(PeftMethods):
 
         Raises:
             ConfigurationError: none of them, or several, or `after` below 1.
+            UnsupportedOperationError: `after` for a router that needs no scaling pass.
             RoutingError: scalings of another shape.
         """
         if sum(given is not None for given in (scalings, prompt, after)) != 1 or (after is not None and after < 1):
@@ -80,6 +82,12 @@ class FixedMethods(PeftMethods):
                 "Routing is fixed by scalings, from a prompt, or after a number of tokens: by one of them.",
                 received=f"scalings={scalings!r}, prompt={prompt!r}, after={after!r}",
                 remedy="pass for example fix_routing([0.5, 0.5]), or fix_routing(after=32)",
+            )
+        if after is not None and not self._loramix.needs_scaling_pass:
+            raise UnsupportedOperationError(
+                "Routing is fixed after some tokens to leave out the scaling pass.",
+                received=f"after={after} for router={self._loramix.config.router!r}, which needs none",
+                remedy="fix the routing by scalings or from a prompt",
             )
         fixed = None
         if prompt is not None:
@@ -136,8 +144,8 @@ class _Final(RoutingHook):
     def __init__(self) -> None:
         self.final = torch.empty(0)
 
-    def made(self, made: Made) -> None:
-        self.final = made.final.detach()
+    def routed(self, output: RouterOutput) -> None:
+        self.final = output.final.detach()
 
 
 @torch.no_grad()

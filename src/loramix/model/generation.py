@@ -1,83 +1,90 @@
-"""`generate` in lockstep: transformers' own loop, with a model that may read a token of both passes at once."""
+"""`generate` with fewer forwards: transformers' own loop, in which a session answers for the model."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 from torch import Tensor
 
+from loramix.decoding.choice import Automatic, Choice, LockstepArgument, parse
 from loramix.decoding.eligibility import why_not_this_generation
-from loramix.decoding.lockstep import Lockstep, LockstepReport, Wanted, as_wanted
+from loramix.decoding.report import LockstepReport
 from loramix.decoding.requests import (
-    WatchedCriteria,
-    WatchedProcessors,
-    asked,
+    RequestCriteria,
+    RequestProcessors,
     decoding,
-    paused,
+    new_request,
+    no_session,
     request,
     session_of,
-    tell,
-    wanted_by,
 )
+from loramix.decoding.session import Session
+from loramix.decoding.strategies import Sequential
 from loramix.errors import UnsupportedOperationError
-from loramix.model.peft_methods import PeftMethods
+from loramix.model.peft_methods import MixtureMethods
 
 
-class LockstepMethods(PeftMethods):
-    """Generation with both passes in one forward per token, where that is exact and pays."""
+class LockstepMethods(MixtureMethods):
+    """Generation with drafts, which are verified: fewer forwards and the same tokens."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = None if args else session_of(self._loramix)
         if session is not None:
-            with paused():
+            with no_session():
                 out = session.step(super().__call__, kwargs)  # pyright: ignore
             if out is not None:
                 return out
         return super().__call__(*args, **kwargs)  # pyright: ignore
 
-    def generate(self, *args: Any, lockstep: Wanted = None, **kwargs: Any) -> Any:
-        """transformers' `generate`, with both passes in one forward per token where that is exact and pays.
+    def generate(self, *args: Any, lockstep: LockstepArgument = None, **kwargs: Any) -> Any:
+        """transformers' `generate`. Where that is exact and cheaper, both passes share forwards by means of drafts.
 
         Args:
             *args: as for the base model.
-            lockstep: True: the scaling pass runs one token ahead in the same forward, wherever that is exact; a number
-                k > 1: it runs k tokens ahead, before one forward of the mixture pass over all of them; "lookup": where
-                the text repeats itself its own words are the drafts, elsewhere as True; False: the passes run one after
-                the other; None: what `generation_config.lockstep` says, else each way while it is measured to be the
-                cheapest. The text is the same.
+            lockstep: True: the scaling pass runs one token ahead in the mixture pass's forward; a number k > 1: it
+                drafts k tokens, which one forward of the mixture pass verifies (speculative decoding); "lookup": where
+                the text repeats itself its own words are the drafts (prompt lookup), elsewhere as True; False: the
+                passes run one after the other; None: what `generation_config.lockstep` says, else for each token the
+                strategy that is expected to be the cheapest. The tokens are the same.
             **kwargs: as for the base model.
 
         Returns:
-            What the base model's `generate` returns; `lockstep_report` then says how it went.
+            What the base model's `generate` returns; `lockstep_report` then has the counts.
 
         Raises:
             ConfigurationError: `lockstep` is none of these.
         """
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-        wanted = wanted_by(given or cast(Any, self).generation_config, as_wanted(lockstep))
-        with asked(wanted, self._loramix) as call:
+        settings = given or cast(Any, self).generation_config
+        choice = _choice(settings, parse(lockstep))
+        with new_request(choice, self._loramix) as call:
             try:
                 out = super().generate(*args, **kwargs)  # pyright: ignore
             finally:
                 report = call.report or LockstepReport(reason="only greedy decoding and sampling can")
                 self._loramix.report = report
-        after = self._loramix.fixed_after
-        if report.reason is not None and (wanted or after) and self._loramix.single_pass() is None:
-            tell(report.reason, f"lockstep={wanted!r}" if wanted else f"fix_routing(after={after})")
+        after, asked_for = self._loramix.fixed_after, None
+        if not isinstance(choice, Automatic | Sequential):
+            asked_for = f"lockstep={getattr(settings, 'lockstep', None) if lockstep is None else lockstep!r}"
+        elif after:
+            asked_for = f"fix_routing(after={after})"
+        if report.reason is not None and asked_for is not None and self._loramix.single_pass() is None:
+            _warn_once(report.reason, asked_for)
         return out
 
     @property
     def lockstep_report(self) -> LockstepReport | None:
-        """How the last `generate` decoded: forwards per token, and the share of right drafts; None before the first."""
+        """The counts of the last `generate`, as forwards per token; None before the first."""
         return self._loramix.report
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching (`generate_batch`), where the routing is fixed: it pages one cache alone.
+        """transformers' continuous batching (`generate_batch`), where there is one pass: it pages one cache alone.
 
         Raises:
             UnsupportedOperationError: a mixture that routes each token, whose two passes need a cache each.
         """
-        if self._loramix.single_pass() is None:
+        if self._loramix.needs_scaling_pass and self._loramix.single_pass() is None:
             raise UnsupportedOperationError(
                 "Continuous batching pages one cache, and a mixture that routes each token has two.",
                 received="generate_batch, or a continuous batching manager, on such a mixture",
@@ -86,23 +93,42 @@ class LockstepMethods(PeftMethods):
         return super().init_continuous_batching(*args, **kwargs)  # pyright: ignore
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        return WatchedProcessors(super()._get_logits_processor(*args, **kwargs), request())  # pyright: ignore
+        return RequestProcessors(super()._get_logits_processor(*args, **kwargs), request())  # pyright: ignore
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
-        kwargs["stopping_criteria"] = WatchedCriteria(kwargs["stopping_criteria"], request())
-        call, state, cache = super()._sample, self._loramix, kwargs.get("past_key_values")  # pyright: ignore
-        wanted = wanted_by(generation_config, request().wanted)
-        reason = why_not_this_generation(self, state, wanted, generation_config, cache)
+        kwargs["stopping_criteria"] = RequestCriteria(kwargs["stopping_criteria"], request())
+        call, mixture, cache = super()._sample, self._loramix, kwargs.get("past_key_values")  # pyright: ignore
+        choice = _choice(generation_config, request().choice)
+        reason = why_not_this_generation(self, mixture, choice, generation_config, cache)
         if reason is not None:
             request().report = LockstepReport(reason=reason)
-            with paused():
+            with no_session():
                 return call(input_ids, *args, generation_config=generation_config, **kwargs)
         seen = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        seen = seen or state.hooks or state.log.enabled
+        seen = seen or mixture.hooks or mixture.log.enabled
         ends = None if seen else getattr(generation_config, "_eos_token_tensor", None)
         longest = getattr(generation_config, "max_length", None)
         new = None if longest is None else longest - input_ids.shape[1]
-        session = Lockstep(self, state, wanted, cache, input_ids, new=new, ends=ends)
+        session = Session(self, mixture, choice, cache, input_ids, new=new, ends=ends)
         request().report = session.report
         with decoding(session):
             return call(input_ids, *args, generation_config=generation_config, **kwargs)
+
+
+def _choice(generation_config: Any, choice: Choice) -> Choice:
+    """What a call says, else what the generation's configuration does.
+
+    Raises:
+        ConfigurationError: nothing that it may say.
+    """
+    return parse(getattr(generation_config, "lockstep", None)) if isinstance(choice, Automatic) else choice
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str, asked_for: str) -> None:
+    """Warn once for each reason that drafts were asked for and not used."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"{asked_for} has no effect: {reason}.", stacklevel=3)

@@ -17,18 +17,17 @@ from transformers import PreTrainedModel
 
 from loramix import formats
 from loramix.config.base import PeftConfig, PeftType
-from loramix.config.lora import LoraConfig
-from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
 from loramix.layers.inject import replace
-from loramix.layers.layer import XLoraLayer
+from loramix.layers.layer import STACK, XLoraLayer
 from loramix.layers.merge import merge, put
-from loramix.layers.scalings import ConstantRouting, Watched, override
-from loramix.passes.two_pass import MixtureState, Specialised
+from loramix.layers.routing import ConstantRouting
+from loramix.layers.slot import ObservedPass, override
+from loramix.passes.specialise import Specialised
+from loramix.passes.state import AdaptedState, MixtureState
 from loramix.routers.classifier import XLoraClassifier
 
-CLASSIFIER = "internal_xlora_classifier"
 ADAPTER_NAME = "default"
 
 
@@ -46,8 +45,7 @@ _TAKEN_ON_SAVE = frozenset(
 class PeftMethods:
     """What a model gains when experts are put on it."""
 
-    _loramix: MixtureState
-    internal_xlora_classifier: XLoraClassifier
+    _loramix: AdaptedState
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -93,8 +91,8 @@ class PeftMethods:
         model, state = cast(PreTrainedModel, self), self._loramix
         for path, layer in layers_of(model).items():
             replace(model, path, layer.base_layer)
-        if state.classifier is not None:
-            delattr(model, CLASSIFIER)
+        if isinstance(state, MixtureState):
+            delattr(model, state.router.attribute)
         for part in [module for module in model.modules() if isinstance(module, Specialised)]:
             part.restore()
         for name in state.thawed:
@@ -133,7 +131,7 @@ class PeftMethods:
         push_to_hub: bool = False,
         **hub: Any,
     ) -> None:
-        """Write the adapter: a mixture with its router and its experts, or one LoRA expert (SEMANTICS §4).
+        """Write the adapter: a mixture with its router and its experts, or one LoRA expert (docs/semantics.md §4).
 
         With `state_dict=`, as trainers call it, what trains is also written as `model.safetensors`, by the model's own
         keys: transformers' Trainer resumes from that file, and reads its best model from it. `from_pretrained` does
@@ -205,7 +203,7 @@ class PeftMethods:
                 else f"adapter_names={adapter_names!r}",
                 remedy="keep the experts beside the base model, or call model.fix_routing([…]) before",
             )
-        assert not isinstance(routing, Watched)
+        assert not isinstance(routing, ObservedPass)
         merged = merge(layers_of(model), routing)
         self.unload()
         put(model, merged)
@@ -248,6 +246,13 @@ class PeftMethods:
         _refuse("get_adapter_state_dict", "save_pretrained(folder)")
 
 
+class MixtureMethods(PeftMethods):
+    """What the further methods of a mixture stand on."""
+
+    internal_xlora_classifier: XLoraClassifier  # where the router is one
+    _loramix: MixtureState  # pyright: ignore[reportIncompatibleVariableOverride] - set once, when the model is built
+
+
 def layers_of(model: PreTrainedModel) -> dict[str, XLoraLayer]:
     """The adapted layers of a model by path, in order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, XLoraLayer)}
@@ -259,21 +264,20 @@ def _save(model: PreTrainedModel, folder: str | PathLike[str], given: Mapping[st
     experts = _experts(model, state, tensors)
     training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer_state = training if given is not _NO_TRAINER and training else None
-    if isinstance(state.config, LoraConfig):
+    if not isinstance(state, MixtureState):
         formats.save_adapter(folder, experts[0], trainer_state)
         return
-    assert isinstance(state.config, XLoraConfig)
-    prefix = f"{CLASSIFIER}."
+    prefix = f"{state.router.attribute}."
     router = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     formats.save_mixture(folder, state.config, router, experts, trainer_state)
 
 
-def _experts(model: PreTrainedModel, state: MixtureState, tensors: Mapping[str, Tensor]) -> list[Adapter]:
+def _experts(model: PreTrainedModel, state: AdaptedState, tensors: Mapping[str, Tensor]) -> list[Adapter]:
     """The experts as they are now, from the stacked tensors."""
     experts = [dataclasses.replace(expert, weights={}) for expert in state.experts]
     for path, layer in layers_of(model).items():
-        own = {name: tensors[f"{path}.{name}"] for name, _ in layer.named_parameters(recurse=False)}
-        for expert, weights in layer.unstack(own).items():
+        own = {name: tensors[f"{path}.{STACK}.{name}"] for name, _ in layer.stack.named_parameters()}
+        for expert, weights in layer.stack.unstack(own).items():
             experts[expert].weights[path] = weights
     return experts
 

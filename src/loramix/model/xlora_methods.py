@@ -11,9 +11,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from loramix.config.xlora import XLoraConfig
 from loramix.model.fixed_routing import FixedMethods
 from loramix.model.generation import LockstepMethods
+from loramix.routers.router import Router
 
 
 class XLoraMethods(LockstepMethods, FixedMethods):
@@ -21,6 +21,11 @@ class XLoraMethods(LockstepMethods, FixedMethods):
 
     Every change goes into the model's own configuration, counts from the next forward, and is saved.
     """
+
+    @property
+    def router(self) -> Router:
+        """What makes the logits: for X-LoRA the classifier, also known as `internal_xlora_classifier`."""
+        return self._loramix.router
 
     @property
     def internal_xlora_scalings(self) -> Float[Tensor, "B S L E"] | None:
@@ -41,7 +46,7 @@ class XLoraMethods(LockstepMethods, FixedMethods):
 
     def get_global_scaling_weight(self) -> float:
         """g, the factor on what the experts add."""
-        return self._xlora_config.global_scaling_weight
+        return self._loramix.config.global_scaling_weight
 
     def set_global_scaling_weight(self, weight: float) -> None:
         """Change g.
@@ -87,15 +92,9 @@ class XLoraMethods(LockstepMethods, FixedMethods):
         """The logged scalings by S: their positions in the log, and the tensors."""
         return self._loramix.log.bucketed()
 
-    @property
-    def _xlora_config(self) -> XLoraConfig:
-        config = self._loramix.config
-        assert isinstance(config, XLoraConfig)
-        return config
-
     def _change(self, **fields: Any) -> None:
-        trial = copy.copy(self._xlora_config)
+        trial = copy.copy(self._loramix.config)
         fields = {name: value.item() if hasattr(value, "item") else value for name, value in fields.items()}
         vars(trial).update(fields)
         trial.validate_for(len(self.expert_names), trial.hidden_size)
-        vars(self._xlora_config).update(fields)
+        vars(self._loramix.config).update(fields)

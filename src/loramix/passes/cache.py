@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,57 @@ from transformers.cache_utils import Cache
 from loramix.errors import CacheError
 from loramix.passes.hooks import CacheFollower
 
-C = TypeVar("C", bound=Cache)
+
+class FollowedCache(Cache):
+    """A cache that tells its followers how its rows change; also one of a single pass, while somebody follows it.
+
+    Not built by hand: `follow` makes one of a cache.
+
+    Attributes:
+        followers: who is told how its rows change.
+    """
+
+    followers: tuple[CacheFollower, ...] = ()
+
+    def reset(self) -> None:
+        super().reset()
+        for follower in self.followers:
+            follower.emptied()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        for follower in self.followers:
+            follower.cropped(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        for follower in self.followers:
+            follower.reordered(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        for follower in self.followers:
+            follower.repeated(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        for follower in self.followers:
+            follower.reordered(indices)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own, kind = type(self).__bases__
+        return _rebuild, (own, kind), self.__dict__
 
 
-class TwoPassCache(Cache):
+def follow(cache: Cache) -> FollowedCache:
+    """`cache` itself, which from now on can be followed."""
+    if not isinstance(cache, FollowedCache):
+        cache.__class__ = _subclass(FollowedCache, type(cache))
+    assert isinstance(cache, FollowedCache)
+    return cache
+
+
+class TwoPassCache(FollowedCache):
     """A cache of the mixture pass that carries the scaling pass's cache along.
 
     Not built by hand: `TwoPassCache.pair` makes one of a cache, and a mixture does so by itself.
@@ -29,18 +76,16 @@ class TwoPassCache(Cache):
         base: the scaling pass's cache, of the same kind.
         owner: which mixture filled it; another one refuses it.
         torn: whether a forward is filling it, or stopped while it did.
-        followers: who is told how its rows change.
     """
 
     base: Cache
     owner: str
     torn: bool
-    followers: tuple[CacheFollower, ...] = ()
 
     @staticmethod
     def pair(mixed: Cache, base: Cache, owner: str) -> TwoPassCache:
         """Make `mixed` a two-pass cache, in place, with `base` as its twin."""
-        mixed.__class__ = _paired(type(mixed))
+        mixed.__class__ = _subclass(TwoPassCache, type(mixed))
         mixed.__dict__.update(base=base, owner=owner, torn=False)
         assert isinstance(mixed, TwoPassCache)
         return mixed
@@ -82,7 +127,7 @@ class TwoPassCache(Cache):
 
     def separate(self) -> None:
         """Become the plain cache again that the user made, without a twin."""
-        self.__class__ = type(self).__mro__[2]
+        self.__class__ = type(self).__bases__[1]
         for name in ("base", "owner", "torn"):
             del self.__dict__[name]
         self.__dict__.pop("followers", None)
@@ -91,39 +136,26 @@ class TwoPassCache(Cache):
         super().reset()
         self.base.reset()
         self.torn = False
-        for follower in self.followers:
-            follower.emptied()
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.base.crop(tokens_to_remove)
-        for follower in self.followers:
-            follower.cropped(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        super().reorder_cache(beam_idx)
         self.base.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
-        for follower in self.followers:
-            follower.reordered(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.base.batch_repeat_interleave(repeats)
-        for follower in self.followers:
-            follower.repeated(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.base.batch_select_indices(indices)
-        for follower in self.followers:
-            follower.reordered(indices)
 
     def activate_past_recording(self) -> None:
         super().activate_past_recording()
         self.base.activate_past_recording()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
 
 
 def _empty_copy(cache: Cache) -> Cache:
@@ -157,14 +189,31 @@ def _foreign(received: str) -> CacheError:
     )
 
 
+def refuse_two_pass_cache(cache: Cache | None) -> None:
+    """Refuse a cache of two passes where only one is made; an empty one becomes plain.
+
+    Raises:
+        CacheError: it holds tokens.
+    """
+    if isinstance(cache, TwoPassCache) and cache.is_empty:
+        cache.separate()
+    if isinstance(cache, TwoPassCache):
+        raise CacheError(
+            "A cache is continued the way it was filled.",
+            received="a cache of the mixture's two passes, with adapters disabled or scalings fixed",
+            remedy="pass an empty cache to the model inside the context manager",
+        )
+
+
 @functools.cache
-def _paired(kind: type[Cache]) -> type[TwoPassCache]:
-    if issubclass(kind, TwoPassCache):
+def _subclass(own: type[FollowedCache], kind: type[Cache]) -> type[FollowedCache]:
+    """The run-time subclass of a cache's class, with the same names."""
+    if issubclass(kind, own):
         return kind
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (TwoPassCache, kind), names)
+    return type(kind.__name__, (own, kind), names)
 
 
-def _rebuild(kind: type[Cache]) -> TwoPassCache:
-    paired = _paired(kind)
-    return paired.__new__(paired)
+def _rebuild(own: type[FollowedCache], kind: type[Cache]) -> FollowedCache:
+    made = _subclass(own, kind)
+    return made.__new__(made)

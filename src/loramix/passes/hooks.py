@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,12 +21,12 @@ EXPERT_IDS = "expert_ids"
 
 
 @dataclass(frozen=True)
-class Made:
-    """The scalings of one forward.
+class RouterOutput:
+    """What the router and the gating made in one forward.
 
     Attributes:
         logits: z, with gradients in training.
-        activated: after the softmax, before top-k (SEMANTICS §2, step 1).
+        activated: after the softmax, before top-k (docs/semantics.md §2, step 1).
         final: s, what the layers mix by.
         inputs: the arguments of the backbone's forward by name, `expert_ids` among them where they were given.
         training: whether the model is in training mode.
@@ -42,7 +42,8 @@ class Made:
 class RoutingHook:
     """Takes part in every forward that makes scalings; `attach` puts one on a model.
 
-    The methods are called in this order. Here, each leaves everything as it is.
+    The methods are called in this order; a layer router has no scaling pass to recall, makes its logits layer by layer,
+    and is done with them after its one pass. Here, each method leaves everything as it is.
 
     Attributes:
         unrecorded: whether forwards are left out of records while it takes part, as those of an experiment.
@@ -56,11 +57,11 @@ class RoutingHook:
     def keep(self, inputs: Mapping[str, Any], hidden: Float[Tensor, "B S H"]) -> None:
         """The scaling pass ran with these arguments, and these hidden states came out."""
 
-    def logits(self, logits: Float[Tensor, "B S L E"], training: bool) -> Float[Tensor, "B S L E"]:
-        """The logits to route by."""
+    def logits(self, logits: Float[Tensor, "*tokens L E"], training: bool) -> Float[Tensor, "*tokens L E"]:
+        """The logits to route by: those of one layer, of a layer router; without tokens where it reads none."""
         return logits
 
-    def made(self, made: Made) -> Tensor | None:
+    def routed(self, output: RouterOutput) -> Tensor | None:
         """Scalings were made. A scalar that is returned is a loss: its gradient joins that of the model's own loss."""
 
     def cached(self, cache: Any) -> None:
@@ -68,8 +69,8 @@ class RoutingHook:
 
 
 def between_graphs(hook: RoutingHook) -> None:
-    """Let a compiled model call the hook's `made` between its graphs, for what is done there is none of tensors."""
-    vars(hook)["made"] = torch.compiler.disable(hook.made)
+    """Let a compiled model call the hook's `routed` between its graphs: what it does cannot be compiled."""
+    vars(hook)["routed"] = torch.compiler.disable(hook.routed)
 
 
 class CacheFollower:
@@ -97,9 +98,15 @@ class CacheFollower:
 def join_gradient(hidden: Float[Tensor, "B S H"], loss: Float[Tensor, ""]) -> Float[Tensor, "B S H"]:
     """`hidden` as it is, and in backward a gradient of 1 for the loss.
 
-    So an auxiliary loss reaches any trainer, whatever it makes of the hidden states (DESIGN, decision 8).
+    So an auxiliary loss reaches any trainer, whatever it makes of the hidden states (docs/architecture.md, decision 8).
     """
     return cast("Tensor", _JoinGradient.apply(hidden, loss))
+
+
+def join_losses(out: Any, losses: Sequence[Tensor]) -> None:
+    """Let the losses of hooks join the gradient at a backbone's output, which is changed in place."""
+    if losses and torch.is_grad_enabled():
+        out.last_hidden_state = join_gradient(out.last_hidden_state, torch.stack(list(losses)).sum())
 
 
 class _JoinGradient(torch.autograd.Function):

@@ -1,1 +1,35 @@
-"""What makes scalings: routers, from hidden states to logits, and gatings, from logits to scalings."""
+"""What makes scalings: routers, which make logits, and gatings, which make scalings of them.
+
+To add a kind of router or a gating, see docs/architecture.md, "Seams".
+"""
+
+from __future__ import annotations
+
+# Importing a module registers what it defines.
+from loramix.routers.classifier import XLoraClassifier
+from loramix.routers.gating import Gating, gating_of, register_gating
+from loramix.routers.router import (
+    ConstantRouter,
+    HiddenStateRouter,
+    LayerRouter,
+    Router,
+    RouterSizes,
+    register_router,
+    router_class,
+)
+from loramix.routers.static import StaticRouter
+
+__all__ = [
+    "ConstantRouter",
+    "Gating",
+    "HiddenStateRouter",
+    "LayerRouter",
+    "Router",
+    "RouterSizes",
+    "StaticRouter",
+    "XLoraClassifier",
+    "gating_of",
+    "register_gating",
+    "register_router",
+    "router_class",
+]

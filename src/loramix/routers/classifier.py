@@ -1,11 +1,12 @@
-"""The router: a small classifier from hidden states to one logit for each expert (X-LoRA paper, section 2).
+"""X-LoRA's router: a small classifier from hidden states to one logit for each expert (X-LoRA paper, section 2).
 
 B, S: batch, sequence. H: hidden size of the base model. L: adapted layers. E: experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -13,19 +14,11 @@ from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError
+from loramix.routers.router import HiddenStateRouter, RouterSizes, Shapes, register_router
 
 
-def keep_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`move`, for a module whose precision is its own: devices change, `model.to(dtype)` passes it by."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        target = move(tensor)
-        return target if target.dtype == tensor.dtype else tensor.to(target.device)
-
-    return moved
-
-
-class XLoraClassifier(nn.Module):
+@register_router
+class XLoraClassifier(HiddenStateRouter):
     """Hidden states (B, S, H) to logits (B, S, L, E).
 
     depth 1: Linear(H, out). Depth d > 1: Linear(H, size), ReLU, Dropout, d - 2 times Linear(size, size), ReLU,
@@ -39,8 +32,11 @@ class XLoraClassifier(nn.Module):
         hidden_size: H; the configuration's own if not given.
 
     Attributes:
-        layers: the `nn.Sequential`; its indices are part of the checkpoint format (SEMANTICS §4).
+        layers: the `nn.Sequential`; its indices are part of the checkpoint format (docs/semantics.md §4).
     """
+
+    kind = "classifier"
+    attribute = "internal_xlora_classifier"
 
     def __init__(self, config: XLoraConfig, n_classes: int, n_layers: int, hidden_size: int | None = None) -> None:
         super().__init__()
@@ -57,36 +53,35 @@ class XLoraClassifier(nn.Module):
             width = config.xlora_size
         self.layers = nn.Sequential(*parts, nn.Linear(width, distinct * n_classes, dtype=torch.float32))
 
-    @staticmethod
-    def tensors(config: XLoraConfig, *, layers: int, experts: int) -> dict[str, tuple[int, ...]]:
-        """The classifier's tensors by name, and their shapes.
+    @classmethod
+    def build(cls, config: XLoraConfig, sizes: RouterSizes) -> Self:
+        return cls(config, sizes.experts, sizes.layers, sizes.hidden_size)
 
-        The linear layers lie at every third place of the sequence with dropout, at every second without.
-
-        Args:
-            config: depth, sizes, dropout, layerwise.
-            layers: L.
-            experts: E.
-        """
+    @classmethod
+    def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
+        """The linear layers lie at every third place of the sequence with dropout, at every second without."""
         step = 3 if config.xlora_dropout_p > 0 else 2
-        out = experts * (layers if config.layerwise_scalings else 1)
-        widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), out]
-        shapes: dict[str, tuple[int, ...]] = {}
+        out = sizes.experts * (sizes.layers if config.layerwise_scalings else 1)
+        widths = [sizes.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), out]
+        shapes: Shapes = {}
         for i in range(config.xlora_depth):
             shapes[f"layers.{i * step}.weight"] = (widths[i + 1], widths[i])
             shapes[f"layers.{i * step}.bias"] = (widths[i + 1],)
         return shapes
+
+    @classmethod
+    def describe(cls, config: XLoraConfig) -> Mapping[str, Any]:
+        return {
+            "depth": config.xlora_depth,
+            "hidden_size": int(config.hidden_size),
+            "layerwise": config.layerwise_scalings,
+        }
 
     def forward(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S L E"]:
         """Logits of every layer; where layers share them, one tensor seen L times."""
         return self.distinct(hidden).expand(-1, -1, self.n_layers, -1)
 
     def distinct(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S distinct E"]:
-        """Logits without repetition: the third dimension is L, or 1 where all layers share them.
-
-        Raises:
-            ConfigurationError: hidden states of another width.
-        """
         if hidden.shape[-1] != self.hidden_size:
             raise ConfigurationError(
                 "hidden_size is the width of the base model's last hidden state.",
@@ -96,6 +91,3 @@ class XLoraClassifier(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.layers(hidden.float())
         return logits.unflatten(-1, (-1, self.n_classes))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XLoraClassifier:
-        return super()._apply(keep_dtype(fn), recurse)

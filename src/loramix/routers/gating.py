@@ -1,42 +1,91 @@
-"""From the classifier's logits to scalings: pure functions (SEMANTICS §2, "Gating"; X-LoRA paper, section 2).
+"""From a router's logits to scalings (docs/semantics.md §2, "Gating"; X-LoRA paper, section 2).
 
-B, S: batch, sequence. L: adapted layers. E: experts.
+L: adapted layers, 1 where they share their scalings. E: experts.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from loramix._registry import Registry
+from loramix.config.xlora import XLoraConfig
 
-def activate(
-    logits: Float[Tensor, "*tokens L E"], *, softmax: bool, temperature: float
-) -> Float[Tensor, "*tokens L E"]:
-    """Step 1: `softmax(z / temperature)` over the experts, or the logits as they are.
 
-    This is what `get_latest_scalings()` and the scalings log show.
+@dataclass(frozen=True)
+class Gating:
+    """X-LoRA's gating, in three steps from logits z to scalings s:
+
+        1. a = softmax(z / temperature) over the experts with `softmax`, else a = z
+        2. with `top_k`, all but the k largest entries of a become 0
+        3. with `renormalise`, s = softmax of a over the entries that were kept, 0 elsewhere; else s = a
+
+    Another gating is a subclass that overrides `activate`, `select` or both, and is registered by name
+    (`register_gating`); `XLoraConfig.gating` names it.
+
+    Args:
+        softmax: whether step 1 is a softmax (`enable_softmax`).
+        temperature: its temperature, positive (`softmax_temperature`).
+        top_k: entries that step 2 keeps; None keeps all (`top_k_lora`).
+        renormalise: whether step 3 is a softmax (`enable_softmax_topk`); the temperature is not used there.
     """
-    return torch.softmax(logits / float(temperature), dim=-1) if softmax else logits
 
+    softmax: bool = True
+    temperature: float = 1.0
+    top_k: int | None = None
+    renormalise: bool = False
 
-def select(
-    scalings: Float[Tensor, "*tokens L E"], *, top_k: int | None, renormalise: bool
-) -> Float[Tensor, "*tokens L E"]:
-    """Steps 2 and 3: keep the `top_k` largest (all if None), then, if asked, a softmax over the kept ones.
+    @classmethod
+    def from_config(cls, config: XLoraConfig) -> Self:
+        """The gating that a configuration describes."""
+        return cls(
+            softmax=config.enable_softmax,
+            temperature=float(config.softmax_temperature),
+            top_k=config.top_k_lora,
+            renormalise=config.enable_softmax_topk,
+        )
 
-    What is kept is known by index, never by value, so that a selected scaling of exactly zero stays selected.
-    Temperature plays no part here.
-    """
-    if top_k is None or top_k >= scalings.shape[-1]:
-        return torch.softmax(scalings, dim=-1) if renormalise else scalings
-    kept = largest(scalings, top_k)
-    if renormalise:
-        return torch.softmax(scalings.masked_fill(~kept, -torch.inf), dim=-1)
-    return scalings.masked_fill(~kept, 0.0)
+    def activate(self, logits: Float[Tensor, "*tokens L E"]) -> Float[Tensor, "*tokens L E"]:
+        """Step 1: what `get_latest_scalings()` and the scalings log show."""
+        return torch.softmax(logits / self.temperature, dim=-1) if self.softmax else logits
+
+    def select(self, activated: Float[Tensor, "*tokens L E"]) -> Float[Tensor, "*tokens L E"]:
+        """Steps 2 and 3. Entries are kept by index, never by value: a selected scaling of exactly 0 stays selected."""
+        if self.top_k is None or self.top_k >= activated.shape[-1]:
+            return torch.softmax(activated, dim=-1) if self.renormalise else activated
+        kept = largest(activated, self.top_k)
+        if self.renormalise:
+            return torch.softmax(activated.masked_fill(~kept, -torch.inf), dim=-1)
+        return activated.masked_fill(~kept, 0.0)
 
 
 def largest(scalings: Float[Tensor, "*tokens E"], k: int) -> Bool[Tensor, "*tokens E"]:
     """True at exactly the `k` largest entries of the last dimension, ties broken as `torch.topk` breaks them."""
     chosen = scalings.topk(k, dim=-1).indices
     return torch.zeros_like(scalings, dtype=torch.bool).scatter(-1, chosen, True)
+
+
+_GATINGS = Registry[type[Gating]]("gating", "loramix.routers.register_gating")
+_GATINGS.add("xlora", Gating)
+
+
+def register_gating(name: str, kind: type[Gating]) -> None:
+    """Let `XLoraConfig.gating` name a gating of another package.
+
+    Raises:
+        ConfigurationError: the name is taken by another class.
+    """
+    _GATINGS.add(name, kind)
+
+
+def gating_of(config: XLoraConfig) -> Gating:
+    """The gating of a mixture, as its live configuration describes it.
+
+    Raises:
+        ConfigurationError: `config.gating` names none that is registered.
+    """
+    return _GATINGS[config.gating].from_config(config)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loramix.errors import ConfigurationError, DataError
+from loramix.evaluation.passages import windows
 from loramix.passes.hooks import EXPERT_IDS
 from loramix.training.losses import IGNORED
 
@@ -77,7 +78,7 @@ def pieces(row: Row, tokenizer: Any, size: int | None) -> list[list[int]]:
         ids = [*ids, tokenizer.eos_token_id]
     if size is None:
         return [ids]
-    return [ids[i : i + size] for i in range(0, len(ids) - 1, size - 1)]
+    return [window.ids for window in windows(ids, size, overlap=1)]
 
 
 def to_dataset(rows: Sequence[Row], tokenizer: Any, size: int | None, *, labels: bool = False) -> Any:

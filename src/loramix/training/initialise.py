@@ -26,7 +26,7 @@ from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
-from loramix.passes.two_pass import observing
+from loramix.passes.state import observing
 from loramix.routers.classifier import XLoraClassifier
 from loramix.training.data import check_expert_ids, read_text
 from loramix.training.losses import IGNORED

@@ -24,8 +24,8 @@ from loramix.analysis.metrics import RoutingMeter
 from loramix.config.checks import require, require_finite
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, TrainingError
-from loramix.passes.hooks import EXPERT_IDS, Made, RoutingHook
-from loramix.passes.two_pass import attach
+from loramix.passes.hooks import EXPERT_IDS, RouterOutput, RoutingHook
+from loramix.passes.state import attach
 from loramix.routers.gating import largest
 from loramix.training import losses
 from loramix.training.data import check_expert_ids
@@ -103,45 +103,45 @@ class RouterObjective(RoutingHook):
         self.meter = RoutingMeter()
         self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
 
-    def made(self, made: Made) -> Tensor | None:
-        if not made.training:
+    def routed(self, output: RouterOutput) -> Tensor | None:
+        if not output.training:
             return None
-        real = real_tokens(made)
-        self.meter.add(made.final, real)
-        terms = self._terms(made, real)
+        real = real_tokens(output)
+        self.meter.add(output.final, real)
+        terms = self._terms(output, real)
         for name, (_, value) in terms.items():
             self._values[name].append(value.detach())
         weighted = [weight * value for weight, value in terms.values() if weight]
         return self.scale * torch.stack(weighted).sum() if weighted else None
 
-    def _terms(self, made: Made, real: Tensor | None) -> dict[str, tuple[float, Tensor]]:
+    def _terms(self, output: RouterOutput, real: Tensor | None) -> dict[str, tuple[float, Tensor]]:
         aims, terms = self.objectives, dict[str, tuple[float, Tensor]]()
         if aims.z_loss:
-            terms["z_loss"] = aims.z_loss, losses.z_loss(made.logits, real)
+            terms["z_loss"] = aims.z_loss, losses.z_loss(output.logits, real)
         if aims.load_balance:
-            chosen = largest(made.activated, self.config.top_k_lora or 1)
-            terms["load_balance"] = aims.load_balance, losses.load_balance(self._shares(made), chosen, real)
+            chosen = largest(output.activated, self.config.top_k_lora or 1)
+            terms["load_balance"] = aims.load_balance, losses.load_balance(self._shares(output), chosen, real)
         if aims.entropy_floor:
-            value = losses.entropy_floor(self._shares(made), aims.least_entropy, real)
+            value = losses.entropy_floor(self._shares(output), aims.least_entropy, real)
             terms["entropy_floor"] = aims.entropy_floor, value
-        ids = made.inputs.get(EXPERT_IDS)
+        ids = output.inputs.get(EXPERT_IDS)
         if aims.supervised and ids is not None:
-            terms["supervised"] = aims.supervised, losses.supervised(made.logits, self._checked(ids, made), real)
+            terms["supervised"] = aims.supervised, losses.supervised(output.logits, self._checked(ids, output), real)
         return terms
 
-    def _shares(self, made: Made) -> Tensor:
-        return made.activated if self.config.enable_softmax else torch.softmax(made.logits, dim=-1)
+    def _shares(self, output: RouterOutput) -> Tensor:
+        return output.activated if self.config.enable_softmax else torch.softmax(output.logits, dim=-1)
 
-    def _checked(self, ids: Tensor, made: Made) -> Tensor:
-        batch, length = made.logits.shape[:2]
+    def _checked(self, ids: Tensor, output: RouterOutput) -> Tensor:
+        batch, length = output.logits.shape[:2]
         if ids.shape not in ((batch,), (batch, length)):
             raise ConfigurationError(
                 "expert_ids holds one number for each text of the batch, or for each token.",
                 received=f"shape {tuple(ids.shape)} for a batch of {batch} texts of {length} tokens",
                 remedy="do not pack texts whose expert is labelled, or label every token",
             )
-        check_expert_ids(ids, made.logits.shape[-1])
-        return ids.to(made.logits.device)
+        check_expert_ids(ids, output.logits.shape[-1])
+        return ids.to(output.logits.device)
 
     def take(self) -> dict[str, float]:
         """The mean of each loss and the routing's metrics since the last call."""
@@ -152,12 +152,12 @@ class RouterObjective(RoutingHook):
         return values | ({} if metrics is None else metrics.scalars())
 
 
-def real_tokens(made: Made) -> Bool[Tensor, "B S"] | None:
+def real_tokens(output: RouterOutput) -> Bool[Tensor, "B S"] | None:
     """True at the real tokens of a batch with padding; None where all are."""
-    mask = made.inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != made.logits.shape[:2]:
+    mask = output.inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != output.logits.shape[:2]:
         return None
-    return mask.to(made.logits.device, torch.bool)
+    return mask.to(output.logits.device, torch.bool)
 
 
 PREFIX = "router/"

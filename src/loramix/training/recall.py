@@ -26,9 +26,10 @@ from torch.distributed.fsdp import FSDPModule
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.layers.layer import XLoraLayer
+from loramix.layers.stack import ExpertStack
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
-from loramix.passes.two_pass import attach
+from loramix.passes.state import attach
 
 _BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _WITHOUT_EFFECT = frozenset({"labels", "use_cache", "return_dict", "num_items_in_batch", EXPERT_IDS, "cache_position"})
@@ -154,8 +155,8 @@ def refuse_changing_pass(model: XLoraModel) -> None:
     """
     config = cast(XLoraConfig, model.peft_config["default"])
     used = bool(config.scaling_pass_value)
-    experts = {id(p) for m in model.modules() if isinstance(m, XLoraLayer) for p in m.parameters(recurse=False)}
-    router = {id(parameter) for parameter in model.internal_xlora_classifier.parameters()}
+    experts = {id(p) for m in model.modules() if isinstance(m, XLoraLayer) for p in m.stacks.parameters()}
+    router = {id(parameter) for parameter in model.router.parameters()}
     reason = None
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in router:
@@ -188,8 +189,8 @@ def _dropout(model: nn.Module, *, experts_count: bool) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0 and module not in router:
             return f"the base model's {name} drops with p={module.p}"
-        if experts_count and isinstance(module, XLoraLayer) and any(module.dropouts):
-            return f"the experts at {name} drop with p={max(module.dropouts)}"
+        if experts_count and isinstance(module, ExpertStack) and any(module.dropouts):
+            return f"the experts at {name.partition('.stacks.')[0]} drop with p={max(module.dropouts)}"
     return None
 
 

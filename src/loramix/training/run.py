@@ -24,9 +24,9 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from loramix import formats
-from loramix.errors import ConfigurationError, DataError, LoramixError
-from loramix.evaluation.scores import Evaluation, cut, evaluate
-from loramix.experts.base_model import positions_of
+from loramix.errors import ConfigurationError, LoramixError
+from loramix.evaluation.passages import cut_passages, window_size
+from loramix.evaluation.scores import Evaluation, evaluate
 from loramix.files.base_models import load_base, one_line
 from loramix.files.json_file import read_json_object, write_json
 from loramix.model.build import XLoraModel, get_peft_model
@@ -191,15 +191,9 @@ def evaluate_rows(
     Raises:
         DataError: text too short to predict a token of, or a window that is longer than the base model's positions.
     """
-    positions = positions_of(model.config) or 2**31
-    if window is not None and window > positions:
-        raise DataError(
-            "A passage is no longer than the positions that the base model has.",
-            received=f"window={window} with {positions} positions",
-            remedy=f"Use a window of at most {positions} tokens.",
-        )
+    size = window_size(model.config, window)
     texts = ((row.as_text(tokenizer), row.expert or "other") for row in rows)
-    passages = cut(tokenizer, texts, window=window or min(1024, positions), limit=limit)
+    passages = list(cut_passages(tokenizer, texts, window=size, limit=limit))
     return evaluate(model, passages, progress=True)
 
 

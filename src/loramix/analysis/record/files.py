@@ -18,98 +18,52 @@ record's id as `record`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any, Protocol, cast, runtime_checkable
 
 from loramix.analysis.record.header import Header
-from loramix.analysis.record.parts import Part, Shards, new_id, shard_name, shard_writer
-from loramix.analysis.record.pieces import one_by_one
-from loramix.analysis.record.record import RoutingRecord
-from loramix.errors import (
-    CheckpointNotFoundError,
-    ConfigurationError,
-    CorruptCheckpointError,
-    IncompleteCheckpointError,
-    RoutingError,
+from loramix.analysis.record.shards import (
+    FORMAT,
+    VERSION,
+    FileSource,
+    corrupt,
+    new_id,
+    read_shard,
+    shard_name,
+    shard_writer,
 )
+from loramix.analysis.record.stores import Source, SpillStore
+from loramix.errors import CheckpointNotFoundError, ConfigurationError
 from loramix.files.atomic import Writer, save_files
 from loramix.files.journal import current
 from loramix.files.json_file import read_json_object
-from loramix.files.tensors import metadata_of, read_tensors
 
-FORMAT, VERSION, INDEX = "loramix routing record", 1, "record.json"
+INDEX = "record.json"
 
 
-class FileParts:
-    """Parts that are read when they are asked for; the tensors are mapped, not copied.
-
-    Args:
-        folder: where.
-        sizes: tokens of each file, by its name.
-        id: of the record.
-    """
-
-    def __init__(self, folder: Path, sizes: Mapping[str, int], id: str) -> None:
-        self.folder, self.sizes, self.id = folder, dict(sizes), id
+@runtime_checkable
+class RecordContents(Protocol):
+    """What a record is written from."""
 
     @property
-    def kept(self) -> int:
-        """How many tokens there are."""
-        return sum(self.sizes.values())
-
-    def parts(self) -> Iterator[Part]:
-        """One after the other.
-
-        Raises:
-            IncompleteCheckpointError: a file is missing.
-            CorruptCheckpointError: a file is not what it should be, or not of this record any more.
-        """
-        for name in self.sizes:
-            yield read_part(self.folder / name, self.id)
+    def header(self) -> Header: ...
+    @property
+    def source(self) -> Source: ...
+    @property
+    def palette(self) -> list[str]: ...
+    def vocabulary(self) -> dict[int, str]: ...
 
 
-def read_part(path: Path, id: str) -> Part:
-    """A shard of the record with this id.
-
-    Raises:
-        IncompleteCheckpointError: it is missing.
-        CorruptCheckpointError: it is not what it should be, or another record's.
-    """
-    place = current(path)
-    if not place.is_file():
-        raise IncompleteCheckpointError(
-            "A record needs every file that its record.json names.",
-            received=f"no {path.name} in {path.parent}",
-            remedy="copy the whole folder again",
-        )
-    tensors = read_tensors(place)
-    if metadata_of(place).get("record") != id:
-        raise _corrupt(path, "a file of another record, which was saved over this one or copied between its files")
-    names = [field.name for field in fields(Part)]
-    if sorted(tensors) != sorted(names):
-        raise _corrupt(path, f"tensors {', '.join(sorted(tensors))}")
-    token, scalings = tensors["token"], tensors["scalings"]
-    for name in names[:-1]:
-        if tensors[name].dim() != 1 or tensors[name].shape != token.shape or tensors[name].dtype != torch.int64:
-            raise _corrupt(path, f"{name} of shape {tuple(tensors[name].shape)} and dtype {tensors[name].dtype}")
-    if scalings.dim() != 3 or len(scalings) != len(token) or scalings.dtype != torch.float32:
-        raise _corrupt(path, f"scalings of shape {tuple(scalings.shape)} and dtype {scalings.dtype}")
-    return Part(**tensors)
-
-
-def save_record(record: RoutingRecord, folder: Path) -> None:
-    """Write a record, over an earlier one if there is one. One that lies in files keeps its id in others, too.
+def save_record(record: RecordContents, folder: Path) -> None:
+    """Write a record, over an earlier one if there is one. A record that came from files keeps its id.
 
     Raises:
         SaveError: the folder could not be written.
     """
-    sizes = {shard_name(i): len(part) for i, part in enumerate(record.parts())}
-    parts = record.parts()  # each writer takes the next one: they run in order
+    sizes = {shard_name(i): len(part) for i, part in enumerate(record.source.parts())}
+    parts = record.source.parts()  # each writer takes the next one: they run in order
     id = record.source.id or new_id()
     writers: dict[str, Writer] = {name: shard_writer(parts.__next__, id) for name in sizes}
     writers[INDEX] = _index_writer(record, sizes, id)
@@ -117,7 +71,7 @@ def save_record(record: RoutingRecord, folder: Path) -> None:
     save_files(folder, writers, removed=[name for name in old if name not in sizes])
 
 
-def _index_writer(record: RoutingRecord, sizes: Mapping[str, int], id: str) -> Writer:
+def _index_writer(record: RecordContents, sizes: Mapping[str, int], id: str) -> Writer:
     content = {"format": FORMAT, "version": VERSION, "id": id} | vars(record.header) | {"palette": record.palette}
     content["pieces"] = record.vocabulary()
     content["shards"] = [{"file": name, "tokens": size} for name, size in sizes.items()]
@@ -130,7 +84,7 @@ def _index_writer(record: RoutingRecord, sizes: Mapping[str, int], id: str) -> W
 
 
 def new_folder(path: str | PathLike[str]) -> Path:
-    """A folder to spill into: made, or empty.
+    """The folder to spill a record into; it is new or empty.
 
     Raises:
         ConfigurationError: it holds something, or is a file.
@@ -145,8 +99,8 @@ def new_folder(path: str | PathLike[str]) -> Path:
     return folder
 
 
-def finish_folder(store: Shards, record: RoutingRecord) -> FileParts:
-    """Write the rest of a spilled record, and its `record.json`; where its tokens are then.
+def finish_spill(store: SpillStore, record: RecordContents) -> FileSource:
+    """Write the remaining tokens of a spilled record and its `record.json`; its tokens are read from there on.
 
     Raises:
         SaveError: the folder could not be written.
@@ -154,17 +108,16 @@ def finish_folder(store: Shards, record: RoutingRecord) -> FileParts:
     store.flush()
     sizes = {shard_name(i): size for i, size in enumerate(store.sizes)}
     save_files(store.folder, {INDEX: _index_writer(record, sizes, store.id)})
-    return FileParts(store.folder, sizes, store.id)
+    return FileSource(store.folder, sizes, store.id)
 
 
-def load_record(folder: Path, tokenizer: Any = None) -> RoutingRecord:
-    """Read a record, and check its files against its `record.json`.
+def load_record(folder: Path) -> tuple[Header, FileSource, dict[int, str]]:
+    """Read a record's header, source and vocabulary, and check its files against its `record.json`.
 
     Raises:
         CheckpointNotFoundError: no `record.json`.
         CorruptCheckpointError: files that are not what they should be.
         IncompleteCheckpointError: a shard is missing.
-        RoutingError: what is no tokenizer, or one to which the tokens are other text.
     """
     place = current(folder / INDEX)
     if not place.is_file():
@@ -175,33 +128,18 @@ def load_record(folder: Path, tokenizer: Any = None) -> RoutingRecord:
         )
     content = read_json_object(place)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise _corrupt(place, f"format {content.get('format')!r}, version {content.get('version')!r}")
+        raise corrupt(place, f"format {content.get('format')!r}, version {content.get('version')!r}")
     try:
-        pieces, sizes, id = _pieces(content), _sizes(content), str(content["id"])
+        vocabulary, sizes, id = _vocabulary(content), _sizes(content), str(content["id"])
         header = _header(content, kept=sum(sizes.values()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _corrupt(place, f"{type(error).__name__}: {error}") from error
+        raise corrupt(place, f"{type(error).__name__}: {error}") from error
     for name, size in sizes.items():
-        part = read_part(folder / name, id)
+        part = read_shard(folder / name, id)
         expected = (size, len(header.layers), len(header.experts))
         if part.scalings.shape != expected:
-            raise _corrupt(folder / name, f"scalings of shape {tuple(part.scalings.shape)} instead of {expected}")
-    record = RoutingRecord(header, FileParts(folder, sizes, id), tokenizer, pieces)
-    if tokenizer is not None:
-        _require_same_text(tokenizer, pieces)
-    return record
-
-
-def _require_same_text(tokenizer: Any, pieces: Mapping[int, str]) -> None:
-    """Raises RoutingError: not the tokenizer that the record was saved with."""
-    read = one_by_one(tokenizer, pieces)
-    wrong = next((token for token in pieces if read.get(token) != pieces[token]), None)
-    if wrong is not None:
-        raise RoutingError(
-            "A record's text is read with the tokenizer of its mixture.",
-            received=f"one to which token {wrong} is {read.get(wrong)!r}, where the record has {pieces[wrong]!r}",
-            remedy="pass the tokenizer of the mixture that was recorded, or none",
-        )
+            raise corrupt(folder / name, f"scalings of shape {tuple(part.scalings.shape)} instead of {expected}")
+    return header, FileSource(folder, sizes, id), vocabulary
 
 
 def _header(content: Mapping[str, Any], kept: int) -> Header:
@@ -232,7 +170,7 @@ def _names(value: Any) -> list[str]:
     return names
 
 
-def _pieces(content: Mapping[str, Any]) -> dict[int, str]:
+def _vocabulary(content: Mapping[str, Any]) -> dict[int, str]:
     return {int(token): str(text) for token, text in content["pieces"].items()}
 
 
@@ -244,11 +182,3 @@ def _sizes(content: Mapping[str, Any]) -> dict[str, int]:
     if list(sizes) != [shard_name(i) for i in range(len(shards))]:
         raise ValueError(f"files {', '.join(sizes)}")
     return sizes
-
-
-def _corrupt(path: Path, found: str) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        f"A routing record is what {FORMAT!r}, version {VERSION}, says.",
-        received=f"{path}: {found}",
-        remedy="save it again, or read it with the version of loramix that wrote it",
-    )

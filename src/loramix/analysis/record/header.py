@@ -1,4 +1,4 @@
-"""What a record says of all its tokens: of which mixture they are, and what is missing."""
+"""What holds for all tokens of a record: the mixture that they are from, and which are missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loramix.config.xlora import XLoraConfig
-from loramix.passes.two_pass import MixtureState
+from loramix.passes.state import MixtureState
 
 ALL_LAYERS = "all layers"
 _SETTINGS = (
@@ -17,7 +17,7 @@ _SETTINGS = (
 
 
 def without_shared_part(names: Sequence[str]) -> list[str]:
-    """Names of layers without the modules that all of them lie in."""
+    """Names of layers without the modules that contain all of them."""
     split = [name.split(".") for name in names]
     shared = 0
     while len(names) > 1 and all(len(parts) > shared + 1 for parts in split):
@@ -27,20 +27,25 @@ def without_shared_part(names: Sequence[str]) -> list[str]:
     return [".".join(parts[shared:]) for parts in split]
 
 
+def counted(number: int, what: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 @dataclass
 class Header:
-    """What a record says of all its tokens.
+    """What holds for all tokens of a record.
 
     Attributes:
-        experts: their names, in the order of the scalings.
-        palette: those of all experts of the mixture, of which a selection has fewer: what colours go by.
-        layers: the names of the adapted layers; only `ALL_LAYERS` where they share their scalings.
-        adapted: those of all adapted layers.
-        settings: the mixture's, when the first token was recorded.
-        changed: whether they were others later.
-        forks: text -> the text that it goes on with, and how many tokens of that come before its own.
-        seen: how many tokens were read.
-        sample: whether tokens are missing that were read.
+        experts: the names of the experts, in the order of the scalings.
+        palette: the names of all experts of the mixture, which colours go by; a selection has fewer experts.
+        layers: the names of the recorded layers; only `ALL_LAYERS` where they share their scalings.
+        adapted: the names of all adapted layers.
+        settings: the mixture's gating settings when the first token was recorded.
+        changed: whether the settings changed later.
+        forks: text -> the text that it continues, and how many tokens of that precede its own.
+        seen: the number of tokens that were read.
+        sample: whether tokens that were read are missing.
     """
 
     experts: list[str] = field(default_factory=list[str])
@@ -55,7 +60,7 @@ class Header:
 
     @staticmethod
     def of(state: MixtureState) -> Header:
-        """A mixture's, before a token was read."""
+        """The header of a record of this mixture, before a token was read."""
         shared = isinstance(state.config, XLoraConfig) and not state.config.layerwise_scalings and len(state.paths) > 1
         layers = [ALL_LAYERS] if shared else list(state.paths)
         return Header(list(state.names), list(state.names), layers, list(state.paths))
@@ -65,8 +70,26 @@ class Header:
         """Whether all layers share their scalings."""
         return self.layers == [ALL_LAYERS]
 
-    def note(self, config: XLoraConfig) -> None:
-        """A forward was read with these settings."""
+    def describe(self, kept: int) -> str:
+        """What a record with so many tokens holds, in one sentence; and why, if it is nothing."""
+        if not self.seen and not kept:
+            return (
+                "Nothing was recorded: no forward made scalings. With adapters disabled, or with fixed scalings, none "
+                "are made."
+            )
+        text = f"{counted(kept, 'token')}, {counted(len(self.experts), 'expert')}, "
+        adapted = counted(len(self.adapted), "layer")
+        text += f"one routing for all {adapted}" if self.shared else counted(len(self.layers), "layer")
+        if self.seen > kept:
+            text += f"; a uniform sample of the {self.seen} tokens that were read"
+        elif self.sample:
+            text += "; of a sample of the tokens that were read"
+        if self.changed:
+            text += "; the mixture's settings changed meanwhile"
+        return text[0].upper() + text[1:] + "."
+
+    def note_settings(self, config: XLoraConfig) -> None:
+        """Remember the settings of a forward that is recorded."""
         settings = {name: getattr(config, name) for name in _SETTINGS}
         self.changed |= bool(self.settings) and settings != self.settings
         self.settings = self.settings or settings

@@ -1,4 +1,4 @@
-"""What a mixture's routing was, token by token: to slice, to measure, to save.
+"""A routing record: the final scalings of each token, to select from, to measure and to save.
 
 N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -17,25 +18,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loramix.analysis.metrics import RoutingMeter, RoutingMetrics, leading_of
+from loramix.analysis.record.files import load_record, save_record
 from loramix.analysis.record.header import Header
-from loramix.analysis.record.parts import Kept, Part, Source, joined
-from loramix.analysis.record.pick import Picked, Tokens, chosen_rows, counted, is_mask, pick, plain, row_of, some
-from loramix.analysis.record.pieces import one_by_one, pieces_of, require_tokenizer
+from loramix.analysis.record.notebook import TOKENS, routing_html
+from loramix.analysis.record.part import Part, joined
+from loramix.analysis.record.selection import TokenSelection, row_of_ids, token_mask
+from loramix.analysis.record.stores import MemorySource, Source
+from loramix.analysis.record.table import table_of
 from loramix.analysis.record.texts import path_of, text_of
+from loramix.analysis.record.token_text import pieces_of, require_same_text, require_tokenizer, token_texts
 from loramix.errors import RoutingError
+from loramix.experts.selection import Selection, is_mask, listed, plain_selection, select
 from loramix.files.tensors import all_finite
 
 
 class RoutingRecord:
-    """The final scalings of tokens that a mixture has read, as the layers mixed by them: after top-k.
+    """The final scalings, those after top-k, of the tokens that a mixture has read.
 
     Made by `record_routing`, or read by `RoutingRecord.load`. A record in several parts reads them one after the
     other where it can: `metrics`, `select`, `save`; the properties that are tensors hold all of it.
 
     Attributes:
         header: what holds for all tokens.
-        source: where they are.
-        tokenizer: for their text; None where it is not known.
+        source: where the tokens are read from.
+        tokenizer: for the tokens' text; None where it is not known.
 
     Raises:
         RoutingError: what is no tokenizer.
@@ -46,13 +52,13 @@ class RoutingRecord:
         header: Header,
         source: Source,
         tokenizer: Any = None,
-        pieces: Mapping[int, str] | None = None,
+        vocabulary: Mapping[int, str] | None = None,
         palette: Sequence[str] | None = None,
     ) -> None:
         if tokenizer is not None:
             require_tokenizer(tokenizer)
         self.header, self.source, self.tokenizer = header, source, tokenizer
-        self._pieces = dict(pieces or {})
+        self._vocabulary = dict(vocabulary or {})
         self._palette = None if palette is None else list(palette)
 
     @property
@@ -77,43 +83,29 @@ class RoutingRecord:
 
     @property
     def top_k(self) -> int | None:
-        """How many experts of a token had a scaling; None if all."""
+        """The mixture's top-k; None where all experts have a scaling."""
         return self.header.settings.get("top_k_lora")
 
     @property
     def seen(self) -> int:
-        """How many tokens were read."""
-        _ = self.source.kept  # what is read now is counted once it is kept
+        """The number of tokens that were read."""
+        _ = self.source.kept  # counts the last forward too
         return self.header.seen
 
     @property
     def kept(self) -> int:
-        """How many of them are here: N."""
+        """The number of tokens that the record holds: N."""
         return self.source.kept
 
     @property
     def is_sample(self) -> bool:
-        """Whether tokens are missing that were read."""
+        """Whether tokens that were read are missing."""
         return self.header.sample or self.seen > self.kept
 
     @property
     def note(self) -> str:
-        """What is here, in one sentence; and why, if it is nothing."""
-        if not self.seen and not self.kept:
-            return (
-                "Nothing was recorded: no forward made scalings. With adapters disabled, or with fixed scalings, none "
-                "are made."
-            )
-        texts = f"{counted(self.kept, 'token')}, {counted(len(self.experts), 'expert')}, "
-        adapted = counted(len(self.header.adapted), "layer")
-        texts += f"one routing for all {adapted}" if self.shared else counted(len(self.layers), "layer")
-        if self.seen > self.kept:
-            texts += f"; a uniform sample of the {self.seen} tokens that were read"
-        elif self.header.sample:
-            texts += "; of a sample of the tokens that were read"
-        if self.header.changed:
-            texts += "; the mixture's settings changed meanwhile"
-        return texts[0].upper() + texts[1:] + "."
+        """What the record holds, in one sentence; and why, if it is nothing."""
+        return self.header.describe(self.kept)
 
     def __len__(self) -> int:
         return self.kept
@@ -122,17 +114,20 @@ class RoutingRecord:
         return f"<RoutingRecord: {self.note}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        from loramix.analysis.show.notebook import record_html
-
-        return record_html(self)
+        """For notebooks: the note, the experts, and the first tokens in the colours of the leading experts."""
+        try:
+            metrics = self.metrics()
+        except RoutingError as error:
+            return f"<p>{escape(str(error) if self.kept else self.note)}</p>"
+        first = self.select(tokens=torch.arange(self.kept) < TOKENS)
+        return routing_html(self.note, metrics, self.experts, self.palette, first.pieces(), first.weights)
 
     def parts(self) -> Iterator[Part]:
-        """The tokens, in parts; each in the order of the texts. Of a record under way, those that are there now."""
+        """The tokens in parts, each sorted by text and position; while it is recorded, those that are there now."""
         return self.source.parts()
 
     def measurable(self) -> Iterator[Part]:
-        """The same, for what is true of numbers alone.
+        """The same parts, checked: they can be measured and drawn.
 
         Raises:
             RoutingError: nothing was recorded, or scalings that are nan or infinite.
@@ -162,12 +157,12 @@ class RoutingRecord:
 
     @property
     def part(self) -> Part:
-        """All tokens in one, in the order of the texts."""
+        """All tokens in one part, sorted by text and position."""
         return self._whole(self.parts())
 
     @property
     def measurable_part(self) -> Part:
-        """The same, as `measurable` has them."""
+        """The same, checked as by `measurable`."""
         return self._whole(self.measurable())
 
     def _whole(self, parts: Iterator[Part]) -> Part:
@@ -175,17 +170,17 @@ class RoutingRecord:
 
     @property
     def scalings(self) -> Float[Tensor, "N L E"]:
-        """s of each token."""
+        """The final scalings s of each token."""
         return self.part.scalings
 
     @property
     def weights(self) -> Float[Tensor, "N E"]:
-        """Mean of s over the layers: how much of each expert a token got."""
+        """The mean of s over the layers: the weight of each expert in each token."""
         return self.scalings.mean(1)
 
     @property
     def leading(self) -> Int[Tensor, " N"]:
-        """The expert of the largest weight, by its number; -1 where no expert of a selection has one."""
+        """The number of the expert with the largest weight; -1 where no selected expert has any."""
         return leading_of(self.weights)
 
     @property
@@ -195,7 +190,7 @@ class RoutingRecord:
 
     @property
     def positions(self) -> Int[Tensor, " N"]:
-        """The place of each token in its text, from 0."""
+        """The position of each token in its text, from 0."""
         return self.part.position
 
     @property
@@ -205,66 +200,75 @@ class RoutingRecord:
 
     @property
     def sequences(self) -> list[int]:
-        """The texts that tokens are here of."""
+        """The numbers of the texts that the record holds tokens of."""
         found = torch.cat([part.sequence.unique() for part in self.parts()] or [torch.zeros(0, dtype=torch.long)])
         return sorted(set(found.tolist()))
 
     def select(
         self,
         *,
-        tokens: Tokens | None = None,
-        layers: Picked | None = None,
-        experts: Picked | None = None,
-        sequences: Picked | None = None,
+        tokens: TokenSelection | None = None,
+        layers: Selection | None = None,
+        experts: Selection | None = None,
+        sequences: Selection | None = None,
     ) -> RoutingRecord:
-        """Some of it, as a record in memory.
+        """Some tokens, layers and experts, as a record in memory.
 
         Args:
-            tokens: positions in their texts, as a number, a slice or a list; a pattern of their text as in file names
-                (`"*ing"`); or (N,), True for the tokens that stay, as a tensor, an array or a list.
-            layers: a number, a name or a pattern (`"*q_proj"`), or a list of such.
-            experts: likewise; scalings stay what they are, so that those of a token need not add up to 1 any more.
+            tokens: positions in the texts, as a number, a slice or a list; a pattern of the token's text as in file
+                names (`"*ing"`); or a mask (N,), True for the tokens to keep, as a tensor, an array or a list.
+            layers: a number, a name or a pattern (`"*q_proj"`), or a list of them.
+            experts: likewise. Scalings are not renormalised: those of a token need not add up to 1 any more.
             sequences: numbers of texts, likewise.
 
         Raises:
-            RoutingError: what nothing matches, no token among them; or layers where all share their scalings.
+            RoutingError: a selection without a token, a layer or an expert; or layers where all share their scalings.
         """
-        which, texts = plain(tokens, mask=True), plain(sequences, names=False)
-        masked = is_mask(which)
         if layers is not None and self.shared:
             raise RoutingError(
                 "Layers are told apart where each has its own scalings.",
                 received=f"layers={layers!r}, and one routing that all {len(self.header.adapted)} layers share",
                 remedy="leave layers= out; a mixture with layerwise_scalings=True routes each layer by itself",
             )
-        rows_of = None if layers is None else pick("layer", self.layers, plain(layers))
-        columns = None if experts is None else pick("expert", self.experts, plain(experts))
+        rows = None if layers is None else select("layer", self.layers, plain_selection(layers))
+        columns = None if experts is None else select("expert", self.experts, plain_selection(experts))
         found: list[Part] = []
+        for part in self._selected(plain_selection(tokens, mask=True), plain_selection(sequences, names=False)):
+            scalings = part.scalings if rows is None else part.scalings[:, rows]
+            found.append(replace(part, scalings=scalings if columns is None else scalings[:, :, columns]))
+        header = self._own_header()
+        header.layers = header.layers if rows is None else [self.layers[i] for i in rows]
+        header.experts = header.experts if columns is None else [self.experts[i] for i in columns]
+        return self._with(header, found)
+
+    def _selected(self, tokens: Any, sequences: Any) -> Iterator[Part]:
+        """The parts with the selected tokens alone.
+
+        Raises:
+            RoutingError: a selection without a token.
+        """
+        masked, count = is_mask(tokens), 0
         for part in [self.part] if masked else self.parts():
             if tokens is not None or sequences is not None:
-                pieces = self._texts(part) if isinstance(which, str | list) and not masked else None
-                part = part[chosen_rows(part, which, texts, pieces)]
-            scalings = part.scalings if rows_of is None else part.scalings[:, rows_of]
-            found.append(replace(part, scalings=scalings if columns is None else scalings[:, :, columns]))
-        if self.kept and not sum(map(len, found)):
-            asked = {"tokens": which if not masked else "a mask that is False everywhere", "sequences": texts}
+                pieces = self._texts(part) if isinstance(tokens, str | list) and not masked else None
+                part = part[token_mask(part, tokens, sequences, pieces)]
+            count += len(part)
+            yield part
+        if self.kept and not count:
+            asked = {"tokens": "a mask that is False everywhere" if masked else tokens, "sequences": sequences}
             raise RoutingError(
                 "A selection has at least one token.",
                 received=", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None),
                 remedy="look at record.sequences, record.positions and record.pieces() for what there is",
             )
-        header = self._own_header()
-        header.layers = header.layers if rows_of is None else [self.layers[i] for i in rows_of]
-        header.experts = header.experts if columns is None else [self.experts[i] for i in columns]
-        return self._with(header, found)
 
     def _own_header(self) -> Header:
-        """A selection's, before it has less."""
+        """The header of a selection, before anything is left out."""
         return replace(copy.deepcopy(self.header), palette=self.palette, sample=self.is_sample)
 
     def _with(self, header: Header, parts: list[Part]) -> RoutingRecord:
         header.seen = sum(map(len, parts))
-        return RoutingRecord(header, Kept(parts), self.tokenizer, self._pieces)
+        return RoutingRecord(header, MemorySource(parts), self.tokenizer, self._vocabulary)
 
     def coloured_by(self, names: Sequence[str]) -> RoutingRecord:
         """The same, with the colours that its experts have among these names (`expert_colours`).
@@ -276,23 +280,23 @@ class RoutingRecord:
         if missing or isinstance(names, str | Set):
             raise RoutingError(
                 "An expert's colour is that of its place among all names.",
-                received=f"names without {some(missing)}: {some(list(names))}" if missing else f"{names!r}"[:200],
+                received=f"names without {listed(missing)}: {listed(list(names))}" if missing else f"{names!r}"[:200],
                 remedy="pass all experts of both mixtures, such as [*one.palette, *other.palette]",
             )
-        return RoutingRecord(self.header, self.source, self.tokenizer, self._pieces, names)
+        return RoutingRecord(self.header, self.source, self.tokenizer, self._vocabulary, names)
 
     def sequence(self, number: SupportsIndex) -> RoutingRecord:
-        """A whole text: its own tokens, and before them those that it shares with the text that it forked from.
+        """A whole text: its own tokens, after those that it shares with the text that it forked from.
 
         Raises:
             RoutingError: no such text.
         """
-        whole, wanted = self.part, plain(number, names=False)
+        whole, wanted = self.part, plain_selection(number, names=False)
         path = path_of(whole, self.header.forks, wanted if isinstance(wanted, int) else -1)
         if not len(path):
             raise RoutingError(
                 "A text is named by its number.",
-                received=f"text {number!r}; the record has {some(self.sequences)}",
+                received=f"text {number!r}; the record has {listed(self.sequences)}",
                 remedy="pass one of record.sequences",
             )
         part = whole[path]
@@ -301,15 +305,15 @@ class RoutingRecord:
         return self._with(header, [replace(part, sequence=torch.full_like(part.sequence, wanted))])
 
     def following(self, ids: Iterable[SupportsIndex] | Tensor) -> RoutingRecord:
-        """The text that reads these tokens, as `generate` returned them: which of its beams, for example.
+        """The text that begins with these tokens, as `generate` returned them: one of its beams, for example.
 
         Args:
             ids: without padding. The last one need not have been read.
 
         Raises:
-            RoutingError: there is none, the record is a sample, or what is no row of ids.
+            RoutingError: no such text, a record that is a sample, or what is no row of ids.
         """
-        wanted = torch.tensor(row_of(ids), dtype=torch.long)
+        wanted = torch.tensor(row_of_ids(ids), dtype=torch.long)
         number = None if self.is_sample else text_of(self.part, self.header.forks, wanted)
         if number is not None:
             return self.sequence(number).select(tokens=slice(0, len(wanted)))
@@ -320,24 +324,25 @@ class RoutingRecord:
         )
 
     def pieces(self) -> list[str]:
-        """The text of each token. In each run of tokens they add up to its text: a character of several tokens counts
-        with the last of them, and the others are empty. Without a tokenizer, "#id".
+        """The text of each token; "#id" without a tokenizer.
+
+        The pieces of consecutive tokens add up to their text: a character of several tokens is in the last one's piece.
         """
         return self._texts(self.part)
 
     def _texts(self, part: Part) -> list[str]:
         if self.tokenizer is not None:
             return pieces_of(self.tokenizer, part)
-        return [self._pieces.get(token, f"#{token}") for token in part.token.tolist()]
+        return [self._vocabulary.get(token, f"#{token}") for token in part.token.tolist()]
 
     def vocabulary(self) -> dict[int, str]:
-        """The text of each token id, on its own."""
+        """The text of each recorded token id on its own."""
         if self.tokenizer is None:
-            return dict(self._pieces)
-        return one_by_one(self.tokenizer, {id for part in self.parts() for id in part.token.unique().tolist()})
+            return dict(self._vocabulary)
+        return token_texts(self.tokenizer, {id for part in self.parts() for id in part.token.unique().tolist()})
 
     def metrics(self) -> RoutingMetrics:
-        """The numbers of all tokens and layers.
+        """The routing metrics over all tokens and layers.
 
         Raises:
             RoutingError: nothing was recorded.
@@ -345,7 +350,7 @@ class RoutingRecord:
         return self._measured([slice(None)])[0]
 
     def metrics_by_layer(self) -> dict[str, RoutingMetrics]:
-        """Those of each layer.
+        """The routing metrics of each layer.
 
         Raises:
             RoutingError: nothing was recorded.
@@ -354,7 +359,7 @@ class RoutingRecord:
         return dict(zip(self.layers, found, strict=True))
 
     def _measured(self, several: Sequence[slice]) -> list[RoutingMetrics]:
-        """The numbers of some layers each, in one reading."""
+        """The metrics of several slices of layers, in one pass over the parts."""
         meters = [RoutingMeter() for _ in several]
         for part in self.measurable():
             for meter, layers in zip(meters, several, strict=True):
@@ -367,18 +372,14 @@ class RoutingRecord:
         Raises:
             UnsupportedOperationError: pandas is missing.
         """
-        from loramix.analysis.record.table import to_pandas
-
-        return to_pandas(self)
+        return table_of(self.part, self.layers, self.experts)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Save as `record.json` and `tokens-00000.safetensors` (`loramix.analysis.record.files` has the format).
+        """Save as `record.json` and `tokens-00000.safetensors` (format: `loramix.analysis.record.files`).
 
         Raises:
             SaveError: the folder could not be written; an earlier record in it is whole.
         """
-        from loramix.analysis.record.files import save_record
-
         save_record(self, Path(folder))
 
     @staticmethod
@@ -386,15 +387,17 @@ class RoutingRecord:
         """Read a record that `save` or `record_routing(spill=…)` wrote; its tokens stay on disk until asked for.
 
         Args:
-            folder: where it lies.
-            tokenizer: of the mixture, for the text of the tokens; without it they have the text of each on its own.
+            folder: where the record is.
+            tokenizer: of the mixture, for the text of the tokens; without it each has the text of its id on its own.
 
         Raises:
             CheckpointNotFoundError: no record there, or one that was not finished.
             CorruptCheckpointError: files that are not what they should be.
             IncompleteCheckpointError: a file of tokens is missing.
-            RoutingError: what is no tokenizer, or one to which the tokens are other text.
+            RoutingError: what is no tokenizer, or one that reads the tokens as other text.
         """
-        from loramix.analysis.record.files import load_record
-
-        return load_record(Path(folder), tokenizer)
+        header, source, vocabulary = load_record(Path(folder))
+        record = RoutingRecord(header, source, tokenizer, vocabulary)
+        if tokenizer is not None:
+            require_same_text(tokenizer, vocabulary)
+        return record

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from loramix.analysis.record.part import Part
 from loramix.errors import UnsupportedOperationError
 
-if TYPE_CHECKING:
-    from loramix.analysis.record.record import RoutingRecord
 
-
-def to_pandas(record: RoutingRecord) -> Any:
+def table_of(part: Part, layers: Sequence[str], experts: Sequence[str]) -> Any:
     """A row for each token, layer and expert: sequence, position, token, layer, expert, scaling.
+
+    Args:
+        part: the tokens.
+        layers: the names of the L layers.
+        experts: the names of the E experts.
 
     Raises:
         UnsupportedOperationError: pandas is missing.
@@ -26,19 +30,17 @@ def to_pandas(record: RoutingRecord) -> Any:
             received="an installation without it",
             remedy="pip install 'loramix[inspect]'",
         ) from error
-    whole = record.part
-    count, layers, experts = whole.scalings.shape
-    each = layers * experts
+    each = len(layers) * len(experts)
     category = pandas.Categorical.from_codes
-    layer = torch.arange(layers).repeat_interleave(experts).repeat(count)
-    expert = torch.arange(experts).repeat(count * layers)
+    layer = torch.arange(len(layers)).repeat_interleave(len(experts)).repeat(len(part))
+    expert = torch.arange(len(experts)).repeat(len(part) * len(layers))
     return pandas.DataFrame(
         {
-            "sequence": whole.sequence.repeat_interleave(each).numpy(),
-            "position": whole.position.repeat_interleave(each).numpy(),
-            "token": whole.token.repeat_interleave(each).numpy(),
-            "layer": category(layer.numpy(), record.layers),
-            "expert": category(expert.numpy(), record.experts),
-            "scaling": whole.scalings.flatten().numpy(),
+            "sequence": part.sequence.repeat_interleave(each).numpy(),
+            "position": part.position.repeat_interleave(each).numpy(),
+            "token": part.token.repeat_interleave(each).numpy(),
+            "layer": category(layer.numpy(), layers),
+            "expert": category(expert.numpy(), experts),
+            "scaling": part.scalings.flatten().numpy(),
         }
     )

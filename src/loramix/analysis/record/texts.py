@@ -1,6 +1,6 @@
-"""The texts of a record whose tokens are shared: one that forked goes on from another one.
+"""Whole texts of a record. A text that forked shares its first tokens with another one, which holds them.
 
-N: tokens. M: those of one text. S: tokens that are looked for.
+N: tokens of the record. M: tokens of one text. S: tokens of a text that is looked for.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from loramix.analysis.record.parts import Part
+from loramix.analysis.record.part import Part
 
 Forks = Mapping[int, tuple[int, int]]
-"""Text -> the text that it goes on with, and how many tokens of that come before its own."""
+"""Text -> the text that it continues, and how many tokens of that precede its own."""
 
 
 def path_of(whole: Part, forks: Forks, number: int) -> Int[Tensor, " M"]:
-    """Which of all tokens a text consists of, from its beginning; none where there is no such text."""
+    """The places of a text's tokens among all tokens, from its beginning; none where there is no such text."""
     rows, end = list[Tensor](), None
     while True:
         own = whole.sequence == number
@@ -30,7 +30,7 @@ def path_of(whole: Part, forks: Forks, number: int) -> Int[Tensor, " M"]:
 
 
 def text_of(whole: Part, forks: Forks, ids: Int[Tensor, " S"]) -> int | None:
-    """The number of the text that begins with these tokens; the last one need not be there."""
+    """The number of the text that begins with these tokens; the last one need not have been read."""
     for number in whole.sequence.unique().tolist():
         path = path_of(whole, forks, number)
         text = whole.token[path][: len(ids)]

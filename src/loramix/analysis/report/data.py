@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loramix.analysis.colours import PALETTE
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import confidence_of, entropy_of, leading_of
 from loramix.analysis.record.header import without_shared_part
 from loramix.analysis.record.record import RoutingRecord
-from loramix.analysis.show.colours import PALETTE
 from loramix.config.checks import require_integer
 
 TOKENS = 100_000

@@ -12,11 +12,11 @@ from html import escape
 
 from torch import Tensor
 
+from loramix.analysis.colours import PALETTE
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import RoutingMetrics, entropy_of, leading_of
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.report.data import LEVELS, levels_of
-from loramix.analysis.show.colours import PALETTE
 from loramix.analysis.show.terminal import explained, worth_texts
 
 COLUMNS = 240

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loramix.analysis.colours import expert_colours
 from loramix.analysis.metrics import confidence_of, leaders_of
 from loramix.analysis.record.header import without_shared_part
 from loramix.analysis.record.record import RoutingRecord
-from loramix.analysis.show.colours import expert_colours
 from loramix.errors import UnsupportedOperationError
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ S: tokens of a forward. L: adapted layers, 1 where they share their scalings. E:
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,15 +17,16 @@ from rich.text import Text
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from loramix.analysis.colours import expert_colours
 from loramix.analysis.metrics import confidence_of, leaders_of
-from loramix.analysis.record.pieces import Pieces, require_tokenizer
-from loramix.analysis.record.reading import held_before
-from loramix.analysis.show.colours import expert_colours
-from loramix.analysis.show.terminal import NOBODY, legend, token_text, visible
+from loramix.analysis.record.slots import held_before
+from loramix.analysis.record.token_text import IncrementalDecoder, require_tokenizer
+from loramix.analysis.show.terminal import led_by, legend, token_text, visible
 from loramix.decoding.requests import Request, request
 from loramix.errors import RoutingError, UnsupportedOperationError
-from loramix.passes.hooks import Made, RoutingHook, between_graphs
-from loramix.passes.two_pass import attach, cache_in, require_routing
+from loramix.passes.call import cache_in
+from loramix.passes.hooks import RouterOutput, RoutingHook, between_graphs
+from loramix.passes.state import attach, require_routing
 
 
 class WrittenToken(NamedTuple):
@@ -68,7 +68,7 @@ class RoutingStreamer(BaseStreamer):
         self._paint = expert_colours(experts)
         self._special = set(tokenizer.all_special_ids)
         self._call: Request | None = None
-        self._pieces = Pieces(tokenizer)
+        self._pieces = IncrementalDecoder(tokenizer)
         self._length = 0  # of the text so far
         self._leader: str | None = None  # of what was shown last
 
@@ -88,7 +88,7 @@ class RoutingStreamer(BaseStreamer):
         ids: list[int] = value.flatten().tolist()
         if request() is not self._call:  # a call of `generate` begins with its prompt
             self._call, self.tokens, self._length, self._leader = request(), [], len(ids), None
-            self._pieces = Pieces(self.tokenizer)
+            self._pieces = IncrementalDecoder(self.tokenizer)
             self.routed.forget()
             prompt = self._pieces.read([token for token in ids if token not in self._special])
             self._print(Text(visible(prompt), style="dim"))
@@ -108,10 +108,9 @@ class RoutingStreamer(BaseStreamer):
         if rest and self.tokens:
             self.tokens[-1] = self.tokens[-1]._replace(text=self.tokens[-1].text + rest)
             self._show(self.tokens[-1]._replace(text=rest))
-        leads = Counter(token.leader or NOBODY for token in self.tokens)
-        shares = ", ".join(f"{visible(name)} {many / len(self.tokens):.0%}" for name, many in leads.most_common())
+        leaders = [token.leader for token in self.tokens]
         self.console.print("\n", legend(self.experts, self.console), sep="\n")
-        self.console.print(Text(f"{len(self.tokens)} tokens, led by {shares}" if leads else "no token", style="dim"))
+        self.console.print(Text(f"{len(leaders)} tokens, {led_by(leaders)}" if leaders else "no token", style="dim"))
 
     def _show(self, token: WrittenToken) -> None:
         if token.text:
@@ -137,11 +136,11 @@ class _Routed(RoutingHook):
         """Keep nothing."""
         self._last.clear()
 
-    def made(self, made: Made) -> None:
+    def routed(self, output: RouterOutput) -> None:
         if request().scoring or request().drafts:
             return
-        cache, final = cache_in(made.inputs), made.final.detach()[0]
-        first = 0 if cache is None else held_before(cache, made.inputs, len(final))
+        cache, final = cache_in(output.inputs), output.final.detach()[0]
+        first = 0 if cache is None else held_before(cache, output.inputs, len(final))
         self._last[threading.get_ident()] = first, final
 
     @property

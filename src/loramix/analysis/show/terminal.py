@@ -6,7 +6,8 @@ Where there is no colour (a pipe, NO_COLOR), text says by marks what colour says
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 
 import torch
@@ -14,12 +15,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from loramix.analysis.colours import expert_colours
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import RoutingMetrics, confidence_of, leaders_of
-from loramix.analysis.show.colours import expert_colours
 
 TOKENS = 600  # shown of a long text
-NOBODY = "nobody"  # leads where no expert has a weight
+NO_LEADER = "nobody"  # where no expert has a weight
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _UNSEEN = [0x61C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
 _CONTROL = _PICTURES | {0x7F: "␡"} | dict.fromkeys([*range(0x80, 0xA0), *_UNSEEN], "�")
@@ -49,12 +50,34 @@ def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
         if text:
             text.append("\n")
         text.append(f"── {visible(inspection.name_of(number))}\n", style="dim")
-        before = None
-        for _, piece, leader, confidence in run:
-            if piece:  # what a character's earlier tokens are is in its last one
-                text.append_text(token_text(piece, leader, confidence, paint, console, named=leader != before))
-                before = leader
+        text.append_text(coloured_tokens((row[1:] for row in run), paint, console))
     return text
+
+
+def coloured_tokens(rows: Iterable[tuple[str, str | None, float]], paint: Mapping[str, str], console: Console) -> Text:
+    """Tokens of one text, each in the colour of its leading expert.
+
+    Args:
+        rows: text, leading expert and confidence of each token.
+        paint: the colours of the experts.
+        console: where the text is printed.
+    """
+    text, before = Text(), None
+    for piece, leader, confidence in rows:
+        if piece:  # a character of several tokens is in the last one's piece
+            text.append_text(token_text(piece, leader, confidence, paint, console, named=leader != before))
+            before = leader
+    return text
+
+
+def led_by(leaders: Iterable[str | None]) -> str:
+    """The share of the tokens that each expert leads, the largest first: "led by math 75%, code 25%".
+
+    Equal shares stay in the order in which their experts occur.
+    """
+    count = Counter(leader or NO_LEADER for leader in leaders)
+    shares = ", ".join(f"{visible(name)} {many / count.total():.0%}" for name, many in count.most_common())
+    return f"led by {shares}"
 
 
 def token_text(
@@ -66,7 +89,7 @@ def token_text(
     """
     if has_colour(console):
         return Text(visible(piece), style="" if leader is None else f"{_strength(confidence)} {paint[leader]}")
-    return Text((f"⟨{visible(leader or NOBODY)}⟩" if named else "") + visible(piece))
+    return Text((f"⟨{visible(leader or NO_LEADER)}⟩" if named else "") + visible(piece))
 
 
 def _strength(confidence: float) -> str:

@@ -1,0 +1,50 @@
+"""What a configuration names by a text: routers, gatings. Other packages may add their own."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from loramix.errors import ConfigurationError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names and what they stand for.
+
+    Args:
+        what: the configuration's field that holds such a name.
+        register: the function by which another package adds one, for messages.
+    """
+
+    def __init__(self, what: str, register: str) -> None:
+        self.what, self.register = what, register
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> None:
+        """Register an entry; the same one again changes nothing.
+
+        Raises:
+            ConfigurationError: the name is taken by another one.
+        """
+        if self._entries.setdefault(name, entry) is not entry:
+            raise ConfigurationError(
+                f"A {self.what} is registered under a name of its own.",
+                received=f"{name!r}, which is {self._entries[name]!r}",
+                remedy="choose another name",
+            )
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of this name.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ConfigurationError(
+                f"{self.what} must be one of {', '.join(map(repr, self._entries))}.",
+                received=f"{self.what}={name!r}",
+                remedy=f"correct the name, or import the package that registers it with {self.register} before",
+            )
+        return entry

@@ -1,0 +1,192 @@
+"""The decoding of one generation: transformers' own loop calls the model, and a session answers for single tokens.
+
+The session reads the prompt's keys and values of both passes into one store, and from then on computes each token by
+the strategy that is selected, until the generation ends and the cache gets what it would hold had it been filled all
+along.
+
+B, T: batch, tokens of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from loramix.decoding.choice import Automatic, Choice
+from loramix.decoding.eligibility import why_not_this_token
+from loramix.decoding.forwards import Forwards
+from loramix.decoding.ngrams import NGramIndex
+from loramix.decoding.report import LockstepReport
+from loramix.decoding.row_cache import RowCache
+from loramix.decoding.scheduler import Measurements, Preference, Scheduler, Selector
+from loramix.decoding.state import DecodingState, RunningMean, Step
+from loramix.decoding.strategies import DRAFTING, DraftingStrategy, Fixed, Lockstep, Sequential, Strategy
+from loramix.experts.base_model import positions_of
+from loramix.passes.cache import TwoPassCache
+from loramix.passes.state import MixtureState
+
+ENDLESS = 2**31  # tokens of a generation whose length is not known
+
+
+class Session:
+    """One generation. While it is under way, its cache belongs to it.
+
+    Args:
+        model: the mixture.
+        mixture: its state.
+        choice: how to decode. With `Sequential` there is a session only to fix the routing after some tokens.
+        cache: the one that this generation fills; calls with another one are left to the model.
+        prompt: (B, T).
+        new: tokens after which the generation ends; None if that is not known.
+        ends: token ids after which a row is finished, and what its passes read does not matter any more; None where
+            somebody could see it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mixture: MixtureState,
+        choice: Choice,
+        cache: Any,
+        prompt: Int[Tensor, "B T"],
+        *,
+        new: int | None = None,
+        ends: Tensor | None = None,
+    ) -> None:
+        self.model, self.mixture, self.choice, self.cache = model, mixture, choice, cache
+        self.prompt, self.new, self.ends = prompt, new, ends
+        self.report = LockstepReport()
+        self._decoder: _Decoder | None = None  # once the prompt has been read
+
+    def step(self, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """One token of each row, as the model's forward would compute it; None where the model itself has to.
+
+        That is so for the prompt, for a token that drafts may not be used for, and for calls of the model that do not
+        continue this generation's cache.
+
+        Args:
+            call: the model's own forward.
+            inputs: its arguments.
+        """
+        ids = inputs.get("input_ids")
+        if inputs.get("past_key_values") is not self.cache or not isinstance(ids, Tensor):
+            return None
+        switched = self._decoder is not None and self.mixture.single_pass() is not None
+        if switched or ids.shape[1:] != (1,):
+            self.end()
+            return None
+        if self._decoder is None:
+            self._decoder = self._begin(inputs)
+        if self._decoder is None:
+            return None
+        step = Step(call, inputs, ids, inputs["position_ids"].expand(len(ids), -1))
+        out = self._decoder.step(step, self.ends)
+        out.past_key_values = self.cache
+        return out
+
+    def end(self) -> None:
+        """Hand keys and values back to the cache that they were taken from.
+
+        Once the routing is fixed there is no scaling pass to go on with: the cache becomes a plain one.
+        """
+        if self._decoder is None:
+            return
+        state = self._decoder.state
+        self._decoder.selector.end()
+        state.store.hand_back(state.length)
+        self.cache.torn = False
+        if state.fixed is not None:
+            self.cache.separate()
+        self._decoder = None
+
+    def _begin(self, inputs: Mapping[str, Any]) -> _Decoder | None:
+        """Take the cache over; None while the prompt is read, in chunks of a token perhaps, or if there is a reason."""
+        if self.cache.get_seq_length() < self.prompt.shape[1]:
+            return None
+        self.report.reason = why_not_this_token(self.model, self.mixture, inputs)
+        if self.report.reason is not None:
+            return None
+        cache = TwoPassCache.adopt(self.cache, self.mixture.owner)
+        ids, mask, length = inputs["input_ids"], inputs.get("attention_mask"), cache.get_seq_length()
+        padded = mask is not None and not bool(mask.all())
+        positions, after = positions_of(self.model.config), self.mixture.fixed_after
+        state = DecodingState(
+            store=RowCache(cache, len(ids), mask if padded else None),
+            length=length,
+            stop=length + (ENDLESS if self.new is None else self.new),
+            last_position=None if positions is None else positions - 1,
+            finished=torch.zeros(len(ids), dtype=torch.bool, device=ids.device),
+            report=self.report,
+            fixing=None if after is None else RunningMean(after),
+        )
+        cache.torn = True
+        forwards = Forwards(self.model, self.mixture, state)
+        strategies = DRAFTING if isinstance(self.choice, Automatic) else _in_turn(self.choice)
+        drafters = {one.drafter for one in strategies if isinstance(one, DraftingStrategy)}
+        if state.batch == 1 and "text" in drafters:
+            state.text = NGramIndex(self.prompt[0, :length].tolist())
+        if not isinstance(self.choice, Automatic):
+            return _Decoder(state, forwards, Preference(state, strategies))
+        key = (state.batch, self.model.device, self.model.dtype)
+        measurements = self.mixture.paces.setdefault(key, Measurements())
+        return _Decoder(state, forwards, Scheduler(state, measurements, forwards.plain_head))
+
+
+def _in_turn(choice: Sequential | DraftingStrategy) -> Sequence[Strategy]:
+    """The strategies of an explicit choice: the first that is ready computes the token."""
+    return (choice,) if isinstance(choice, Sequential) else (choice, Lockstep(), Sequential())
+
+
+class _Decoder:
+    """What a session has while it decodes: the state, and what reads and changes it."""
+
+    def __init__(self, state: DecodingState, forwards: Forwards, selector: Selector) -> None:
+        self.state, self.forwards, self.selector = state, forwards, selector
+
+    def step(self, step: Step, ends: Tensor | None) -> Any:
+        """The model's output for one token of each row."""
+        state, mixture = self.state, self.forwards.mixture
+        state.observed = bool(mixture.hooks) or mixture.log.enabled or state.fixing is not None
+        self.selector.observe(step.ids)
+        state.unscored = None
+        if state.text is not None:
+            state.text.add(int(step.ids))
+        out = self._computed_ahead(step.ids)
+        if out is None:
+            out = self._round(step)
+        if ends is not None:  # only now: the token that ends a row is computed as it is
+            state.finished = state.finished | torch.isin(step.ids[:, 0], ends)
+        state.length += 1
+        state.report.tokens += 1
+        return out
+
+    def _computed_ahead(self, ids: Int[Tensor, "B 1"]) -> Any:
+        """The output for tokens that the window holds; None where it holds others, and then it is void."""
+        state = self.state
+        window, state.window = state.window, None
+        if window is None or window.settings != self.forwards.mixture.settings():
+            return None
+        if state.verify(window.draft, ids, window.drafter):
+            return None
+        return self.forwards.take(window)
+
+    def _round(self, step: Step) -> Any:
+        """Compute a token, and perhaps more, by the strategy that is selected."""
+        state, ahead = self.state, self.state.ahead
+        if ahead is not None and ahead.settings != self.forwards.mixture.settings():
+            ahead = state.ahead = None
+        state.rejected = []
+        if ahead is not None:
+            state.rejected = state.verify(ahead.token, step.ids, Lockstep.drafter)
+        strategy = Fixed() if state.fixed is not None else self.selector.select()
+        state.report.rounds[strategy.name] += 1
+        round = strategy.run(step, state, self.forwards)
+        if state.ahead is ahead:  # not renewed, and now a token behind
+            state.ahead = None
+        if not isinstance(strategy, Fixed):
+            self.selector.ran(strategy, round)
+        return round.out

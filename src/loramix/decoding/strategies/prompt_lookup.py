@@ -1,0 +1,54 @@
+"""The text's own words as drafts (prompt lookup decoding): no forward makes them, and one for each pass verifies them.
+
+Where the last n-gram has occurred before, the drafts are the tokens that followed it then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from loramix.decoding.acceptance import Drafter
+from loramix.decoding.forwards import Forwards
+from loramix.decoding.state import DecodingState, Step
+from loramix.decoding.strategies.base import DraftingStrategy, Round, tokens_of_window
+from loramix.decoding.strategies.speculative import DRAFTS
+from loramix.decoding.window import Window
+
+
+@dataclass(frozen=True)
+class PromptLookup(DraftingStrategy):
+    """k drafts from the text, for one row alone.
+
+    Args:
+        drafts: k.
+    """
+
+    drafts: int = DRAFTS
+    name: ClassVar[str] = "prompt_lookup"
+    drafter: ClassVar[Drafter] = "text"
+
+    @property
+    def forwards(self) -> tuple[int, int]:
+        return 0, 2
+
+    @property
+    def row_forwards_at_risk(self) -> int:
+        return 2 * self.drafts
+
+    def tokens(self, acceptance: float) -> float:
+        return tokens_of_window(acceptance, self.drafts)
+
+    def is_ready(self, state: DecodingState) -> bool:
+        return bool(self._lookup(state))
+
+    def run(self, step: Step, state: DecodingState, forwards: Forwards) -> Round:
+        drafts = step.ids.new_tensor([self._lookup(state)])
+        hidden = forwards.scale(*step.followed_by(drafts), state.length)
+        made = forwards.route(hidden, step.inputs)
+        out = forwards.mix(step, drafts, made.routing)
+        window = Window(drafts, out, made.activated, self.drafter, forwards.mixture.settings())
+        return Round(forwards.take(window), is_typical=drafts.shape[1] == self.drafts)
+
+    def _lookup(self, state: DecodingState) -> list[int]:
+        return [] if state.text is None else state.text.drafts(state.draft_limit(self.drafts))

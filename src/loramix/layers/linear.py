@@ -1,0 +1,59 @@
+"""Experts of a linear layer: `nn.Linear`, transformers' `Conv1D`, or a quantised one of the same interface.
+
+R: total rank of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loramix.layers.functional import add_up_projection
+from loramix.layers.fused import add_mixture, usable
+from loramix.layers.routing import Routing
+from loramix.layers.stack import ExpertStack, fit_tokens, is_watched
+
+
+class LinearStack(ExpertStack):
+    """`((x Aᵀ) ∘ columns) Bᵀ`. Without gradients it is added to y itself, on a GPU in two launches (`fused`)."""
+
+    adapts = "linear layer"
+
+    def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module, base_y: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not self._is_plain(base_layer):
+            return super().add_to(y, x, routing, base_layer, base_y)
+        parameters = cast("dict[str, Tensor]", self._parameters)  # as attributes they are looked for, each time
+        down, up = parameters["lora_A"], parameters["lora_B"]
+        if x.is_cuda and not routing.reads_low_rank and usable(y, x, down, up):
+            return add_mixture(y, x, down, fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts), up)
+        if x.dtype != down.dtype:
+            return super().add_to(y, x, routing, base_layer, base_y)
+        gathered = routing.gathered(self)
+        if gathered is not None:
+            down, up = down.index_select(0, gathered.ranks), up.index_select(1, gathered.ranks)
+        low_rank = F.linear(x, down)
+        columns = routing.columns(self, low_rank) if gathered is None else gathered.columns
+        if columns.shape != low_rank.shape:
+            columns = fit_tokens(columns, low_rank.shape[:-1], self.adapts)
+        return add_up_projection(y, low_rank.mul_(columns), up, in_place=True)
+
+    def _is_plain(self, base_layer: nn.Module) -> bool:
+        """Whether the experts add two products and no more, to a y that nobody else holds."""
+        return not (self.biased or (self.training and any(self.dropouts)) or is_watched(base_layer))
+
+    def _stack_A(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]:
+        return stacked.split(self.ranks)
+
+    def _down(self, x: Tensor, A: Tensor, base_layer: nn.Module) -> Tensor:
+        return F.linear(x, A)
+
+    def _up(self, y: Tensor, gated: Tensor, B: Tensor, base_layer: nn.Module) -> Tensor:
+        fresh = not torch.is_grad_enabled() or type(base_layer) is nn.Linear
+        return add_up_projection(y, gated, B, in_place=fresh and not is_watched(base_layer))

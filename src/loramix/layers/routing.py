@@ -1,0 +1,206 @@
+"""What an adapted layer reads of a pass: how much each of its rank columns counts, for each token.
+
+    column j of a layer, of expert e, is multiplied by  g · c_e · s[e]
+
+B, S: batch, sequence. L: adapted layers. E: experts. R: total rank of an adapted layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+GATHERED_SHARE = 32  # gather only if at most 1/32 of the rank columns have a non-zero scaling (docs/products.md)
+GATHERED_TOKENS = 8  # more tokens seldom share the few experts that each of them uses
+GATHERED_RANKS = 128  # fewer columns are multiplied as fast as they are gathered
+
+
+@runtime_checkable
+class Stack(Protocol):
+    """What a routing needs to know of a layer's stacked experts."""
+
+    number: int  # of the layer
+    rank: int  # of its experts together, without the columns of LoRA biases
+    index: Tensor  # (1,): the layer's number, as a tensor
+    expert_of_rank: Tensor  # (R,): the expert of each rank column
+    rank_scale: Tensor  # (R,): c_e of each rank column
+    layout: int  # the number of its layout in the model; equal layouts have equal experts, ranks and c_e
+
+    @property
+    def lora_A(self) -> Tensor: ...
+
+
+class GatheredColumns(NamedTuple):
+    """The rank columns with a non-zero scaling, where they are so few that the others are left out.
+
+    Attributes:
+        ranks: (n,) their numbers.
+        columns: (B, S, n) or (n,): g · c_e · s[e] of each.
+    """
+
+    ranks: Tensor
+    columns: Tensor
+
+
+@runtime_checkable
+class Routing(Protocol):
+    """What the adapted layers read in one pass."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether all scalings are 0: the model is its base model."""
+        ...
+
+    @property
+    def reads_low_rank(self) -> bool:
+        """Whether `columns` looks at the low-rank activation's values, not only at its dtype and device."""
+        ...
+
+    def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        """(B, S, R) or (R,): g · c_e · s[e] of each rank column, of the dtype and on the device of `low_rank`."""
+        ...
+
+    def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
+        """(B, S, n) or (n,): g · s[e] of the experts `chosen` (n,)."""
+        ...
+
+    def gathered(self, stack: Stack) -> GatheredColumns | None:
+        """The columns that count, where multiplying these alone is cheaper; None where it is not."""
+        ...
+
+
+class ConstantRouting:
+    """Every expert has one scaling, in every layer and for every token. 0 means the base model."""
+
+    reads_low_rank = False
+
+    def __init__(self, value: float) -> None:
+        self.value = float(value)
+
+    @property
+    def silent(self) -> bool:
+        return self.value == 0.0
+
+    def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        return (stack.rank_scale * self.value).to(low_rank.dtype)
+
+    def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
+        return stack.rank_scale.new_full(chosen.shape, self.value)
+
+    def gathered(self, stack: Stack) -> None:
+        """None: all columns count."""
+
+
+class TensorRouting:
+    """Scalings as a tensor: (B, S, L, E) for each token, or (L, E) for all tokens alike.
+
+    Where all layers share their scalings, the columns of each layout are computed once, at the beginning of the pass
+    and so outside the blocks, which gradient checkpointing runs again.
+
+    Args:
+        scalings: final scalings s. Their L may be 1 where all layers share them.
+        weight: the global scaling weight g.
+        layouts: one stack of each layout, by the number of the layout.
+    """
+
+    silent = False
+    reads_low_rank = False
+
+    def __init__(self, scalings: Tensor, weight: float = 1.0, layouts: Sequence[Stack] = ()) -> None:
+        self.scalings = scalings
+        self._weighted = scalings if weight == 1.0 else scalings * float(weight)
+        self._shared = scalings.shape[-2] == 1
+        self._by_layer = self._weighted.unbind(-2)  # one stack in backward, not a zero-filled tensor for each layer
+        self._columns = [self._expand(stack).to(stack.lora_A.dtype) for stack in layouts] if self._shared else []
+        self._gathered: dict[int, GatheredColumns | None] = {}
+        self._sparse = self._is_sparse()
+
+    def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        if self._columns:
+            made = self._columns[stack.layout]
+            return made if made.dtype == low_rank.dtype and made.device == low_rank.device else made.to(low_rank)
+        return self._expand(stack).to(low_rank)
+
+    def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
+        return self._of(stack).index_select(-1, chosen)
+
+    def gathered(self, stack: Stack) -> GatheredColumns | None:
+        if not self._sparse:
+            return None
+        key = stack.layout if self._shared and self._columns else stack.number
+        if key not in self._gathered:
+            self._gathered[key] = self._gather(stack)
+        return self._gathered[key]
+
+    def _is_sparse(self) -> bool:
+        """Whether most scalings are 0. Asked on a CPU only: elsewhere the answer would wait for the device."""
+        scalings = self.scalings
+        return (
+            scalings.device.type == "cpu"
+            and scalings.shape[-1] >= GATHERED_SHARE
+            and scalings.shape[:-2].numel() <= GATHERED_TOKENS
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and GATHERED_SHARE * int(scalings.count_nonzero()) <= scalings.numel()
+        )
+
+    def _gather(self, stack: Stack) -> GatheredColumns | None:
+        of_rank = stack.expert_of_rank
+        if len(of_rank) < GATHERED_RANKS:
+            return None
+        weighted = self._of(stack)
+        ranks = weighted.reshape(-1, weighted.shape[-1]).any(0)[of_rank].nonzero()[:, 0]
+        if GATHERED_SHARE * len(ranks) > len(of_rank):
+            return None
+        columns = weighted.index_select(-1, of_rank[ranks]) * stack.rank_scale[ranks]
+        return GatheredColumns(ranks, columns.to(stack.lora_A.dtype))
+
+    def _expand(self, stack: Stack) -> Tensor:
+        return self._of(stack).index_select(-1, stack.expert_of_rank) * stack.rank_scale
+
+    def _of(self, stack: Stack) -> Tensor:
+        return self._select(stack).to(stack.rank_scale.device)
+
+    def _select(self, stack: Stack) -> Tensor:
+        if self._shared:
+            return self._by_layer[0]
+        if torch.compiler.is_compiling():  # an int that differs in every block would compile every block anew
+            return self._weighted.index_select(-2, stack.index).squeeze(-2)
+        return self._by_layer[stack.number]
+
+
+class LayerRouting:
+    """Scalings that each layer makes of its own low-rank activation, in the one pass there is.
+
+    Args:
+        scalings: the final scalings (*tokens, E) of a layer, from its number and its low-rank activation
+            (*tokens, R), without the columns of LoRA biases.
+        weight: the global scaling weight g.
+    """
+
+    silent = False
+    reads_low_rank = True
+
+    def __init__(self, scalings: Callable[[int, Tensor], Tensor], weight: float = 1.0) -> None:
+        self._make = scalings
+        self._weight = float(weight)
+        self._last: tuple[Tensor, Tensor] | None = None  # an activation, and what was made of it
+
+    def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        weighted = self._weighted(stack, low_rank)
+        return (weighted.index_select(-1, stack.expert_of_rank) * stack.rank_scale).to(low_rank)
+
+    def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
+        return self._weighted(stack, low_rank).index_select(-1, chosen)
+
+    def gathered(self, stack: Stack) -> None:
+        """None: which columns count is known too late."""
+
+    def _weighted(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not low_rank:
+            made = self._make(stack.number, low_rank[..., : stack.rank])
+            self._last = low_rank, made if self._weight == 1.0 else made * self._weight
+        return self._last[1]

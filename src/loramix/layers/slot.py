@@ -1,0 +1,108 @@
+"""The thread-local slot through which a pass hands its routing to the adapted layers.
+
+A pass fills the slot for as long as it runs (`routed`). Under gradient checkpointing a block runs again in backward,
+at another time and maybe in another thread; `checkpoint_with` fills the slot again for that. Hooks, arguments of the
+blocks and attributes of the layers take no part, so two threads, two forwards before one backward, and blocks that
+take no extra arguments all work (docs/architecture.md, decision 3).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from loramix.errors import RoutingError
+from loramix.layers.routing import Routing
+
+
+class ObservedPass:
+    """One pass with a given routing, whose last hidden states are kept.
+
+    Args:
+        routing: what the layers read.
+        head_rows: the rows of the batch that go on to the head; all if None.
+
+    Attributes:
+        hidden: the backbone's last hidden states (B, S, H) of all rows, once the pass has run.
+    """
+
+    def __init__(self, routing: Routing, head_rows: slice | None = None) -> None:
+        self.routing = routing
+        self.head_rows = head_rows
+        self.hidden: Tensor | None = None
+
+
+Override = Callable[[], Routing | ObservedPass]
+"""Gives the one pass that a model is to make instead of routing."""
+
+
+class _Slot(threading.local):
+    def __init__(self) -> None:  # set here, not on the class: compiled code guards on the instance's own dictionary
+        self.routing: Routing | None = None
+        self.overrides: tuple[tuple[object, Override], ...] = ()
+
+
+_slot = _Slot()
+
+
+def current() -> Routing:
+    """The routing in force.
+
+    Raises:
+        RoutingError: no pass is under way in this thread.
+    """
+    routing = _slot.routing
+    if routing is None:
+        raise RoutingError(
+            "An adapted layer runs only inside the passes of its model.",
+            received="a call of the layer, or of a block around it, on its own",
+            remedy="call the model or its backbone; they run the passes and hand the scalings to the layers",
+        )
+    return routing
+
+
+def routed(routing: Routing, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call with `routing` in force for this thread, and restore what was in force before."""
+    outer, _slot.routing = _slot.routing, routing
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _slot.routing = outer
+
+
+@contextmanager
+def override(owner: object, make: Override) -> Generator[None]:
+    """Inside, in this thread, the model that owns `owner` makes one pass, with the routing that `make()` returns.
+
+    Nests: the innermost is in force. Like `torch.no_grad`, it does not reach into other threads.
+    """
+    outer = _slot.overrides
+    _slot.overrides = (*outer, (owner, make))
+    try:
+        yield
+    finally:
+        _slot.overrides = outer
+
+
+def overriding(owner: object) -> Override | None:
+    """The innermost override of `owner` in this thread."""
+    for other, make in reversed(_slot.overrides):
+        if other is owner:
+            return make
+    return None
+
+
+def checkpoint_with(checkpoint: Callable[..., Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint `call` so that its recomputation reads the routing that is in force now."""
+    return checkpoint(functools.partial(_replay, call, _slot.routing), *args, **kwargs)
+
+
+def _replay(call: Callable[..., Any], routing: Routing | None, *args: Any, **kwargs: Any) -> Any:
+    if routing is None or _slot.routing is routing:
+        return call(*args, **kwargs)
+    return routed(routing, call, *args, **kwargs)

@@ -1,0 +1,259 @@
+"""What the experts add to one layer, by itself: their matrices, stacked.
+
+    Δ(x) = g · Σ_e s[e] · c_e · B_e A_e dropout(x)                                (docs/semantics.md §2)
+
+One file for each kind of base layer (`linear`, `embedding`, `convolution`) and for each variant of LoRA that is more
+than two matrices (`dora`) holds a subclass; `layer.stack_class` chooses among them.
+
+R: total rank of the layer, the sum of its experts' ranks; each LoRA bias adds one column. E: experts.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loramix.errors import RoutingError
+from loramix.experts.adapter import LoraWeights
+from loramix.experts.base_layers import device_of
+from loramix.layers.functional import gate
+from loramix.layers.routing import Routing
+from loramix.routers.precision import keep_dtype
+
+
+class LayerExpert(NamedTuple):
+    """One expert's part in one layer.
+
+    Args:
+        expert: the expert's number in the mixture.
+        weights: its tensors, as the file holds them.
+        scale: c_e, alpha / r or alpha / sqrt(r).
+        dropout: the probability with which its input is dropped in training.
+    """
+
+    expert: int
+    weights: LoraWeights
+    scale: float
+    dropout: float
+
+    @property
+    def rank(self) -> int:
+        """r, by the shape of A."""
+        return self.weights.A.shape[0]
+
+
+class ExpertStack(nn.Module):
+    """The experts of one mixture in one layer, stacked: two products, however many experts there are.
+
+    A LoRA bias is one more rank column, whose activation is 1: it is gated with its expert as every column is.
+
+    Args:
+        base_layer: the layer that is adapted. It is not kept: `add_to` is given it at each call.
+        experts: those that adapt the layer, in the order of the mixture; at least one.
+        number: the layer's number among the adapted layers.
+        dtype: of the stacked matrices; of the experts' tensors if None.
+
+    Attributes:
+        members: the expert of each part.
+        ranks, dropouts: of each part.
+        rank: R without the columns of biases.
+        biased: which parts have a LoRA bias.
+        arrangement: expert, rank, scale and bias of each part; the rank columns follow from it.
+        layout: the number that all layers of this arrangement have in their model.
+        lora_A: the down projections, stacked by rank.
+        lora_B: the up projections, stacked by rank, then one column for each LoRA bias.
+    """
+
+    adapts: ClassVar[str]
+    is_embedding: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        experts: Sequence[LayerExpert],
+        number: int,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.number = number
+        self.layout = 0
+        self.members = tuple(e.expert for e in experts)
+        self.ranks = tuple(e.rank for e in experts)
+        self.rank = sum(self.ranks)
+        self.dropouts = tuple(e.dropout for e in experts)
+        self.biased = tuple(i for i, e in enumerate(experts) if e.weights.bias is not None)
+        self.arrangement = tuple((e.expert, e.rank, e.scale, i in self.biased) for i, e in enumerate(experts))
+        device = device_of(base_layer)
+
+        def place(tensor: Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.to(device, dtype or tensor.dtype).contiguous(), requires_grad=False)
+
+        self.lora_A = place(self._stack_A([e.weights.A for e in experts]))
+        ups = [self._matrix(e.weights.B) for e in experts]
+        biases = [b.unsqueeze(1) for e in experts if (b := e.weights.bias) is not None]
+        self.lora_B = place(torch.cat([*ups, *biases], dim=1))
+        columns = [i for i, rank in enumerate(self.ranks) for _ in range(rank)] + list(self.biased)
+        scales = [experts[i].scale for i in columns]
+        self._buffer("index", torch.tensor([number], device=device))
+        self._buffer("expert_of_rank", torch.tensor([self.members[i] for i in columns], device=device))
+        self._buffer("rank_scale", torch.tensor(scales, dtype=torch.float32, device=device))
+
+    def _buffer(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    index: Tensor
+    expert_of_rank: Tensor
+    rank_scale: Tensor
+
+    def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module, base_y: Tensor) -> Tensor:
+        """`y + Δ(x)`; y may be overwritten where nobody else can hold it.
+
+        Args:
+            y: what the experts' part is added to.
+            x: the layer's input.
+            routing: of this pass.
+            base_layer: the layer itself.
+            base_y: what the base layer made of x; y itself, unless another stack has added its part.
+
+        Raises:
+            RoutingError: the scalings are those of other tokens.
+        """
+        return self._up(y, self._gated(x, routing, base_layer), self.lora_B, base_layer)
+
+    def _gated(self, x: Tensor, routing: Routing, base_layer: nn.Module) -> Tensor:
+        """The low-rank activation (*tokens, R), each column multiplied by what it counts."""
+        h = self._low_rank(x, base_layer)
+        return gate(h, fit_tokens(routing.columns(self, h), h.shape[:-1], self.adapts))
+
+    def _low_rank(self, x: Tensor, base_layer: nn.Module) -> Tensor:
+        """h = A dropout(x), with a 1 for each LoRA bias: (*tokens, R)."""
+        h = self._tokens_last(self._dropped_down(x, base_layer))
+        return torch.cat([h, h.new_ones(*h.shape[:-1], len(self.biased))], dim=-1) if self.biased else h
+
+    def _dropped_down(self, x: Tensor, base_layer: nn.Module) -> Tensor:
+        stacked = self.lora_A
+        x = self._input(x, stacked.dtype)
+        if not self.training or not any(self.dropouts):
+            return self._down(x, stacked, base_layer)
+        if len(set(self.dropouts)) == 1:
+            return self._down(F.dropout(x, self.dropouts[0]), stacked, base_layer)
+        parts = zip(self.dropouts, stacked.split(self.ranks), strict=True)
+        return torch.cat([self._down(F.dropout(x, p), A, base_layer) for p, A in parts], dim=self._rank_dim)
+
+    def _input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+
+    @property
+    def _rank_dim(self) -> int:
+        """The dimension of `_down`'s result that counts rank columns."""
+        return -1
+
+    def _tokens_last(self, h: Tensor) -> Tensor:
+        """`_down`'s result as (*tokens, R)."""
+        return h
+
+    @abstractmethod
+    def _stack_A(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+    @abstractmethod
+    def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]: ...
+
+    @abstractmethod
+    def _down(self, x: Tensor, A: Tensor, base_layer: nn.Module) -> Tensor: ...
+
+    @abstractmethod
+    def _up(self, y: Tensor, gated: Tensor, B: Tensor, base_layer: nn.Module) -> Tensor: ...
+
+    def _matrix(self, B: Tensor) -> Tensor:
+        """One expert's B as (out, r)."""
+        return B
+
+    def _file_B(self, B: Tensor) -> Tensor:
+        """The inverse of `_matrix`: the shape that B has in a file."""
+        return B
+
+    def unstack(self, tensors: Mapping[str, Tensor]) -> dict[int, LoraWeights]:
+        """The experts' tensors as their files hold them, by expert number.
+
+        Args:
+            tensors: this stack's parameters by name, whole ones if they are sharded.
+        """
+        downs = self._unstack_A(tensors["lora_A"].detach())
+        stacked = tensors["lora_B"].detach()
+        ups = stacked[:, : self.rank].split(self.ranks, dim=1)
+        biases = dict(zip(self.biased, stacked[:, self.rank :].unbind(1), strict=True))
+        magnitudes = self._magnitudes(tensors)
+        return {
+            expert: LoraWeights(A, self._file_B(B), biases.get(i), magnitudes.get(i), self.is_embedding)
+            for i, (expert, A, B) in enumerate(zip(self.members, downs, ups, strict=True))
+        }
+
+    def _magnitudes(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """DoRA's magnitudes by part; none here."""
+        return {}
+
+    def update_matrices(self, routing: Routing, base_layer: nn.Module) -> MergedMatrices:
+        """What the experts come to where their scalings are the same for every token.
+
+        Args:
+            routing: one whose columns are (R,).
+            base_layer: the layer itself.
+        """
+        up = self.lora_B.float()
+        return MergedMatrices(up * routing.columns(self, up), None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Frozen matrices follow the model's dtype; what trains, gradients and scales keep float32."""
+        kept = keep_dtype(fn)
+        pinned = [self.rank_scale, *(parameter.grad for parameter in self.parameters(recurse=False))]
+
+        def own(tensor: Tensor) -> Tensor:
+            precise = tensor.requires_grad or any(tensor is other for other in pinned)
+            return kept(tensor) if precise else fn(tensor)
+
+        return super()._apply(own, recurse)
+
+    def extra_repr(self) -> str:
+        return f"number={self.number}, experts={self.members}, ranks={self.ranks}"
+
+
+class MergedMatrices(NamedTuple):
+    """The update of a layer whose scalings are fixed: W' = W + diag(stretch) W + up · A, b' = b + the biases' columns.
+
+    Attributes:
+        up: (out, R): B with everything that its columns are multiplied by.
+        stretch: (out,): the share of each row of W that DoRA adds to it; None without DoRA.
+    """
+
+    up: Tensor
+    stretch: Tensor | None
+
+
+def fit_tokens(columns: Tensor, tokens: torch.Size, layer: str) -> Tensor:
+    """Columns (B, S, R) for tokens (B, S) or, flattened by the block, (B · S,); columns (R,) fit any tokens.
+
+    Raises:
+        RoutingError: the scalings are those of other tokens.
+    """
+    if columns.dim() == 1 or columns.shape[:-1] == tokens:
+        return columns
+    if len(tokens) == 1 and columns.shape[:-1].numel() == tokens[0]:
+        return columns.flatten(0, -2)
+    raise RoutingError(
+        "A layer's input must hold the tokens that the scalings were made for, in their order.",
+        received=f"scalings for tokens {tuple(columns.shape[:-1])} at a {layer} with input tokens {tuple(tokens)}",
+        remedy="do not adapt layers that see other tokens than the backbone (position embeddings, poolers, "
+        "sparsely dispatched expert blocks)",
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook, of this module or of all modules, may hold on to the module's output."""
+    own: Any = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks  # pyright: ignore
+    return bool(own) or bool(nn.modules.module._has_any_global_hook())  # pyright: ignore

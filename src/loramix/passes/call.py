@@ -1,0 +1,93 @@
+"""One call of a backbone's forward: its arguments by name, its cache, and how its result is handed back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+from loramix.passes.hooks import EXPERT_IDS
+
+CACHES = ("past_key_values", "cache_params")  # what models call the cache among the arguments and in the output
+_QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+
+
+@dataclass(frozen=True)
+class ForwardSignature:
+    """What a model's forward takes.
+
+    Attributes:
+        names: of its arguments, without `self`, in order.
+        cache: what it calls its cache.
+        quiet: arguments for a pass of which only the last hidden state matters.
+    """
+
+    names: tuple[str, ...]
+    cache: str
+    quiet: dict[str, Any]
+
+    @staticmethod
+    def of(forward: Callable[..., Any]) -> ForwardSignature:
+        """The signature of a forward, as a function of the model."""
+        parameters = inspect.signature(forward).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        quiet = {name: value for name, value in _QUIET.items() if takes_any or name in parameters}
+        cache = next((name for name in CACHES if name in parameters), CACHES[0])
+        return ForwardSignature(tuple(parameters)[1:], cache, quiet)
+
+    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name."""
+        return kwargs | dict(zip(self.names, args, strict=False))
+
+
+@dataclass
+class BackboneCall:
+    """One call of the carrier's forward.
+
+    Attributes:
+        model: the carrier.
+        forward: the forward of its own class.
+        signature: of that forward.
+        arguments: by name, without `expert_ids`.
+        expert_ids: which expert each text belongs to, where the caller says so.
+    """
+
+    model: Any
+    forward: Callable[..., Any]
+    signature: ForwardSignature
+    arguments: dict[str, Any]
+    expert_ids: Tensor | None
+
+    @property
+    def training(self) -> bool:
+        """Whether the carrier is in training mode."""
+        return self.model.training
+
+    @property
+    def cache(self) -> Any:
+        """The cache that the caller passed, or None."""
+        return self.arguments.get(self.signature.cache)
+
+    @property
+    def hook_inputs(self) -> Mapping[str, Any]:
+        """The arguments as hooks see them."""
+        return self.arguments if self.expert_ids is None else self.arguments | {EXPERT_IDS: self.expert_ids}
+
+    def run(self) -> Any:
+        """The mixture's own pass; the result is a `ModelOutput`, whatever the caller asked for."""
+        as_output = {"return_dict": True} if "return_dict" in self.signature.quiet else {}
+        return self.forward(self.model, **(self.arguments | as_output))
+
+    def returned(self, out: ModelOutput) -> Any:
+        """The result as the caller asked for it: a tuple with `return_dict=False`."""
+        asked = self.arguments.get("return_dict", getattr(self.model.config, "return_dict", True))
+        return out.to_tuple() if asked is False else out
+
+
+def cache_in(inputs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward, or in its output; None where there is none."""
+    return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)

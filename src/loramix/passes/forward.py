@@ -1,0 +1,60 @@
+"""The carrier's forward: which passes a call makes, and in what order (docs/semantics.md §2).
+
+The passes live in the nearest `PreTrainedModel` above the adapted layers, the carrier, so that whoever calls the
+backbone and the head separately gets the mixture too (docs/architecture.md, decision 2).
+
+    disabled, fixed, overridden, one plain expert   one pass, with a routing that is given      `single_pass`
+    a router that reads hidden states               a scaling pass, then the mixture pass       `two_passes`
+    a router that reads a layer's activation        one pass, the scalings made in the layers   `one_pass`
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from loramix.layers.routing import Routing
+from loramix.layers.slot import ObservedPass, routed
+from loramix.passes.cache import refuse_two_pass_cache
+from loramix.passes.call import BackboneCall, ForwardSignature
+from loramix.passes.hooks import EXPERT_IDS, given_expert_ids
+from loramix.passes.one_pass import one_pass
+from loramix.passes.state import AdaptedState, MixtureState
+from loramix.passes.two_pass import two_passes
+
+
+def mixture_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a backbone with experts in it.
+
+    Raises (the result):
+        CacheError: a cache that this mixture did not fill.
+        RoutingError: a layer that sees other tokens than the scalings were made for.
+    """
+    signature = ForwardSignature.of(forward)
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: AdaptedState = self._loramix
+        arguments = signature.by_name(args, kwargs)
+        expert_ids = arguments.pop(EXPERT_IDS, given_expert_ids())
+        given = state.single_pass()
+        if given is None and isinstance(state, MixtureState):
+            call = BackboneCall(self, forward, signature, arguments, expert_ids)
+            return two_passes(state, call) if state.needs_scaling_pass else one_pass(state, call)
+        assert given is not None
+        refuse_two_pass_cache(arguments.get(signature.cache))
+        return single_pass(given, functools.partial(forward, self, **arguments))
+
+    return run
+
+
+def single_pass(given: Routing | ObservedPass, call: Callable[[], Any]) -> Any:
+    """One pass with a given routing; where it is observed, its last hidden states are kept."""
+    if not isinstance(given, ObservedPass):
+        return routed(given, call)
+    out = routed(given.routing, call)
+    given.hidden = out.last_hidden_state
+    if given.head_rows is not None:
+        out.last_hidden_state = out.last_hidden_state[given.head_rows]
+    return out

@@ -1,0 +1,81 @@
+"""One pass: a layer router makes the scalings inside the layers, and the base model's own cache is all there is.
+
+B, S: batch, sequence. L: adapted layers, 1 where they share their scalings. E: experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loramix.layers.routing import LayerRouting
+from loramix.layers.slot import routed
+from loramix.passes.cache import follow, refuse_two_pass_cache
+from loramix.passes.call import BackboneCall
+from loramix.passes.hooks import join_losses
+from loramix.passes.state import MixtureState
+from loramix.routers.router import ConstantRouter, LayerRouter
+
+
+def one_pass(state: MixtureState, call: BackboneCall) -> Any:
+    """A forward of a mixture whose router reads a layer's low-rank activation, or nothing.
+
+    Raises:
+        CacheError: a cache of two passes.
+    """
+    refuse_two_pass_cache(call.cache)
+    state.check_settings()
+    if state.hooks and call.cache is not None:
+        follow(call.cache)
+    router = state.router
+    assert isinstance(router, LayerRouter)
+    if isinstance(router, ConstantRouter):
+        logits = state.changed_logits(router.constant_logits(), call.training)
+        routing = state.routing(state.gating.select(state.gating.activate(logits)))
+        out = routed(routing, call.run)
+        tokens = out.last_hidden_state.shape[:2]
+        logits = logits.expand(*tokens, *logits.shape)
+    else:
+        layers = _LayerScalings(state, router, call.training)
+        out = routed(LayerRouting(layers.of, state.config.global_scaling_weight), call.run)
+        logits = layers.logits(out.last_hidden_state.shape[:2])
+    join_losses(out, state.publish(state.gated(logits, call.hook_inputs, call.training)))
+    made = None if call.cache is not None else out.get(call.signature.cache)
+    if state.hooks and made is not None:
+        for hook in state.hooks:
+            hook.cached(follow(made))
+    return call.returned(out)
+
+
+class _LayerScalings:
+    """The scalings of one forward, layer by layer, and the logits that they were made of."""
+
+    def __init__(self, state: MixtureState, router: LayerRouter, training: bool) -> None:
+        self._state, self._router, self._training = state, router, training
+        self._gating = state.gating
+        self._logits: dict[int, Tensor] | None = {}
+
+    def of(self, layer: int, low_rank: Tensor) -> Tensor:
+        """(*tokens, E), from (*tokens, R). A block that is recomputed calls it again."""
+        with torch.autocast(low_rank.device.type, enabled=False):
+            logits = self._router.layer_logits(layer, low_rank.float()).unsqueeze(-2)
+        logits = self._state.changed_logits(logits, self._training)
+        if self._logits is not None:
+            self._logits[layer] = logits
+        return self._gating.select(self._gating.activate(logits)).squeeze(-2)
+
+    def logits(self, tokens: torch.Size) -> Tensor:
+        """(B, S, L, E), of all layers; NaN for a layer that did not run, or that saw other tokens."""
+        made, self._logits = self._logits or {}, None
+        missing = next(iter(made.values())).new_full((*tokens, 1, len(self._state.names)), float("nan"))
+        layers = range(len(self._state.paths))
+        return torch.cat([_as_tokens(made.get(layer), tokens, missing) for layer in layers], dim=-2)
+
+
+def _as_tokens(logits: Tensor | None, tokens: torch.Size, missing: Tensor) -> Tensor:
+    """A layer's logits by (B, S), from a block that may have flattened them."""
+    if logits is None or logits.shape[:-2].numel() != tokens.numel():
+        return missing
+    return logits.reshape(*tokens, *logits.shape[-2:])

@@ -1,0 +1,64 @@
+"""Run-time subclasses of a model's classes: the base model's own names, with the forward of a mixture.
+
+The class of every model from the carrier, the nearest `PreTrainedModel` above the adapted layers, up to the root
+becomes such a subclass (docs/architecture.md, decisions 1 and 2).
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any, ClassVar, cast
+
+from loramix.passes.checkpointing import RoutedCheckpointing
+from loramix.passes.forward import mixture_forward
+from loramix.passes.hooks import takes_expert_ids
+
+
+@functools.cache
+def specialise(kind: type, *mixins: type, carrier: bool) -> type:
+    """The run-time subclass of a model class: the same names, so that what is keyed by them still finds it.
+
+    Args:
+        kind: the model's class.
+        mixins: what comes before it in the resolution order, at the root of the model.
+        carrier: whether the passes run here.
+    """
+    body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    body["_loramix_made_of"] = (kind, mixins, carrier)
+    if carrier:
+        body["forward"] = mixture_forward(cast(Any, kind).forward)
+    if mixins:
+        body["forward"] = takes_expert_ids(body.get("forward", cast(Any, kind).forward))
+    return type(kind.__name__, (*mixins, Specialised, RoutedCheckpointing, kind), body)
+
+
+def rebind_forward(model: Any) -> None:
+    """Let a hook of accelerate, which holds the forward that it wraps, hold that of the model's class as it is now."""
+    if "_old_forward" in model.__dict__:
+        model.__dict__["_old_forward"] = MethodType(type(model).forward, model)
+
+
+class Specialised:
+    """Mixin of every run-time subclass: what it was made of, to be made again by pickle, or undone."""
+
+    _loramix_made_of: ClassVar[tuple[type, tuple[type, ...], bool]]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """The base class's own: a new, plain base model."""
+        return cast(Any, cls._loramix_made_of[0]).from_pretrained(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Become an instance of the model's own class again."""
+        del self.__dict__["_loramix"]
+        self.__class__ = self._loramix_made_of[0]
+        rebind_forward(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self._loramix_made_of, self.__dict__
+
+
+def _rebuild(kind: type, mixins: tuple[type, ...], carrier: bool) -> Any:
+    special: Any = specialise(kind, *mixins, carrier=carrier)
+    return special.__new__(special)

@@ -1,0 +1,300 @@
+"""What the passes of one model share: its live configuration, its experts, its router, and what it made last.
+
+B, S: batch, sequence. H: hidden size. L: adapted layers, 1 where they share their scalings. E: experts.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
+from loramix.errors import RoutingError, UnsupportedOperationError
+from loramix.experts.adapter import Adapter
+from loramix.layers.layer import XLoraLayer
+from loramix.layers.routing import ConstantRouting, Routing, TensorRouting
+from loramix.layers.slot import ObservedPass, overriding
+from loramix.passes.hooks import RouterOutput, RoutingHook
+from loramix.passes.scalings_log import ScalingsLog
+from loramix.routers.gating import Gating, gating_of
+from loramix.routers.router import HiddenStateRouter, Router
+
+
+class RoutedPass(NamedTuple):
+    """What a mixture pass runs with.
+
+    Attributes:
+        routing: the final scalings.
+        activated: (B, S, L, E): the scalings before top-k, detached.
+        losses: those that the hooks returned.
+    """
+
+    routing: TensorRouting
+    activated: Tensor
+    losses: list[Tensor]
+
+
+class PassSettings(NamedTuple):
+    """What a mixture computes with, beside its tensors and the text; it may change between two forwards."""
+
+    gating: Gating
+    scaling_pass_value: float
+    global_scaling_weight: float
+    hooks: tuple[RoutingHook, ...]
+    logged: bool
+
+
+class AdaptedState:
+    """What a model with experts on it is made of. Here: one expert, whose scaling is 1.
+
+    Args:
+        config: the model's own copy of the configuration.
+        experts: name, configuration and source of each expert; their tensors live in the adapted layers.
+        layers: the adapted layers by their paths, in order.
+    """
+
+    config: LoraConfig | XLoraConfig
+
+    def __init__(
+        self, config: LoraConfig | XLoraConfig, experts: Sequence[Adapter], layers: Mapping[str, XLoraLayer]
+    ) -> None:
+        self.config = config
+        self.experts = [replace(expert, weights={}, base_weights={}) for expert in experts]
+        self.paths = list(layers)
+        self.layouts = list({layer.stack.layout: layer.stack for layer in layers.values()}.values())
+        self.owner = uuid.uuid4().hex
+        self.enabled = True
+        self.thawed: list[str] = []  # the base model's parameters that required gradients before
+
+    @property
+    def names(self) -> list[str]:
+        """The experts, in the order of their scalings."""
+        return [expert.name for expert in self.experts]
+
+    def single_pass(self) -> Routing | ObservedPass | None:
+        """The routing of a forward in which no scalings are made; None where they are."""
+        if not self.enabled:
+            return ConstantRouting(0.0)
+        make = overriding(self)
+        return make() if make is not None else self._fixed_pass()
+
+    def _fixed_pass(self) -> Routing | None:
+        return ConstantRouting(1.0)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled, is another model: it does not continue this one's caches."""
+        self.__dict__.update(state, owner=uuid.uuid4().hex)
+
+
+class MixtureState(AdaptedState):
+    """What a mixture is made of.
+
+    Args:
+        config: the model's own copy of the configuration.
+        experts: name, configuration and source of each expert; their tensors live in the adapted layers.
+        layers: the adapted layers by their paths, in order.
+        router: what makes the logits.
+        hidden_size: H of the base model.
+    """
+
+    config: XLoraConfig  # pyright: ignore[reportIncompatibleVariableOverride] - set once, here
+
+    def __init__(
+        self,
+        config: XLoraConfig,
+        experts: Sequence[Adapter],
+        layers: Mapping[str, XLoraLayer],
+        router: Router,
+        hidden_size: int,
+    ) -> None:
+        super().__init__(config, experts, layers)
+        self.router = router
+        self.hidden_size = hidden_size
+        self.log = ScalingsLog()
+        self.paces: dict[object, Any] = {}  # what decoding has learnt of its speed, by batch, device and dtype
+        self.report: Any = None  # of the last generation
+        self.draft_head: Any = None  # what decoding guesses with, made at its first use
+        self.fixed: Tensor | None = None  # the same final scalings for every token: (L or 1, E)
+        self.fixed_after: int | None = None  # tokens of a generation after which each row keeps what it has
+        self.hooks: tuple[RoutingHook, ...] = ()
+        self._latest: Tensor | None = None
+
+    @property
+    def needs_scaling_pass(self) -> bool:
+        """Whether the router reads the last hidden state of a pass before the one that mixes."""
+        return isinstance(self.router, HiddenStateRouter)
+
+    @property
+    def gating(self) -> Gating:
+        """What makes scalings of logits now."""
+        return gating_of(self.config)
+
+    def settings(self) -> PassSettings:
+        """What the next forward computes with."""
+        config = self.config
+        return PassSettings(
+            self.gating, config.scaling_pass_value, config.global_scaling_weight, self.hooks, self.log.enabled
+        )
+
+    def _fixed_pass(self) -> Routing | None:
+        return None if self.fixed is None else self.routing(self.fixed)
+
+    def routing(self, scalings: Tensor) -> TensorRouting:
+        """The routing of a pass with these final scalings, its columns computed once a forward."""
+        return TensorRouting(scalings, self.config.global_scaling_weight, self.layouts)
+
+    def scaling_pass(self) -> Routing:
+        """The routing of the scaling pass: every expert at `scaling_pass_value`, ungated."""
+        return ConstantRouting(self.config.scaling_pass_value * self.config.global_scaling_weight)
+
+    def check_settings(self) -> None:
+        """Check the live configuration, which may have been changed by hand.
+
+        Raises:
+            ConfigurationError: it has become one that cannot work.
+        """
+        if not torch.compiler.is_compiling():
+            self.config.validate_for(len(self.experts), self.hidden_size)
+
+    def recall(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The scaling pass's last hidden states, where a hook knows them."""
+        found = (hook.recall(inputs) for hook in self.hooks)
+        return next((hidden for hidden in found if hidden is not None), None)
+
+    def keep(self, inputs: Mapping[str, Any], hidden: Float[Tensor, "B S H"]) -> None:
+        """Show the scaling pass's last hidden states to the hooks."""
+        for hook in self.hooks:
+            hook.keep(inputs, hidden)
+
+    def route(self, hidden: Float[Tensor, "B S H"], inputs: Mapping[str, Any], training: bool) -> RoutedPass:
+        """The scalings of a mixture pass, from the last hidden states of its scaling pass.
+
+        Raises:
+            ConfigurationError: settings that cannot work, or hidden states of another width.
+        """
+        self.check_settings()
+        assert isinstance(self.router, HiddenStateRouter)
+        logits = self.changed_logits(self.router.distinct(hidden), training)
+        output = self.gated(logits, inputs, training)
+        return RoutedPass(self.routing(output.final), output.activated.detach(), self.publish(output))
+
+    def changed_logits(self, logits: Float[Tensor, "*tokens L E"], training: bool) -> Float[Tensor, "*tokens L E"]:
+        """The logits to route by, after the hooks."""
+        for hook in self.hooks:
+            logits = hook.logits(logits, training)
+        return logits
+
+    def gated(self, logits: Float[Tensor, "B S L E"], inputs: Mapping[str, Any], training: bool) -> RouterOutput:
+        """The scalings of these logits."""
+        gating = self.gating
+        activated = gating.activate(logits)
+        return RouterOutput(logits, activated, gating.select(activated), inputs, training)
+
+    def publish(self, output: RouterOutput) -> list[Tensor]:
+        """Make these the latest scalings, log them and show them to the hooks; the losses that these return."""
+        self._latest = output.activated.detach()
+        self.log.add(output.activated, len(self.paths))
+        losses = [hook.routed(output) for hook in self.hooks]
+        return [loss for loss in losses if loss is not None]
+
+    def set_latest(self, scalings: Float[Tensor, "B S #L E"]) -> None:
+        """Set the latest scalings; for tokens computed ahead, those of the token being returned."""
+        self._latest = scalings
+
+    @property
+    def latest(self) -> Float[Tensor, "B S L E"] | None:
+        """The scalings of the last forward, before top-k, detached."""
+        return None if self._latest is None else self._latest.expand(-1, -1, len(self.paths), -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Hooks belong to whoever attached them; they do not travel, and neither does what was measured on the way."""
+        return self.__dict__ | {"hooks": (), "paces": {}, "report": None, "draft_head": None}
+
+
+_attaching = threading.Lock()
+
+
+def state_of(model: Any) -> MixtureState:
+    """What the passes of a mixture share.
+
+    Raises:
+        UnsupportedOperationError: a model that makes no scalings.
+    """
+    state = getattr(model, "__dict__", {}).get("_loramix")
+    if not isinstance(state, MixtureState):
+        raise UnsupportedOperationError(
+            "Only a mixture makes scalings.",
+            received=f"a {type(model).__name__} without a router",
+            remedy="pass the model that get_peft_model(base, XLoraConfig(…)) returned, not a wrapper around it",
+        )
+    return state
+
+
+def attach(model: Any, hook: RoutingHook, *, alone: bool = False) -> Callable[[], None]:
+    """Let a hook take part in a mixture's passes, until the function that is returned is called.
+
+    Args:
+        model: the mixture.
+        hook: what takes part.
+        alone: in the place of others of its class, which something that was interrupted has left.
+
+    Raises:
+        UnsupportedOperationError: a model that makes no scalings.
+    """
+    state = state_of(model)
+    with _attaching:
+        others = state.hooks if not alone else tuple(other for other in state.hooks if type(other) is not type(hook))
+        state.hooks = (*others, hook)
+
+    def detach() -> None:
+        with _attaching:
+            state.hooks = tuple(other for other in state.hooks if other is not hook)
+
+    return detach
+
+
+def require_routing(model: Any) -> None:
+    """Let a mixture pass that makes scalings now.
+
+    Raises:
+        UnsupportedOperationError: a model that makes none.
+        RoutingError: a mixture that makes none now.
+    """
+    if state_of(model).single_pass() is not None:
+        raise RoutingError(
+            "Only a mixture that routes each token makes scalings.",
+            received="a model whose routing is fixed, or whose adapters are disabled",
+            remedy="call unfix_routing(), and leave fixed_scalings(…) and disable_adapter() first",
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Inside, the model is in evaluation mode; then each module is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def observing(model: nn.Module, hook: RoutingHook) -> Generator[None]:
+    """Inside, the hook takes part, and the model is in evaluation mode."""
+    detach = attach(model, hook)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        detach()

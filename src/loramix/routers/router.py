@@ -1,0 +1,188 @@
+"""What makes logits: the contract of routers, and the registry of their kinds (docs/architecture.md, "Routers").
+
+A mixture is experts, a router and a gating. The router makes logits, the gating makes scalings of them, and the layers
+mix the experts by the scalings. There are two families:
+
+- A `HiddenStateRouter` reads the last hidden state of a scaling pass: two passes, and two caches in generation.
+- A `LayerRouter` reads what a layer computes anyway, its low-rank activation h = A x, or nothing at all: one pass, with
+  the base model's own cache.
+
+B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts. R: total rank of a layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loramix._registry import Registry
+from loramix.config.xlora import XLoraConfig
+from loramix.errors import AdapterMismatchError, ConfigurationError
+from loramix.routers.precision import keep_dtype
+
+Reads = Literal["hidden state", "low-rank activation", "nothing"]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class RouterSizes:
+    """What a router is built for.
+
+    Args:
+        hidden_size: H.
+        layers: L.
+        experts: E.
+        expert_of_rank: for each layer the expert of each of its R rank columns; empty where the layers are not known,
+            as when a file is described without its base model.
+    """
+
+    hidden_size: int
+    layers: int
+    experts: int
+    expert_of_rank: tuple[tuple[int, ...], ...] = ()
+
+
+class Router(nn.Module, ABC):
+    """A router of any kind. It is a module of the model, under the name `attribute`.
+
+    Parameters and computation are float32, whatever the base model's dtype.
+
+    Attributes:
+        kind: what `XLoraConfig.router` says.
+        reads: what the logits depend on.
+        attribute: the router's name in the model and, after "base_model.", in its file.
+    """
+
+    kind: ClassVar[str]
+    reads: ClassVar[Reads]
+    attribute: ClassVar[str] = "internal_xlora_router"
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: XLoraConfig, sizes: RouterSizes) -> Self:
+        """A new router, at its start."""
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
+        """Its tensors by name, with their shapes: what is saved, loaded, checked and counted."""
+
+    @classmethod
+    def check(cls, config: XLoraConfig) -> None:
+        """Refuse settings that mean nothing for this kind.
+
+        Raises:
+            ConfigurationError: naming the setting.
+        """
+
+    @classmethod
+    def describe(cls, config: XLoraConfig) -> Mapping[str, Any]:
+        """What `loramix info` says of it, in JSON's types; by words that a reader knows."""
+        return {}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over saved tensors.
+
+        Raises:
+            AdapterMismatchError: they are not those of this router: other names or shapes.
+        """
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        if own != found:
+            raise AdapterMismatchError(
+                "A saved router fits the base model's hidden size, its adapted layers and the experts.",
+                received=f"expected {own}, found {found}",
+                remedy="load it on the base model it was trained on, with as many experts on the same modules",
+            )
+        self.load_state_dict(dict(saved))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keep_dtype(fn), recurse)
+
+
+class HiddenStateRouter(Router):
+    """A router that reads the last hidden state of a scaling pass."""
+
+    reads = "hidden state"
+
+    @abstractmethod
+    def distinct(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S distinct E"]:
+        """Logits; the third dimension is L, or 1 where all layers share them.
+
+        Raises:
+            ConfigurationError: hidden states of another width.
+        """
+
+
+class LayerRouter(Router):
+    """A router that makes its logits inside each layer, in one pass.
+
+    `scaling_pass_value` means nothing here and is refused when it is set; `hidden_size` is the base model's.
+    """
+
+    reads = "low-rank activation"
+
+    @abstractmethod
+    def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
+        """The logits of one layer.
+
+        Args:
+            layer: its number among the adapted layers.
+            low_rank: h = A x before any gate, without the columns of LoRA biases.
+        """
+
+    @classmethod
+    def check(cls, config: XLoraConfig) -> None:
+        if config.scaling_pass_value != 0.0:
+            raise ConfigurationError(
+                f"scaling_pass_value belongs to a scaling pass, and router={cls.kind!r} needs none.",
+                received=f"scaling_pass_value={config.scaling_pass_value!r}",
+                remedy="leave scaling_pass_value out",
+            )
+
+
+class ConstantRouter(LayerRouter):
+    """A router whose logits do not depend on the text: they are known before the pass begins."""
+
+    reads = "nothing"
+
+    @abstractmethod
+    def constant_logits(self) -> Float[Tensor, "distinct E"]:
+        """The logits of all tokens, with gradients where they train; the first dimension is L, or 1."""
+
+    def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
+        logits = self.constant_logits()
+        own = logits[layer if len(logits) > 1 else 0]
+        return own.expand(*low_rank.shape[:-1], -1)
+
+
+_ROUTERS = Registry[type[Router]]("router", "loramix.routers.register_router")
+
+
+R = TypeVar("R", bound=Router)
+
+
+def register_router(kind: type[R]) -> type[R]:
+    """Let `XLoraConfig.router` name a kind of router; usable as a decorator.
+
+    Raises:
+        ConfigurationError: its name is taken by another kind.
+    """
+    _ROUTERS.add(kind.kind, kind)
+    return kind
+
+
+def router_class(config: XLoraConfig) -> type[Router]:
+    """The kind of router that a configuration names.
+
+    Raises:
+        ConfigurationError: it names none that is registered, or has settings that mean nothing for it.
+    """
+    kind = _ROUTERS[config.router]
+    kind.check(config)
+    return kind

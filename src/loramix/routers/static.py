@@ -1,0 +1,80 @@
+"""Scalings that are the same for every token: one logit for each expert, or for each layer and expert.
+
+L: adapted layers. E: experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loramix.config.xlora import XLoraConfig
+from loramix.errors import RoutingError
+from loramix.routers.router import ConstantRouter, RouterSizes, Shapes, register_router
+
+
+@register_router
+class StaticRouter(ConstantRouter):
+    """z = b, with b (E), or (L, E) with `layerwise_scalings`; given (`assign`) or trained.
+
+    Without softmax, b are the scalings themselves. It starts at the uniform mixture: b = 0 with `enable_softmax` or
+    `enable_softmax_topk`, else 1 / E.
+
+    Args:
+        distinct: 1, or L.
+        experts: E.
+        start: every entry of b.
+
+    Source: LoRA soups, arXiv 2410.13025.
+    """
+
+    kind = "static"
+
+    def __init__(self, distinct: int, experts: int, start: float) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.full((distinct, experts), start, dtype=torch.float32))
+
+    @classmethod
+    def build(cls, config: XLoraConfig, sizes: RouterSizes) -> Self:
+        normalised = config.enable_softmax or config.enable_softmax_topk
+        return cls(*cls.shapes(config, sizes)["logits"], start=0.0 if normalised else 1 / sizes.experts)
+
+    @classmethod
+    def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
+        return {"logits": (sizes.layers if config.layerwise_scalings else 1, sizes.experts)}
+
+    @classmethod
+    def describe(cls, config: XLoraConfig) -> Mapping[str, Any]:
+        return {"layerwise": config.layerwise_scalings}
+
+    def constant_logits(self) -> Float[Tensor, "distinct E"]:
+        return self.logits
+
+    @torch.no_grad()
+    def assign(self, values: Any) -> None:
+        """Set b.
+
+        Args:
+            values: numbers, as a tensor or nested lists: (E,), or (L, E) with `layerwise_scalings`; one row is taken
+                for all layers.
+
+        Raises:
+            RoutingError: another shape, or a number that is not finite.
+        """
+        expected = tuple(self.logits.shape)
+        try:
+            given = torch.as_tensor(values, dtype=torch.float32).to(self.logits.device)
+            new = given.expand(expected) if given.dim() in (1, 2) else None
+        except (TypeError, ValueError, RuntimeError):
+            new = None
+        if new is None or not bool(torch.isfinite(new).all()):
+            raise RoutingError(
+                "A static router holds one finite logit for each expert, or for each layer and expert.",
+                received=f"{values!r}",
+                remedy=f"pass shape ({expected[1]},)" + (f" or {expected}" if expected[0] > 1 else ""),
+            )
+        self.logits.copy_(new)
