@@ -1,65 +1,19 @@
-"""Draws docs/architecture.svg: the house, from the layers in pyproject.toml, and the way of a token through it.
+"""Draws docs/architecture.svg: the packages of loramix, and the way of a token through them.
 
-`make docs` runs it; a test holds the picture against the modules that exist.
+The order is that of the layers in pyproject.toml, which import-linter enforces; what a package is for, the first
+sentence of its docstring. `make docs` runs it; a test compares the picture with the packages that exist.
 """
 
 from __future__ import annotations
 
+import ast
 import tomllib
 from html import escape
 from pathlib import Path
 
 PICTURE = Path(__file__).with_name("architecture.svg")
 SETTINGS = Path(__file__).parent.parent / "pyproject.toml"
-
-WHAT = {
-    "adapter": "one expert in memory",
-    "auto": "base model and mixture in one call",
-    "cache": "two key-value caches in one",
-    "checkpoint": "files ↔ experts and routers",
-    "classifier": "the router: h → logits",
-    "cli": "demo · generate · info",
-    "config": "PEFT's fields and files; what cannot work is an error",
-    "demo": "a small base model, its experts, the tour",
-    "errors": "rule, received, remedy",
-    "fixed": "constant scalings, merged into weights",
-    "functional": "the stacked product, fast and slow",
-    "fused": "the same in two launches, on a GPU",
-    "gating": "logits → scalings",
-    "hooks": "how training and recording take part",
-    "hub": "folder or Hub id → files",
-    "inject": "find, number and replace the layers",
-    "journal": "files of a cut-off save",
-    "json_file": "JSON, or a clear error",
-    "kernels": "in Triton: shrink, expand",
-    "layers": "y = base(x) + g · Σₑ sₑ cₑ Bₑ Aₑ x, around any base layer",
-    "lockstep": "both passes in one forward per token",
-    "pace": "which way of decoding is cheapest",
-    "window": "tokens read ahead",
-    "lazy": "public names, imported at first use",
-    "sessions": "the generation that a thread is in",
-    "row_cache": "keys and values of both passes, by row",
-    "log": "the scalings of past forwards",
-    "lora": "one expert, to train it",
-    "methods": "what a model can do once experts are put on it",
-    "routed_methods": "scalings, setters, the log",
-    "generation": "generate, in lockstep",
-    "draft_head": "the head in int8, for guesses",
-    "speed": "interleaved timing, ratios in pairs",
-    "eligible": "where lockstep is exact",
-    "fixing": "routing that is fixed",
-    "model": "get_peft_model, PeftModel.from_pretrained",
-    "names": "names that can be folders",
-    "passes": "scaling pass, then mixture pass",
-    "rules": "checks of a configuration",
-    "single": "a fixed mixture as one adapter",
-    "scalings": "the slot that layers read",
-    "base_files": "base model and tokenizer → memory",
-    "base_layers": "what a layer is to an expert",
-    "routing": "what a routing does, in numbers",
-    "training": "objectives, initialisation, data, whole runs",
-    "targets": "which modules an expert adapts",
-}
+SOURCES = Path(__file__).parent.parent / "src" / "loramix"
 
 WIDTH, MARGIN, ROW, GAP = 920, 24, 56, 10
 INK, SOFT, LINE, PAPER, WALL = "#1f2430", "#5b6475", "#b9c0cc", "#ffffff", "#f3f5f9"
@@ -68,10 +22,20 @@ MONO, SANS = "ui-monospace, SFMono-Regular, Menlo, monospace", "system-ui, -appl
 
 
 def layers() -> list[list[str]]:
-    """The rows of the house, from the top: the modules of each layer that import-linter enforces."""
+    """The rows from the top: the packages of each layer that import-linter enforces, without private modules."""
     contracts = tomllib.loads(SETTINGS.read_text())["tool"]["importlinter"]["contracts"]
-    rows = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    return [[name.strip() for name in row.replace("|", ":").split(":")] for row in rows]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    rows = [[name.strip() for name in row.replace("|", ":").split(":")] for row in layers]
+    public = [[name for name in row if not name.startswith("_")] for row in rows]
+    return [row for row in public if row]
+
+
+def purpose(name: str) -> str:
+    """The first sentence of a package's docstring, up to a semicolon."""
+    package = SOURCES / name
+    file = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n\n")[0].replace("\n", " ").partition(";")[0].rstrip(".")
 
 
 def text(
@@ -91,18 +55,18 @@ def arrow(*points: tuple[float, float]) -> str:
 
 
 def module(name: str, x: float, y: float, width: float) -> list[str]:
-    """One module: its name, and what it is in a few words."""
+    """One package: its name, and its purpose."""
     return [
         f'<g data-module="{name}">',
         box(x, y, width, ROW - GAP),
         text(x + 10, y + 19, name, size=13, font=MONO, style='font-weight="600"'),
-        text(x + 10, y + 34, WHAT[name], size=10.5, fill=SOFT),
+        text(x + 10, y + 34, purpose(name), size=10.5, fill=SOFT),
         "</g>",
     ]
 
 
 def house(top: float) -> tuple[list[str], float]:
-    """The rows of modules, each row importing only from those below it."""
+    """The rows of packages, each row importing only from those below it."""
     rows = layers()
     parts = [box(MARGIN, top, WIDTH - 2 * MARGIN, ROW * len(rows) + GAP + 6, WALL)]
     for number, row in enumerate(rows):
@@ -124,7 +88,7 @@ def house(top: float) -> tuple[list[str], float]:
 def step(
     x: float, y: float, width: float, fill: str, title: str, *lines: str, by: str = "", height: float = 92
 ) -> list[str]:
-    """One station on a token's way, and by which modules it is done."""
+    """One station on a token's way, and the modules that do it."""
     return [
         box(x, y, width, height, fill),
         text(x + 10, y + 20, title, size=12.5, style='font-weight="600"'),
@@ -148,10 +112,10 @@ def token(top: float) -> tuple[list[str], float]:
             "scaling pass",
             everywhere,
             "without gradients or LM head",
-            by="passes, cache.base",
+            by="passes.two_pass, TwoPassCache.base",
         ),
-        *step(504, first, 150, ROUTER, "router", "the part that is trained,", "in float32", by="classifier"),
-        *step(746, first, 150, ROUTER, "gating", "softmax, temperature,", "top-k", by="gating"),
+        *step(504, first, 150, ROUTER, "router", "the part that is trained,", "in float32", by="routers.classifier"),
+        *step(746, first, 150, ROUTER, "gating", "softmax, temperature,", "top-k", by="routers.gating"),
         *step(
             156,
             second,
@@ -160,7 +124,7 @@ def token(top: float) -> tuple[list[str], float]:
             "mixture pass",
             "the backbone again;",
             formula,
-            by="passes, scalings, layers, functional, cache.mixed",
+            by="passes.two_pass, layers.slot, layers.stack, TwoPassCache",
         ),
         *step(746, second, 150, PAPER, "LM head", "logits of the next token"),
         arrow((116, first + middle), (156, first + middle)),
@@ -184,8 +148,8 @@ def picture() -> str:
     rows, bottom = house(62)
     way, end = token(bottom + 64)
     parts = [
-        text(MARGIN, 32, "The house", size=18, style=title),
-        text(MARGIN, 51, "A row imports only from itself and the rows below it; a check enforces that.", fill=SOFT),
+        text(MARGIN, 32, "Packages", size=18, style=title),
+        text(MARGIN, 51, "A row imports only from the rows below it; import-linter enforces that.", fill=SOFT),
         *rows,
         text(MARGIN, bottom + 34, "The way of a token", size=18, style=title),
         text(MARGIN, bottom + 53, "B, S batch and sequence · H hidden size · L adapted layers · E experts", fill=SOFT),
@@ -194,7 +158,7 @@ def picture() -> str:
     height = end + MARGIN
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
-        'role="img" aria-label="The modules of loramix and the way of a token through the two passes">'
+        'role="img" aria-label="The packages of loramix and the way of a token through the two passes">'
     )
     marker = (
         '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '

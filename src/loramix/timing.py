@@ -1,4 +1,4 @@
-"""Interleaved timing in CPU time, ratios taken in pairs, and the peak of what a call allocates.
+"""Timing in interleaved rounds; ratios taken in pairs, and the peak of what a call allocates.
 
 A machine that others use slows down and speeds up while a benchmark runs. So each round runs every contender once, the
 next round starts with another one, and a ratio is taken within a round before the median over rounds is.

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loramix.analysis.metrics import RoutingMeter, RoutingMetrics, leading_of
+from loramix.analysis.metrics import METRICS, RoutingMeter, RoutingMetrics, leading_of
 
 
 def measured(scalings: torch.Tensor, real: torch.Tensor | None = None) -> RoutingMetrics:
@@ -102,3 +102,18 @@ def test_an_expert_that_was_not_selected_leads_nothing() -> None:
     found = meter.result()
     assert found is not None
     assert found.load == (0.5, 0.0, 0.5)
+
+
+def test_every_metric_of_the_table_has_a_row_for_a_reader_and_one_for_programs() -> None:
+    found = measured(one_hot([0, 1, 2, 2], 3))
+    assert list(found.scalars()) == [metric.name for metric in METRICS]
+    assert found.rows() == [
+        ("effective experts", "2.83 of 3", "how many a layer uses, over all tokens"),
+        ("information", "0.946", "0: the routing does not depend on its input"),
+        ("entropy of a token", "0.000", "1: all experts alike in each token; 0: one has all"),
+        ("entropy of the mean", "0.946", "1: all experts alike over all tokens"),
+        ("MaxVio", "0.50", "0: balanced; 2: one expert leads everywhere"),
+        ("CV of load", "0.35", "0: each expert leads as often"),
+        ("CV of importance", "0.35", "0: each expert gets as much"),
+        ("dead experts", "0%", "as good as never lead"),
+    ]

@@ -11,20 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from loramix import LoraConfig, PeftModel, XLoraConfig, errors, get_peft_model
-from support.disk import damaged, edited
+from support.disk import WEIGHTS, damaged, edited, truncated, without
 from support.peft_side import PEFT_WARNINGS
 from support.refusals import refused
 from support.tiny import llama, save_expert
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CONFIG = "adapter_config.json"
 Make = Callable[[str, Path], object]
-
-
-def truncated(good: str, bad: Path) -> Path:
-    return damaged(good, bad, WEIGHTS, (Path(good) / WEIGHTS).read_bytes()[:-64])
 
 
 def empty_folder(_: str, bad: Path) -> Path:
@@ -37,14 +32,8 @@ def model_folder(_: str, bad: Path) -> Path:
     return bad
 
 
-def without(part: str) -> Make:
-    def make(good: str, bad: Path) -> Path:
-        shutil.copytree(good, bad)
-        tensors = {key: tensor for key, tensor in load_file(bad / WEIGHTS).items() if part not in key}
-        save_file(tensors, bad / WEIGHTS)
-        return bad
-
-    return make
+def lacking(part: str) -> Make:
+    return lambda good, bad: without(good, bad, part)
 
 
 def no_weights(good: str, bad: Path) -> Path:
@@ -70,10 +59,10 @@ EXPERTS: dict[str, tuple[type[errors.LoramixError], Make, list[str]]] = {
     "a list": (errors.CorruptCheckpointError, lambda good, bad: damaged(good, bad, CONFIG, b"[]"), [CONFIG]),
     "missing matrix": (
         errors.IncompleteCheckpointError,
-        without("layers.1.mlp.up_proj.lora_A"),
+        lacking("layers.1.mlp.up_proj.lora_A"),
         ["layers.1.mlp.up_proj"],
     ),
-    "missing module": (errors.AdapterMismatchError, without("layers.1.mlp.up_proj"), ["layers.1.mlp.up_proj"]),
+    "missing module": (errors.AdapterMismatchError, lacking("layers.1.mlp.up_proj"), ["layers.1.mlp.up_proj"]),
     "deeper base": (
         errors.AdapterMismatchError,
         of_base(["q_proj"], num_hidden_layers=3),

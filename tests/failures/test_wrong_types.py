@@ -7,6 +7,7 @@ does, without that.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+TESTS = Path(__file__).parents[1]
 SCRIPT = """
 import json, os, sys, warnings
 import numpy, torch
@@ -102,7 +104,7 @@ def told(experts: Callable[[str], dict[str, str]], tmp_path_factory: pytest.Temp
     folders = list(experts("llama").values())
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *folders[:2], str(tmp_path_factory.mktemp("wrong"))],
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""},
+        env={"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")]), "PATH": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -40,8 +40,8 @@ def test_a_mixture(tmp_path, layerwise):
     out = 4 if layerwise else 2
     assert found.router is not None
     assert found.router.parameters == HIDDEN * 8 + 8 + 8 * out + out
-    assert (found.router.kind, found.router.top_k) == ("classifier", 1)
-    assert found.router.settings == {"depth": 2, "hidden_size": HIDDEN, "layerwise": layerwise}
+    assert (found.router.layerwise, found.router.top_k) == (layerwise, 1)
+    assert found.router.settings == {"depth": 2, "hidden_size": HIDDEN}
     assert [(expert.name, expert.ranks) for expert in found.experts] == [("math", (2,)), ("code", (3,))]
 
 

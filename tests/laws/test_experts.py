@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +13,11 @@ from torch.testing import assert_close
 
 import loramix
 from loramix.passes.specialise import specialise
+from support.disk import WEIGHTS, edited
 from support.mixtures import HARD, SPARSE, far, logits_of, mixture
 from support.tiny import ARCHITECTURES, llama, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def test_one_expert_at_scaling_one_is_plain_lora(experts: Experts) -> None:
@@ -77,7 +75,7 @@ def test_an_absent_expert_adds_nothing_and_the_others_are_not_renormalised(tmp_p
     assert [model.get_submodule(path).stack.members for path in model.adapted_modules] == [(0, 1), (0,)] * 2
     with model.fixed_scalings([0.5, 0.0]):
         half = logits_of(model)
-    alone = mixture({"wide": _rescaled(wide, tmp_path / "half", alpha=4)})
+    alone = mixture({"wide": str(edited(wide, tmp_path / "half", lora_alpha=4))})
     with alone.fixed_scalings([1.0]):
         assert_close(half, logits_of(alone), atol=1e-5, rtol=1e-5)
     with model.fixed_scalings([1.0, 0.0]):
@@ -149,21 +147,8 @@ def _router(model: loramix.PeftModel) -> list[torch.Tensor]:
 
 def _part_of(expert: str, folder: Path, part: slice) -> str:
     """Some of an expert's ranks, as an expert of its own with the same c = alpha / r."""
-    shutil.copytree(expert, folder)
-    tensors = load_file(folder / WEIGHTS)
-    cut = {name: t[part] if "lora_A" in name else t[:, part] for name, t in tensors.items()}
-    save_file({name: tensor.contiguous() for name, tensor in cut.items()}, folder / WEIGHTS)
     rank = part.stop - part.start
-    _edit(folder, r=rank, lora_alpha=rank)
+    edited(expert, folder, r=rank, lora_alpha=rank)
+    cut = {name: t[part] if "lora_A" in name else t[:, part] for name, t in load_file(folder / WEIGHTS).items()}
+    save_file({name: tensor.contiguous() for name, tensor in cut.items()}, folder / WEIGHTS)
     return str(folder)
-
-
-def _rescaled(expert: str, folder: Path, alpha: int) -> str:
-    shutil.copytree(expert, folder)
-    _edit(folder, lora_alpha=alpha)
-    return str(folder)
-
-
-def _edit(folder: Path, **fields: object) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | fields))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import loramix
 from loramix import errors
+from support.disk import WEIGHTS, edited, truncated, without
 from support.mixtures import logits_of, mixture
 from support.tiny import gpt2, llama, qwen3, save_expert
 
@@ -26,41 +25,20 @@ def build(base: PreTrainedModel, adapters: dict[str, str], **config: Any) -> obj
     return loramix.get_peft_model(base, loramix.XLoraConfig(**{"hidden_size": 64, "adapters": adapters, **config}))
 
 
-def edited(folder: str, copy: Path, **fields: object) -> str:
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / "adapter_config.json").read_text())
-    (copy / "adapter_config.json").write_text(json.dumps(config | fields))
-    return str(copy)
-
-
-def truncated(folder: str, copy: Path) -> str:
-    shutil.copytree(folder, copy)
-    weights = copy / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    return str(copy)
-
-
-def without(folder: str, copy: Path, part: str) -> str:
-    shutil.copytree(folder, copy)
-    weights = copy / "adapter_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(weights).items() if part not in name}, weights)
-    return str(copy)
-
-
-def second(bad: Callable[[dict[str, str], Path], str], **config: Any) -> Build:
+def second(bad: Callable[[dict[str, str], Path], object], **config: Any) -> Build:
     """Build from a good expert and then a bad one."""
     return lambda base, experts, tmp: build(
-        base, {"good": experts("llama")["math"], "bad": bad(experts("llama"), tmp / "bad")}, **config
+        base, {"good": experts("llama")["math"], "bad": str(bad(experts("llama"), tmp / "bad"))}, **config
     )
 
 
 def load(base: PreTrainedModel, experts: Experts, tmp: Path, **changes: Any) -> object:
     mixture(experts("llama")).save_pretrained(tmp / "saved")
-    return loramix.PeftModel.from_pretrained(base, edited(str(tmp / "saved"), tmp / "edited", **changes))
+    return loramix.PeftModel.from_pretrained(base, edited(tmp / "saved", tmp / "edited", **changes))
 
 
 FAILURES: dict[str, tuple[type[errors.LoramixError], Build]] = {
-    "no such folder": (errors.CheckpointNotFoundError, second(lambda _, bad: str(bad))),
+    "no such folder": (errors.CheckpointNotFoundError, second(lambda _, bad: bad)),
     "truncated weights": (errors.CorruptCheckpointError, second(lambda e, bad: truncated(e["code"], bad))),
     "a missing matrix": (
         errors.IncompleteCheckpointError,
@@ -171,9 +149,9 @@ def everything(model: Any) -> object:
     )
 
 
-def _of_the_head(folder: str, copy: Path) -> str:
+def _of_the_head(folder: str, copy: Path) -> Path:
     edited(folder, copy, target_modules=["lm_head"])
     tensors = {"lora_A": torch.zeros(3, 64), "lora_B": torch.zeros(96, 3)}
     weights = {f"base_model.model.lm_head.{name}.weight": tensor for name, tensor in tensors.items()}
-    save_file(weights, copy / "adapter_model.safetensors")
-    return str(copy)
+    save_file(weights, copy / WEIGHTS)
+    return copy

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from support.disk import edited
 from support.peft_side import PEFT_WARNINGS, ours, xlora
 from support.tiny import ARCHITECTURES, llama, tokens
 
@@ -93,10 +92,7 @@ def test_each_setting_of_a_scale_counts(
 ) -> None:
     experts = list(folders("llama", "ragged"))
     logits = logits_of(ours(llama(), experts), uniform=True)
-    edited = Path(shutil.copytree(experts[expert], tmp_path / "edited"))
-    config = json.loads((edited / "adapter_config.json").read_text())
-    (edited / "adapter_config.json").write_text(json.dumps(config | {field: value}))
-    experts[expert] = str(edited)
+    experts[expert] = str(edited(experts[expert], tmp_path / "edited", **{field: value}))
     assert (logits_of(ours(llama(), experts), uniform=True) - logits).abs().max() > 1e-3
 
 

@@ -40,7 +40,7 @@ def test_the_places_of_the_linear_layers_are_those_of_the_file_format(
 def test_its_tensors_are_known_without_building_it(depth: int, dropout: float, layerwise: bool) -> None:
     router = classifier(xlora_depth=depth, xlora_dropout_p=dropout, layerwise_scalings=layerwise)
     shapes = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
-    assert XLoraClassifier.shapes(router.config, RouterSizes(H, L, E)) == shapes
+    assert XLoraClassifier.shapes(router.config, RouterSizes(router.hidden_size, L, E)) == shapes
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import loramix
 from loramix import ConfigurationError, PeftModel, XLoraConfig, get_peft_model
+from loramix.analysis import record_routing
 from loramix.layers.slot import current
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.state import attach
@@ -222,3 +223,36 @@ def test_no_pass_is_under_way_afterwards(experts: Experts) -> None:
     logits(mixture(experts("llama")))
     with pytest.raises(loramix.RoutingError, match="only inside the passes"):
         current()
+
+
+def final_of(model: Any, ids: Tensor) -> Tensor:
+    """(S, L, E): the final scalings of one forward over one text."""
+    hook = Seen()
+    detach = attach(model, hook)
+    logits(model, ids)
+    detach()
+    return hook.outputs[0].final[0]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_record_of_what_was_generated_is_that_of_one_forward(cached: bool, experts: Experts) -> None:
+    model = mixture(experts("llama"))
+    with record_routing(model) as record:
+        text = model.generate(tokens(2), max_new_tokens=6, do_sample=False, use_cache=cached)
+    for row in range(2):
+        part = record.part[record.part.sequence == row]
+        assert part.token.tolist() == text[row, :-1].tolist()
+        assert part.position.tolist() == list(range(text.shape[1] - 1))
+        assert_close(part.scalings, final_of(model, text[row : row + 1, :-1]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_record_goes_on_with_a_cache_that_was_filled_before(experts: Experts) -> None:
+    model, ids = mixture(experts("llama")), tokens(1)
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        with record_routing(model) as record:
+            model(ids[:, 4:7], past_key_values=cache)
+            model(ids[:, 7:], past_key_values=cache)
+    assert record.part.token.tolist() == ids[0, 4:].tolist()
+    assert record.part.position.tolist() == list(range(4, 9))
+    assert_close(record.part.scalings, final_of(model, ids)[4:], atol=1e-5, rtol=1e-5)

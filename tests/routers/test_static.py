@@ -208,5 +208,5 @@ def test_settings_that_mean_nothing_are_refused(experts: Experts) -> None:
     with pytest.raises(ConfigurationError, match="router must be one of 'classifier', 'static'"):
         get_peft_model(base, XLoraConfig(adapters=experts("llama"), router="arow"))
     with pytest.raises(ConfigurationError, match="gating must be one of 'xlora'"):
-        get_peft_model(base, XLoraConfig(hidden_size=64, adapters=experts("llama"), gating="sparsemax"))
+        get_peft_model(base, XLoraConfig(adapters=experts("llama"), hidden_size=64, gating="sparsemax"))
     assert not isinstance(base, PeftModel)

@@ -6,6 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "adapter_model.safetensors"
+
 
 def everything_in(folder: Path) -> dict[str, tuple[bytes, int]]:
     """Each file's content and time of change, by its path."""
@@ -25,4 +29,17 @@ def damaged(folder: str | Path, copy: Path, name: str, content: bytes) -> Path:
     """A copy with another content of one file."""
     shutil.copytree(folder, copy)
     (copy / name).write_bytes(content)
+    return copy
+
+
+def truncated(folder: str | Path, copy: Path) -> Path:
+    """A copy whose weights end too early."""
+    return damaged(folder, copy, WEIGHTS, (Path(folder) / WEIGHTS).read_bytes()[:-64])
+
+
+def without(folder: str | Path, copy: Path, part: str) -> Path:
+    """A copy without the tensors whose name contains this."""
+    shutil.copytree(folder, copy)
+    tensors = {name: tensor for name, tensor in load_file(copy / WEIGHTS).items() if part not in name}
+    save_file(tensors, copy / WEIGHTS)
     return copy

@@ -27,7 +27,7 @@ GATED: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2, **B
 
 def build(kind: type[Any], **config: Any) -> Any:
     """A model of this class with random weights, the same each time, in eval mode."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return kind(kind.config_class(**config)).eval()
 
 

@@ -1,4 +1,4 @@
-"""What a mixture's routing does, seen from outside the core: recorded, measured, compared, drawn."""
+"""The routing of a mixture: recorded, measured, compared and drawn."""
 
 from __future__ import annotations
 

@@ -1,21 +1,20 @@
-"""Numbers that say what a routing does; each takes scalings and gives one number, or one for each expert.
+"""Metrics of a routing: numbers over all tokens and layers, and quantities of single tokens.
 
-N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
+N: tokens. L: adapted layers, 1 where they share their scalings. E: experts. s: final scalings. p: the share of each
+expert in the positive part of a token's scalings; p̄ their mean over the tokens.
 
     load_e        share of the (token, layer) pairs whose largest scaling is expert e's, among those that top-k left
     importance_e  mean scaling of expert e                       (Shazeer et al., arXiv 1701.06538, section 4)
-    CV            standard deviation / mean over the experts; 0 when all are alike
-    MaxVio        max_e load_e · E − 1; 0 when balanced          (arXiv 2408.15664, section 4)
-    dead          share of experts whose load is below a hundredth of the even one, 1 / E
-    entropy       of one token's scalings, and of the mean of all tokens' scalings, in shares of log E; their
-                  difference, a mutual information, is 0 when the routing does not look at its input
-    effective     exp of the entropy of the mean, which is a mean over layers: how many experts a layer uses
+    H(p)          −Σ_e p_e log p_e / log E, the entropy in shares of its largest value
+
+`METRICS` has the numbers that do not depend on the expert. To add one, write an entry there: records, JSON, terminal,
+reports and training logs read the table. What it is computed from is summed by `RoutingMeter`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +26,13 @@ _DEAD = 0.01
 
 @dataclass(frozen=True)
 class RoutingMetrics:
-    """What a routing does, over all tokens and layers that were added.
+    """The metrics of a routing, over all tokens and layers that were added.
 
     Attributes:
-        load: by expert, adding up to 1; to less in a selection of experts that misses those which lead elsewhere.
-        importance: by expert: mean scaling as it is.
-        entropy_of_mean: of the mean over tokens, mean over layers, in shares of log E.
-        mean_entropy: mean over tokens and layers, in shares of log E.
+        load: load_e by expert. It sums to 1, or to less where a selection lacks experts that lead.
+        importance: importance_e by expert.
+        entropy_of_mean: H of the mean over the tokens, mean over the layers.
+        mean_entropy: H of each token, mean over tokens and layers.
         tokens: N.
     """
 
@@ -45,65 +44,167 @@ class RoutingMetrics:
 
     @property
     def load_cv(self) -> float:
-        """Coefficient of variation of the load."""
+        """The coefficient of variation of the load."""
         return _cv(self.load)
 
     @property
     def importance_cv(self) -> float:
-        """Coefficient of variation of the importance."""
+        """The coefficient of variation of the importance."""
         return _cv(self.importance)
 
     @property
     def max_violation(self) -> float:
-        """MaxVio."""
+        """MaxVio: how far the largest load exceeds the even one, in shares of it."""
         return max(self.load) * len(self.load) - 1
 
     @property
     def dead_share(self) -> float:
-        """The share of experts that are as good as never the largest."""
+        """The share of the experts that almost never lead."""
         return sum(share * len(self.load) < _DEAD for share in self.load) / len(self.load)
 
     @property
     def information(self) -> float:
-        """Entropy of the mean less mean entropy: 0 when the routing does not depend on its input."""
+        """The entropy of the mean minus the mean entropy: 0 when the routing does not depend on its input."""
         return max(self.entropy_of_mean - self.mean_entropy, 0.0)  # in this order nan stays nan
 
     @property
     def effective_experts(self) -> float:
-        """How many experts a layer uses, from 1 to E."""
+        """The number of experts that a layer uses, from 1 to E."""
         return math.exp(self.entropy_of_mean * math.log(len(self.load)))
 
     def scalars(self) -> dict[str, float]:
-        """The numbers that do not depend on the expert, by name."""
-        return {
-            "load_cv": self.load_cv,
-            "importance_cv": self.importance_cv,
-            "max_violation": self.max_violation,
-            "dead_share": self.dead_share,
-            "entropy_of_mean": self.entropy_of_mean,
-            "mean_entropy": self.mean_entropy,
-            "information": self.information,
-            "effective_experts": self.effective_experts,
-        }
+        """The numbers of `METRICS` by name."""
+        return {metric.name: metric.value(self) for metric in METRICS}
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The numbers for a reader: title, value and meaning of each."""
+        experts = len(self.load)
+        return [
+            (
+                metric.title,
+                metric.shown.format(value=metric.value(self), experts=experts),
+                metric.meaning.format(most=experts - 1),
+            )
+            for metric in sorted(METRICS, key=lambda metric: metric.place)
+        ]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that does not depend on the expert.
+
+    Attributes:
+        name: in JSON and in training logs.
+        title: for a reader.
+        equation: how it is computed.
+        value: computes it.
+        shown: its format; `value` and `experts` (E) can be used.
+        meaning: what values mean; `most` is E − 1.
+        place: where it is listed for a reader; the end if nothing is said.
+    """
+
+    name: str
+    title: str
+    equation: str
+    value: Callable[[RoutingMetrics], float]
+    shown: str
+    meaning: str
+    place: int = 100
+
+
+METRICS = (
+    Metric(
+        name="load_cv",
+        title="CV of load",
+        equation="standard deviation / mean of load_e over the experts",
+        value=lambda found: found.load_cv,
+        shown="{value:.2f}",
+        meaning="0: each expert leads as often",
+        place=6,
+    ),
+    Metric(
+        name="importance_cv",
+        title="CV of importance",
+        equation="standard deviation / mean of importance_e over the experts",
+        value=lambda found: found.importance_cv,
+        shown="{value:.2f}",
+        meaning="0: each expert gets as much",
+        place=7,
+    ),
+    Metric(
+        name="max_violation",
+        title="MaxVio",
+        equation="max_e load_e · E − 1 (arXiv 2408.15664, section 4)",
+        value=lambda found: found.max_violation,
+        shown="{value:.2f}",
+        meaning="0: balanced; {most}: one expert leads everywhere",
+        place=5,
+    ),
+    Metric(
+        name="dead_share",
+        title="dead experts",
+        equation="share of the experts with load_e < 0.01 / E",
+        value=lambda found: found.dead_share,
+        shown="{value:.0%}",
+        meaning="as good as never lead",
+        place=8,
+    ),
+    Metric(
+        name="entropy_of_mean",
+        title="entropy of the mean",
+        equation="mean over the layers of H(p̄)",
+        value=lambda found: found.entropy_of_mean,
+        shown="{value:.3f}",
+        meaning="1: all experts alike over all tokens",
+        place=4,
+    ),
+    Metric(
+        name="mean_entropy",
+        title="entropy of a token",
+        equation="mean over tokens and layers of H(p)",
+        value=lambda found: found.mean_entropy,
+        shown="{value:.3f}",
+        meaning="1: all experts alike in each token; 0: one has all",
+        place=3,
+    ),
+    Metric(
+        name="information",
+        title="information",
+        equation="entropy_of_mean − mean_entropy, the mutual information of token and expert in shares of log E",
+        value=lambda found: found.information,
+        shown="{value:.3f}",
+        meaning="0: the routing does not depend on its input",
+        place=2,
+    ),
+    Metric(
+        name="effective_experts",
+        title="effective experts",
+        equation="exp(entropy_of_mean · log E)",
+        value=lambda found: found.effective_experts,
+        shown="{value:.2f} of {experts}",
+        meaning="how many a layer uses, over all tokens",
+        place=1,
+    ),
+)
 
 
 class RoutingMeter:
-    """Adds up what `RoutingMetrics` needs, batch by batch, without keeping the scalings."""
+    """Sums what `RoutingMetrics` is computed from, batch by batch, without keeping the scalings."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was added."""
+        """Start again."""
         self._tokens = self._layers = 0
         self._sums: tuple[Tensor, ...] = ()
 
     def add(self, scalings: Float[Tensor, "B S L E"], real: Bool[Tensor, "B S"] | None = None) -> None:
-        """Count the scalings of a forward.
+        """Add the scalings of a forward.
 
         Args:
-            scalings: detached or not; they may be negative, as logits in "hard" routing are: entropies are then those
-                of their shares of the positive part.
+            scalings: detached or not. They may be negative, as logits in "hard" routing are; entropies are then those
+                of their positive part.
             real: False at padding.
         """
         values = scalings.detach().float()
@@ -119,7 +220,7 @@ class RoutingMeter:
         self._layers = values.shape[1]
 
     def result(self) -> RoutingMetrics | None:
-        """The metrics of what was added; None before anything was."""
+        """The metrics of all scalings that were added; None if there are none."""
         if not self._tokens:
             return None
         load, importance, mean, entropy = self._sums
@@ -136,22 +237,22 @@ class RoutingMeter:
 
 
 def leading_of(scalings: Float[Tensor, "*N E"]) -> Int[Tensor, "*N"]:
-    """argmax_e s_e among the experts that have a scaling: 0 is what top-k gives those that it did not select.
+    """argmax_e s_e among the experts with a scaling other than 0, which top-k gives to those that it does not select.
 
-    -1 where none has, as in a selection of experts may be: nobody leads there.
+    -1 where no expert has one, as may be in a selection of experts.
     """
     leading = scalings.masked_fill(scalings == 0, -torch.inf).argmax(-1)
     return leading.where((scalings != 0).any(-1), -1)
 
 
 def leaders_of(experts: Sequence[str], scalings: Float[Tensor, "N E"]) -> list[str | None]:
-    """The name of each token's leading expert; None where nobody leads."""
+    """The name of each token's leading expert; None where none leads."""
     leading: list[int] = leading_of(scalings).tolist()
     return [None if leader < 0 else experts[leader] for leader in leading]
 
 
 def leads_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:
-    """1 at the leading expert, 0 elsewhere; nowhere 1 where no expert has a scaling."""
+    """1 at the leading expert, 0 elsewhere; all 0 where no expert leads."""
     return (leading_of(scalings).unsqueeze(-1) == torch.arange(scalings.shape[-1], device=scalings.device)).float()
 
 
@@ -162,7 +263,7 @@ def shares_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:
 
 
 def entropy_of(scalings: Float[Tensor, "*N E"]) -> Float[Tensor, "*N"]:
-    """−Σ_e p_e log p_e / log E of the shares p: 0 where one expert has all, 1 where all have the same."""
+    """H(p) = −Σ_e p_e log p_e / log E: 0 where one expert has all, 1 where all have the same."""
     return torch.special.entr(shares_of(scalings)).sum(-1) / math.log(max(2, scalings.shape[-1]))
 
 

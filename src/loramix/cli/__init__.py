@@ -1,4 +1,4 @@
-"""The command line: `loramix COMMAND`. One file a command; a command calls the library and has no logic.
+"""The command line: one file a command, which calls the library and has no logic of its own.
 
 Importing this package, and printing any help text, loads no torch: commands import what they call when they run.
 """

@@ -15,24 +15,30 @@ if TYPE_CHECKING:
 
 PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
 WAYS = {
-    "base model": "experts off",
-    "two passes": "the scaling pass, then the mixture pass",
-    "generate": "as it decides by itself, by what it measures to be the cheapest",
-    "fixed routing": "one pass, the same scalings for every token",
+    "base model": "the base model without experts",
+    "two passes": "a scaling pass and a mixture pass for each token",
+    "generate": "the decoding that generate chooses by itself, by measured speed",
+    "fixed routing": "one pass with the same scalings for every token",
 }
 
 
 def bench(
-    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="A saved mixture, folder or Hub id; `demo` ships.")],
-    base: Annotated[str | None, typer.Option(help="The base model. Default: the one that the mixture names.")] = None,
+    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="The mixture: a folder, a Hub id, or `demo`.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model: a folder or a Hub id. Default: the one that the mixture names.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = PROMPT,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each way; the median counts.")] = 7,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
-    device: Annotated[str, typer.Option(help="A torch device; `auto` is the accelerator where there is one.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    tokens: Annotated[int, typer.Option(min=2, help="The number of tokens to generate.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often each way of decoding is timed; the median is shown.")
+    ] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="The number of threads that torch uses.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="The torch device; `auto` chooses the accelerator if there is one.")
+    ] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Time greedy generation with a mixture and with its base model, in turns.
+    """Time greedy generation with a mixture and with its base model, in interleaved rounds.
 
     [bold]Examples[/bold]
 
@@ -43,21 +49,14 @@ def bench(
     import torch
 
     from loramix.cli.continuation import open_mixture
-    from loramix.errors import ConfigurationError
-    from loramix.model.build import XLoraModel
     from loramix.timing import describe_machine, generation_times
 
     with stdout_kept_for_json(as_json), warnings_as_lines():
         torch.set_num_threads(threads)
         opened = open_mixture(mixture, base=base, device=device)
-        if not isinstance(opened.model, XLoraModel):
-            raise ConfigurationError(
-                "A benchmark compares a mixture with its base model.",
-                received=f"the single expert {mixture!r}",
-                remedy="name the folder of a mixture",
-            )
-        ids = torch.tensor([opened.tokenizer(prompt)["input_ids"]], device=opened.model.device)
-        measured = generation_times(opened.model, ids, tokens, rounds)
+        model = opened.as_mixture("A benchmark compares a mixture with its base model.")
+        ids = torch.tensor([opened.tokenizer(prompt)["input_ids"]], device=model.device)
+        measured = generation_times(model, ids, tokens, rounds)
     if as_json:
         print_json({"machine": describe_machine(), **_document(measured)})
     else:
@@ -91,7 +90,7 @@ def _show(measured: Measurement, machine: dict[str, Any]) -> None:
     for name, meaning in WAYS.items():
         console.print(f"{name}: {meaning}", markup=False)
     facts = measured.facts
-    drafts = "" if facts["accepted"] is None else f", {facts['accepted']:.0%} of the guesses right"
+    drafts = "" if facts["accepted"] is None else f", {facts['accepted']:.0%} of the drafted tokens accepted"
     console.print(f"generate: {facts['forwards per token']:.2f} forwards a token{drafts}", markup=False)
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     console.print(f"{machine['processor']}, {machine['torch threads']} thread(s); {versions}", markup=False)

@@ -13,9 +13,8 @@ from typing import Any, cast
 import torch
 from jaxtyping import Int
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     TextStreamer,
     set_seed,
@@ -47,13 +46,25 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A mixture on its base model, and what turns text into its tokens."""
+class OpenModel:
+    """A mixture or a single expert on its base model, with the tokenizer, and what both were called."""
 
-    model: PreTrainedModel
+    model: PeftModel
     tokenizer: PreTrainedTokenizerFast
     mixture: str
     base: str
+
+    def as_mixture(self, rule: str) -> XLoraModel:
+        """The model, for a command that needs a mixture.
+
+        Raises:
+            ConfigurationError: a single expert; `rule` says why it does not do.
+        """
+        if not isinstance(self.model, XLoraModel):
+            raise ConfigurationError(
+                rule, received=f"the single expert {self.mixture!r}", remedy="name the folder of a mixture"
+            )
+        return self.model
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Continuation:
     `tokens` are those that were written, with their routing, where it was asked for.
     """
 
-    opened: Opened
+    opened: OpenModel
     prompt: str
     ids: Tensor
     prompt_tokens: int
@@ -85,12 +96,14 @@ class Continuation:
             "new_tokens": self.ids.shape[1] - self.prompt_tokens,
         }
         if self.tokens is not None:
-            document["experts"] = cast(XLoraModel, self.opened.model).expert_names
+            document["experts"] = self.opened.model.expert_names
             document["tokens"] = [token._asdict() for token in self.tokens]
         return document
 
 
-def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto", routed: str | None = None) -> Opened:
+def open_mixture(
+    mixture: str, *, base: str | None = None, device: str = "auto", routed: str | None = None
+) -> OpenModel:
     """Load a mixture, or a single expert, on its base model, ready to generate.
 
     Args:
@@ -110,7 +123,7 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto",
     place = _usable(device)
     if is_shipped(mixture) and base is None:
         model, tokenizer = demo.load()
-        return Opened(_placed(model, place), tokenizer, mixture, mixture)
+        return OpenModel(_placed(model, place), tokenizer, mixture, mixture)
     saved = PeftConfig.from_pretrained(mixture)
     if routed is not None and not isinstance(saved, XLoraConfig):
         raise UnsupportedOperationError(
@@ -125,11 +138,11 @@ def open_mixture(mixture: str, *, base: str | None = None, device: str = "auto",
         )
     revision = None if base else saved.revision
     tokenizer, plain = load_tokenizer(identifier, revision), load_base(identifier, revision)
-    return Opened(_placed(PeftModel.from_pretrained(plain, mixture), place), tokenizer, mixture, identifier)
+    return OpenModel(_placed(PeftModel.from_pretrained(plain, mixture), place), tokenizer, mixture, identifier)
 
 
 def continue_text(
-    opened: Opened,
+    opened: OpenModel,
     prompt: str,
     max_new_tokens: int,
     sampling: Sampling | None,
@@ -158,7 +171,7 @@ def continue_text(
         raise ConfigurationError(
             "A prompt has at least one token.", received=repr(prompt), remedy="pass a text with --prompt"
         )
-    model = cast(Any, opened.model)
+    model = opened.model
     with ExitStack() as stack:
         streamer = None
         if show_experts:
@@ -187,8 +200,9 @@ def _usable(device: str) -> torch.device:
     return place
 
 
-def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    return cast(Any, model).eval().to(device)
+def _placed(model: PeftModel, device: torch.device) -> PeftModel:
+    nn.Module.to(model.eval(), device)
+    return model
 
 
 def _choices(sampling: Sampling | None) -> dict[str, Any]:

@@ -11,21 +11,30 @@ from loramix.cli.terminal import MAX_SEED, print_json, stdout_kept_for_json
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the trained mixture and the picture.")] = Path("loramix-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Steps of router training.")] = 80,
+    out: Annotated[Path, typer.Option(help="The folder for the trained mixture and the picture.")] = Path(
+        "loramix-demo"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="The number of training steps of the router.")] = 80,
     seed: Annotated[
         int,
-        typer.Option(min=0, max=MAX_SEED, help="Of the router's first weights, its training text and what is written."),
+        typer.Option(
+            min=0,
+            max=MAX_SEED,
+            help="The random seed of the router's first weights, its training text and the sampling.",
+        ),
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as one JSON document.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as one JSON document.")] = False,
     files: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Instead of the tour, write its models, text and a run.yaml there."),
+        typer.Option(
+            metavar="FOLDER", help="Write the demo's models, its text and a run.yaml to this folder, and stop."
+        ),
     ] = None,
 ) -> None:
-    """Mix the experts that ship with loramix, train their router, compare, and write: a minute or two, no network.
+    """Build a mixture of the experts that ship with loramix, train its router, compare and generate.
 
-    Everything that it prints is measured in this run. Exit code 1 if the router does not earn its place.
+    It takes a minute or two and needs no network. Everything that it prints is measured in this run.
+    The exit code is 1 if the mixture does not beat the base model, each expert and the uniform mixture.
 
     [bold]Examples[/bold]
 

@@ -26,19 +26,29 @@ TITLES = {"bits_per_byte": "Bits per byte", "loss": "Nats a token", "perplexity"
 
 
 def evaluate(
-    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="A saved mixture, folder or Hub id; `demo` ships.")],
-    data: Annotated[str, typer.Option(help="JSON lines, a text file, a folder of text, or a data set's id.")],
-    base: Annotated[str | None, typer.Option(help="The base model. Default: the one that the mixture names.")] = None,
-    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "test",
-    subset: Annotated[str | None, typer.Option(help="Of a data set of the Hub that has several.")] = None,
-    figure: Annotated[Figure, typer.Option(help="What the table shows.")] = Figure.BITS_PER_BYTE,
-    window: Annotated[int | None, typer.Option(min=2, help="Tokens of a passage.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Passages of each group, at most.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="The mixture: a folder, a Hub id, or `demo`.")],
+    data: Annotated[
+        str, typer.Option(help="The text: JSON lines, a text file, a folder of text files, or a data set on the Hub.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The base model: a folder or a Hub id. Default: the one that the mixture names.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set on the Hub.")] = "test",
+    subset: Annotated[str | None, typer.Option(help="The subset of a data set on the Hub that has several.")] = None,
+    figure: Annotated[Figure, typer.Option(help="The figure that the table shows.")] = Figure.BITS_PER_BYTE,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="The number of tokens in a passage. Default: the base model's positions, at most 1024."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most passages of each group.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Measure a mixture on text: base, each expert, uniform, mixture, oracle, and without each expert.
+    """Measure the loss on text: base model, each expert alone, uniform mixture, mixture, oracle.
 
-    Rows are grouped by the expert that they name; the oracle takes the best expert of each group.
+    Texts are grouped by the expert that they name. The oracle takes the best expert of each group.
+    The mixture is also measured without each expert (leave-one-out).
 
     [bold]Examples[/bold]
 
@@ -47,21 +57,14 @@ def evaluate(
     loramix eval demo --data texts/ --figure perplexity --limit 50 --json
     """
     from loramix.cli.continuation import open_mixture
-    from loramix.errors import ConfigurationError
-    from loramix.model.build import XLoraModel
     from loramix.training.data import read_rows
     from loramix.training.run import evaluate_rows
 
     with stdout_kept_for_json(as_json), warnings_as_lines():
         rows = read_rows(data, split=split, subset=subset)
         opened = open_mixture(mixture, base=base)
-        if not isinstance(opened.model, XLoraModel):
-            raise ConfigurationError(
-                "An evaluation compares the experts of a mixture.",
-                received=f"the single expert {mixture!r}",
-                remedy="name the folder of a mixture",
-            )
-        evaluation = evaluate_rows(opened.model, opened.tokenizer, rows, window=window, limit=limit)
+        model = opened.as_mixture("An evaluation compares the experts of a mixture.")
+        evaluation = evaluate_rows(model, opened.tokenizer, rows, window=window, limit=limit)
     if as_json:
         print_json(evaluation.to_dict())
     else:

@@ -15,27 +15,39 @@ def generate(
     mixture: Annotated[
         str,
         typer.Argument(
-            metavar="MIXTURE", help="A saved mixture, folder or Hub id; `demo` is the one that ships with loramix."
+            metavar="MIXTURE", help="The mixture: a folder, a Hub id, or `demo`, the one that ships with loramix."
         ),
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue; `-` reads it from stdin.")],
     base: Annotated[
-        str | None, typer.Option(help="The base model, folder or Hub id. Default: the one that the mixture names.")
+        str | None, typer.Option(help="The base model: a folder or a Hub id. Default: the one that the mixture names.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Stop after this many tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="The most tokens to generate.")] = 64,
     do_sample: Annotated[
-        bool, typer.Option("--do-sample", help="Draw tokens at random instead of taking the likeliest.")
+        bool, typer.Option("--do-sample", help="Sample tokens instead of taking the most likely one.")
     ] = False,
-    temperature: Annotated[float | None, typer.Option(min=0.001, help="Of the draw; lower is more sober.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.001, max=1.0, help="Draw from this much probability.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="The same seed draws the same text.")] = None,
-    device: Annotated[str, typer.Option(help="A torch device; `auto` is the accelerator where there is one.")] = "auto",
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="The sampling temperature; lower values make likely tokens likelier."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=1.0, help="Sample from the most likely tokens that together have this probability."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="The random seed; the same seed gives the same text.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="The torch device; `auto` chooses the accelerator if there is one.")
+    ] = "auto",
     show_experts: Annotated[
-        bool, typer.Option("--show-experts", help="Colour each token by the expert that led when it was written.")
+        bool, typer.Option("--show-experts", help="Colour each token by its leading expert.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Continue a prompt with a mixture, printing the text as it is written.
+    """Continue a prompt with a mixture; the text is printed while it is generated.
 
     [bold]Examples[/bold]
 

@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 
 
 def info(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="An expert or a mixture, folder or Hub id; `demo` ships.")
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The expert or mixture: a folder, a Hub id, or `demo`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Say what a folder is, without loading its base model.
+    """Describe an expert or a mixture, without loading its base model.
 
-    An expert or a mixture, and of which base model; the experts' names, ranks and targets; the number of adapted
-    layers (L) and of experts (E); the parameters of the router.
+    Shows the base model, the number of experts (E) and of adapted layers (L), the size of the router,
+    and each expert's rank, targets and parameters.
 
     [bold]Examples[/bold]
 
@@ -78,7 +76,7 @@ def _experts(description: Description) -> Table:
 def _router(router: RouterDescription | None) -> str:
     if router is None:
         return ""
-    facts = [f"{name.replace('_', ' ')} {value}" for name, value in router.settings.items() if name != "layerwise"]
     kept = "all experts" if router.top_k is None else f"the best {router.top_k}"
-    scope = "for each layer" if router.settings.get("layerwise", True) else "for all layers at once"
-    return f"{', '.join([router.kind, f'{router.parameters:,} parameters', *facts])}; {kept}, {scope}"
+    scope = "for each layer" if router.layerwise else "for all layers at once"
+    settings = "".join(f", {name.replace('_', ' ')} {value}" for name, value in router.settings.items())
+    return f"{router.kind}, {router.parameters:,} parameters{settings}; {kept}, {scope}"

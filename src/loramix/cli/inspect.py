@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -11,29 +11,42 @@ from loramix.cli.terminal import print_json, read_text, stdout_kept_for_json, wa
 
 
 def inspect(
-    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="A saved mixture, folder or Hub id; `demo` ships.")],
-    text: Annotated[str | None, typer.Option(help="The text to read; - reads stdin.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A text file to read.")] = None,
+    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="The mixture: a folder, a Hub id, or `demo`.")],
+    text: Annotated[str | None, typer.Option(help="The text; `-` reads it from stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text file.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="JSON lines, a folder of text, or a data set's id, as `loramix eval` takes them.")
+        str | None,
+        typer.Option(help="JSON lines, a folder of text files, or a data set on the Hub, as for `loramix eval`."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base model. Default: the one that the mixture names.")] = None,
-    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "test",
-    subset: Annotated[str | None, typer.Option(help="Of a data set of the Hub that has several.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one HTML file that needs nothing else.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model: a folder or a Hub id. Default: the one that the mixture names.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set on the Hub.")] = "test",
+    subset: Annotated[str | None, typer.Option(help="The subset of a data set on the Hub that has several.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report to this HTML file, which needs no other file.")
+    ] = None,
     leave_one_out: Annotated[
         bool | None,
         typer.Option(
             "--leave-one-out/--no-leave-one-out",
-            help="Measure the loss without each expert: E more readings. Default: with --html, where it can be.",
+            help="Also measure the loss without each expert, with one more pass over the text for each. "
+            "Default: with --html only.",
         ),
     ] = None,
-    window: Annotated[int | None, typer.Option(min=2, help="Tokens that are read at once.")] = None,
-    limit: Annotated[int, typer.Option(min=2, help="Tokens to read, at most.")] = 10_000,
-    device: Annotated[str, typer.Option(help="A torch device; auto: the accelerator where there is one.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="The number of tokens that are read at once. Default: the base model's positions, at most 1024."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=2, help="The most tokens to read.")] = 10_000,
+    device: Annotated[
+        str, typer.Option(help="The torch device; `auto` chooses the accelerator if there is one.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Look at a mixture's routing of a text: which expert leads each token, and the numbers of all of them.
+    """Show how a mixture routes a text: the leading expert of each token, and the metrics of the routing.
 
     [bold]Examples[/bold]
 
@@ -48,7 +61,6 @@ def inspect(
     from loramix.analysis.show.terminal import shown
     from loramix.cli.continuation import open_mixture
     from loramix.evaluation.ablation import can_leave_out
-    from loramix.model.build import XLoraModel
 
     if sum(given is not None for given in (text, file, data)) != 1:
         raise typer.BadParameter("give one of --text, --file and --data", param_hint="--text")
@@ -58,7 +70,7 @@ def inspect(
         rows = _rows(text, file, data, split, subset)
         opened = open_mixture(mixture, base=base, device=device, routed="name the folder of a mixture")
         texts = [(row.source, row.as_text(opened.tokenizer)) for row in rows]
-        model = cast(XLoraModel, opened.model)
+        model = opened.as_mixture("An inspection shows the routing of a mixture.")
         found = inspect_texts(
             model,
             opened.tokenizer,

@@ -14,23 +14,33 @@ from loramix.cli.options import as_changes, named_paths
 from loramix.cli.terminal import print_json, stdout_kept_for_json, warnings_as_lines
 
 if TYPE_CHECKING:
-    from loramix.training.check import Plan
+    from loramix.training.plan import Plan
 
 
 def train(
-    settings: Annotated[Path | None, typer.Argument(metavar="[SETTINGS]", help="A YAML file.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, folder or Hub id.")] = None,
-    expert: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="An expert; once for each.")] = None,
-    data: Annotated[str | None, typer.Option(help="JSON lines, a folder of text, or a data set's id.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="The same, to evaluate with.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for checkpoints and the trained mixture.")] = None,
+    settings: Annotated[Path | None, typer.Argument(metavar="[SETTINGS]", help="The settings: a YAML file.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model: a folder or a Hub id.")] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="An expert: a folder or a Hub id; repeat the option for each."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="The training text: JSON lines, a folder of text files, or a data set on the Hub."),
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(help="The evaluation text, likewise.")] = None,
+    output: Annotated[str | None, typer.Option(help="The folder for checkpoints and the trained mixture.")] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for example trainer.max_steps=200."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, for example trainer.max_steps=200."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights, and stop.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, and remove earlier checkpoints.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan, or the evaluation, as JSON.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings and the files without loading weights, and stop.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again, and remove earlier checkpoints.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan or the evaluation as one JSON document.")
+    ] = False,
 ) -> None:
     """Train the router of a mixture, and evaluate it.
 

@@ -11,24 +11,38 @@ from loramix.cli.terminal import warnings_as_lines
 
 
 def train_expert(
-    base: Annotated[str, typer.Option(help="The base model, folder or Hub id.")],
-    data: Annotated[str, typer.Option(help="JSON lines, a text file, a folder of text, or a data set's id.")],
-    output: Annotated[str, typer.Option(help="Folder for the expert.")],
-    rank: Annotated[int, typer.Option(min=1, help="Of the matrices.")] = 8,
-    alpha: Annotated[float, typer.Option(help="lora_alpha.")] = 16,
-    target: Annotated[list[str] | None, typer.Option(help="A module; once for each. Default: all linear.")] = None,
+    base: Annotated[str, typer.Option(help="The base model: a folder or a Hub id.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="The training text: JSON lines, a text file, a folder of text files, or a data set on the Hub."
+        ),
+    ],
+    output: Annotated[str, typer.Option(help="The folder for the expert.")],
+    rank: Annotated[int, typer.Option(min=1, help="The rank r of the LoRA matrices.")] = 8,
+    alpha: Annotated[float, typer.Option(help="The LoRA scaling lora_alpha.")] = 16,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="A module to adapt; repeat the option for each. Default: all linear layers."),
+    ] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="lora.… or trainer.…, for example trainer.max_steps=200."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a setting of lora or trainer, for example trainer.max_steps=200."
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the base model on the Hub.")] = None,
-    dtype: Annotated[str, typer.Option(help="The base model's: auto, float32, bfloat16, float16.")] = "auto",
-    subset: Annotated[str | None, typer.Option(help="Of a data set of the Hub that has several.")] = None,
-    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights, and stop.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, and remove earlier checkpoints.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The revision of the base model on the Hub.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="The dtype of the base model: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    subset: Annotated[str | None, typer.Option(help="The subset of a data set on the Hub that has several.")] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set on the Hub.")] = "train",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings and the files without loading weights, and stop.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again, and remove earlier checkpoints.")] = False,
 ) -> None:
-    """Train a LoRA expert on some text; PEFT loads it too.
+    """Train a LoRA expert on some text. PEFT can load it too.
 
     [bold]Examples[/bold]
 

@@ -1,4 +1,4 @@
-"""The demo: four small experts that ship with loramix, and a tour that mixes them.
+"""Four small experts that ship with loramix, and a tour that mixes them.
 
 `run_demo()` builds the mixture, trains its router and compares; `load()` gives the shipped mixture at once.
 """

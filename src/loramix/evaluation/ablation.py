@@ -138,14 +138,13 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
         RoutingError: no such expert, or a softmax of a softmax, which gives each expert a weight whatever its logit.
     """
     place = select("expert", model.expert_names, expert)[0]
-    config = cast(XLoraConfig, model.peft_config["default"])
     if not can_leave_out(model):
         raise RoutingError(
             "An expert can be left out where the router can give it no weight.",
             received="enable_softmax and enable_softmax_topk without a top_k_lora below the number of experts",
             remedy="set one of the two softmaxes to False, as is better anyway, or top_k_lora",
         )
-    detach = attach(model, _ExpertLeftOut(config, place, not recorded))
+    detach = attach(model, _ExpertLeftOut(model.active_peft_config, place, not recorded))
     try:
         yield
     finally:
@@ -154,7 +153,7 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
 
 def can_leave_out(model: XLoraModel) -> bool:
     """Whether an expert can be left out: not where a softmax of a softmax gives every expert a weight."""
-    config = cast(XLoraConfig, model.peft_config["default"])
+    config = model.active_peft_config
     kept = config.top_k_lora is not None and config.top_k_lora < len(model.expert_names)
     return kept or not (config.enable_softmax and config.enable_softmax_topk)
 

@@ -1,4 +1,4 @@
-"""Files on disk and on the Hub: finding them, JSON, tensors, atomic saves, base models.
+"""Files on disk and on the Hub: JSON, tensors, atomic saves, base models.
 
 Nothing here knows an adapter's configuration.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,18 +51,21 @@ class RouterDescription:
     Args:
         kind: "classifier" is X-LoRA's.
         parameters: number of its parameters.
+        layerwise: whether each adapted layer has its own scalings.
         top_k: number of experts selected for each token; None for all.
-        settings: the settings of this kind of router, as it describes itself; in JSON's types.
+        settings: what else describes a router of this kind, by name: depth and hidden_size of a classifier.
     """
 
     kind: str
     parameters: int
+    layerwise: bool
     top_k: int | None
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The description in JSON's types; the settings are on the same level as the rest."""
-        return {"kind": self.kind, "parameters": self.parameters, "top_k": self.top_k, **self.settings}
+        """Everything by name, in JSON's types; the settings beside the rest."""
+        found = asdict(self)
+        return found | found.pop("settings")
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         """The description in JSON's types."""
         router = None if self.router is None else self.router.to_dict()
-        return {**asdict(self), "kind": self.kind.value, "router": router, "num_experts": self.num_experts}
+        return {**asdict(self), "kind": self.kind.value, "num_experts": self.num_experts, "router": router}
 
 
 def describe(identifier: str | os.PathLike[str], options: HubOptions | None = None) -> Description:
@@ -121,6 +125,7 @@ def _mixture(location: Location) -> Description:
         router=RouterDescription(
             kind=config.router,
             parameters=sum(tensor.numel() for tensor in mixture.router.values()),
+            layerwise=config.layerwise_scalings,
             top_k=config.top_k_lora,
             settings=dict(router_class(config).describe(config)),
         ),

@@ -23,6 +23,7 @@ from loramix.experts.adapter import Adapter
 from loramix.files.hub import from_anywhere
 from loramix.files.tensors import all_finite
 from loramix.routers import RouterSizes, XLoraClassifier, router_class
+from loramix.routers.router import Shapes
 
 
 @dataclass(frozen=True)
@@ -44,23 +45,16 @@ class MixtureCheckpoint:
         """L: the number of modules that at least one expert adapts."""
         return len({path for expert in self.experts for path in expert.weights})
 
-    def router_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of the router's tensors, by the configuration and the experts."""
-        return shapes_of(self.config, self.num_layers, len(self.experts))
+    def router_shapes(self) -> Shapes | None:
+        """The names and shapes of the router's tensors, by the configuration and the experts.
 
-
-def shapes_of(config: XLoraConfig, layers: int, experts: int) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the tensors of a mixture's router.
-
-    Args:
-        config: the mixture's configuration.
-        layers: L.
-        experts: E.
-
-    Raises:
-        ConfigurationError: a kind of router that is not registered.
-    """
-    return router_class(config).shapes(config, RouterSizes(config.hidden_size, layers, experts))
+        None for a router that reads the low-rank activation: its shapes follow from the order of the layers, which the
+        base model knows.
+        """
+        kind = router_class(self.config)
+        if kind.reads == "low-rank activation":
+            return None
+        return kind.shapes(self.config, RouterSizes(self.config.hidden_size, self.num_layers, len(self.experts)))
 
 
 def select_experts(
@@ -131,7 +125,8 @@ def check_before_experts(config: XLoraConfig, router: Mapping[str, Tensor], sour
             remedy="Download the mixture again, or train it again.",
         )
     if config.router == XLoraClassifier.kind:  # whose tensors have the same names for every L
-        _require_all(shapes_of(config, 1, len(config.adapters)), config, router, source)
+        sizes = RouterSizes(config.hidden_size, 1, len(config.adapters))
+        _require_all(XLoraClassifier.shapes(config, sizes), config, router, source)
 
 
 def check_router(checkpoint: MixtureCheckpoint, source: str, replaced: Collection[str] = ()) -> None:
@@ -148,6 +143,8 @@ def check_router(checkpoint: MixtureCheckpoint, source: str, replaced: Collectio
         AdapterMismatchError: unexpected shapes in a layerwise mixture with replaced experts.
     """
     config, expected = checkpoint.config, checkpoint.router_shapes()
+    if expected is None:
+        return
     _require_all(expected, config, checkpoint.router, source)
     found = {name: tuple(tensor.shape) for name, tensor in checkpoint.router.items()}
     wrong = [name for name in found if found[name] != expected.get(name)]

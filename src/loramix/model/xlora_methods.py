@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from loramix.config.xlora import XLoraConfig
 from loramix.model.fixed_routing import FixedMethods
 from loramix.model.generation import LockstepMethods
 from loramix.routers.router import Router
@@ -26,6 +27,11 @@ class XLoraMethods(LockstepMethods, FixedMethods):
     def router(self) -> Router:
         """What makes the logits: for X-LoRA the classifier, also known as `internal_xlora_classifier`."""
         return self._loramix.router
+
+    @property
+    def active_peft_config(self) -> XLoraConfig:
+        """The live configuration."""
+        return self._loramix.config
 
     @property
     def internal_xlora_scalings(self) -> Float[Tensor, "B S L E"] | None:

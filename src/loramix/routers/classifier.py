@@ -74,7 +74,6 @@ class XLoraClassifier(HiddenStateRouter):
         return {
             "depth": config.xlora_depth,
             "hidden_size": int(config.hidden_size),
-            "layerwise": config.layerwise_scalings,
         }
 
     def forward(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S L E"]:

@@ -82,7 +82,7 @@ class Router(nn.Module, ABC):
 
     @classmethod
     def describe(cls, config: XLoraConfig) -> Mapping[str, Any]:
-        """What `loramix info` says of it, in JSON's types; by words that a reader knows."""
+        """What `loramix info` says of it beside its kind and size: names and values, in JSON's types."""
         return {}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:

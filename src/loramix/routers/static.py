@@ -5,7 +5,6 @@ L: adapted layers. E: experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -46,10 +45,6 @@ class StaticRouter(ConstantRouter):
     @classmethod
     def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
         return {"logits": (sizes.layers if config.layerwise_scalings else 1, sizes.experts)}
-
-    @classmethod
-    def describe(cls, config: XLoraConfig) -> Mapping[str, Any]:
-        return {"layerwise": config.layerwise_scalings}
 
     def constant_logits(self) -> Float[Tensor, "distinct E"]:
         return self.logits

@@ -1,1 +1,1 @@
-"""Serving a mixture; empty so far."""
+"""Serving a mixture (empty so far)."""

@@ -1,4 +1,4 @@
-"""Training a mixture's router, and its experts when asked: with stock trainers, from outside the core."""
+"""Training a router with stock trainers; and experts, when asked."""
 
 from __future__ import annotations
 

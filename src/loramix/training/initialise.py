@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -89,10 +89,8 @@ def init_router(
     if method == "zeros":
         _write_constant(classifier)
         return None
-    if prompts is not None:
-        batches = _labelled(model, tokenizer, prompts)
     moments = _Moments(model)
-    for batch in cast("Iterable[Mapping[str, Tensor]]", batches):
+    for batch in (batches or ()) if prompts is None else _labelled(model, tokenizer, prompts):
         moments.add(batch)
     router = moments.discriminant() if method == "prompts" else moments.regression()
     write_linear(classifier, router)
@@ -137,11 +135,12 @@ def check_width(config: XLoraConfig, experts: int) -> None:
 
 def _write_constant(classifier: XLoraClassifier) -> None:
     """Zero logits; where logits are the scalings themselves, 1 / E."""
-    config, last = classifier.config, classifier.layers[-1]
+    config = classifier.config
+    last = [module for module in classifier.layers if isinstance(module, nn.Linear)][-1]
     uniform = 0.0 if config.enable_softmax or config.enable_softmax_topk else 1 / classifier.n_classes
     with torch.no_grad():
-        cast(nn.Linear, last).weight.zero_()
-        cast(nn.Linear, last).bias.fill_(uniform)
+        last.weight.zero_()
+        last.bias.fill_(uniform)
 
 
 def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
@@ -178,7 +177,7 @@ class _Moments:
 
     def __init__(self, model: XLoraModel) -> None:
         self.model = model
-        self.config = cast(XLoraConfig, model.peft_config["default"])
+        self.config = model.active_peft_config
         self.names = model.expert_names
         size, experts = self.config.hidden_size + 1, len(self.names)
         self.second = torch.zeros(size, size, dtype=torch.float64)  # Σ h hᵀ, h with a 1 behind it

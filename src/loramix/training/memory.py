@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from loramix.config.xlora import XLoraConfig
 from loramix.experts.base_model import blocks_of, vocabulary_of
-from loramix.formats.mixture import shapes_of
+from loramix.routers import RouterSizes, router_class
 
 TRAINED = 16  # bytes of a trained parameter: float32, its gradient, and Adam's two moments
 KEPT = 24  # of H, numbers that backward needs of each token in each block of a frozen base (a Llama's, rounded up)
@@ -58,7 +58,7 @@ def sizes_of(base: PreTrainedModel, config: XLoraConfig, *, layers: int, experts
     """
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     root = {id(p): p.numel() for module in ends if module is not None for p in module.parameters()}
-    router = shapes_of(config, layers, len(config.adapters))
+    router = router_class(config).shapes(config, RouterSizes(config.hidden_size, layers, len(config.adapters)))
     return Sizes(
         base=base.num_parameters(),
         root=sum(root.values()),

@@ -206,7 +206,7 @@ class RouterCallback(FiniteGradients):
                 received=f"fp16=True with {self.objectives}",
                 remedy="Train with bf16=True, or in float32.",
             )
-        self._hook = RouterObjective(self.objectives, model.peft_config["default"])
+        self._hook = RouterObjective(self.objectives, model.active_peft_config)
         self._detach = attach(model, self._hook, alone=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -23,7 +23,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.stack import ExpertStack
@@ -43,8 +42,7 @@ def required_bytes(model: XLoraModel, tokens: int) -> int:
         model: the mixture.
         tokens: of the whole data, padding not counted.
     """
-    config = cast(XLoraConfig, model.peft_config["default"])
-    return tokens * config.hidden_size * model.dtype.itemsize
+    return tokens * model.active_peft_config.hidden_size * model.dtype.itemsize
 
 
 class ScalingPassCache(RoutingHook):
@@ -70,7 +68,7 @@ class ScalingPassCache(RoutingHook):
 
     def __init__(self, model: XLoraModel, *, max_bytes: int, folder: str | PathLike[str] | None = None) -> None:
         self.model = model
-        self._config = cast(XLoraConfig, model.peft_config["default"])
+        self._config = model.active_peft_config
         if max_bytes < required_bytes(model, 1):
             raise ConfigurationError(
                 "The cache of the scaling pass has room for some tokens.",
@@ -103,16 +101,15 @@ class ScalingPassCache(RoutingHook):
         if self._settings != self._current_settings():
             self._forget()  # what is kept belongs to another pass
         rows = _rows(inputs)
-        found = None if rows is None else [self._store.read(row.key) for row in rows]
-        if rows is None or found is None or any(hidden is None for hidden in found):
+        found = [hidden for row in rows or () if (hidden := self._store.read(row.key)) is not None]
+        if rows is None or len(found) < len(rows):
             self.misses += 1
             return None
         self.hits += 1
-        ids = cast(Tensor, inputs["input_ids"])
-        first = cast(Tensor, found[0])
-        together = first.new_zeros(*ids.shape, first.shape[1])
+        ids = inputs["input_ids"]
+        together = found[0].new_zeros(*ids.shape, found[0].shape[1])
         for number, (row, hidden) in enumerate(zip(rows, found, strict=True)):
-            together[number, row.start : row.stop] = cast(Tensor, hidden)
+            together[number, row.start : row.stop] = hidden
         return together.to(ids.device)
 
     def keep(self, inputs: Mapping[str, Any], hidden: Float[Tensor, "B S H"]) -> None:
@@ -153,7 +150,7 @@ def refuse_changing_pass(model: XLoraModel) -> None:
     Raises:
         UnsupportedOperationError: a base model or experts that train, dropout that is on, or sharded parameters.
     """
-    config = cast(XLoraConfig, model.peft_config["default"])
+    config = model.active_peft_config
     used = bool(config.scaling_pass_value)
     experts = {id(p) for m in model.modules() if isinstance(m, XLoraLayer) for p in m.stacks.parameters()}
     router = {id(parameter) for parameter in model.router.parameters()}
@@ -176,16 +173,16 @@ def refuse_changing_pass(model: XLoraModel) -> None:
         )
 
 
-def _dropout(model: nn.Module, *, experts_count: bool) -> str | None:
-    noise = getattr(cast(Any, model).get_input_embeddings(), "neftune_noise_alpha", None)
+def _dropout(model: XLoraModel, *, experts_count: bool) -> str | None:
+    noise = getattr(model.get_input_embeddings(), "neftune_noise_alpha", None)
     if noise:
         return f"noise is added to the embeddings: neftune_noise_alpha={noise}"
-    settings = cast("dict[str, Any]", cast(Any, model).config.get_text_config().to_dict())
+    settings = model.config.get_text_config().to_dict()
     for name, value in settings.items():  # many models apply it as a function, by no module
         elsewhere = name.startswith(("classifier", "summary"))  # heads of other tasks
         if "drop" in name and not elsewhere and isinstance(value, float) and value > 0:
             return f"the base model's configuration has {name}={value}"
-    router = set(cast(Any, model).internal_xlora_classifier.modules())
+    router = set(model.internal_xlora_classifier.modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0 and module not in router:
             return f"the base model's {name} drops with p={module.p}"

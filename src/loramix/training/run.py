@@ -30,7 +30,7 @@ from loramix.evaluation.scores import Evaluation, evaluate
 from loramix.files.base_models import load_base, one_line
 from loramix.files.json_file import read_json_object, write_json
 from loramix.model.build import XLoraModel, get_peft_model
-from loramix.training.check import Checked, check, check_expert
+from loramix.training.check import CheckedRun, check, check_expert
 from loramix.training.data import ExpertLabels, Row, pieces, to_dataset
 from loramix.training.initialise import init_router
 from loramix.training.objectives import FiniteGradients, RouterCallback, restore_temperature
@@ -41,13 +41,13 @@ SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run came to.
+class TrainingResult:
+    """The outcome of a run.
 
     Attributes:
         model: the trained mixture.
         folder: where it was saved.
-        evaluation: where there is data for it; the main process alone has it.
+        evaluation: its evaluation, where there is data for it; in the main process alone.
     """
 
     model: XLoraModel
@@ -55,7 +55,7 @@ class Trained:
     evaluation: Evaluation | None
 
 
-def run_training(settings: TrainSettings, *, resume: bool = True) -> Trained:
+def run_training(settings: TrainSettings, *, resume: bool = True) -> TrainingResult:
     """Train a router from files to a mixture.
 
     Args:
@@ -102,9 +102,9 @@ def run_training(settings: TrainSettings, *, resume: bool = True) -> Trained:
     if checked.eval_rows and (trainer.is_world_process_zero() or trainer.is_fsdp_enabled):  # shards: all take part
         evaluation = evaluate_rows(model, tokenizer, checked.eval_rows)
     if evaluation is None or not trainer.is_world_process_zero():
-        return Trained(model, folder, None)
+        return TrainingResult(model, folder, None)
     write_json(output / "evaluation.json", evaluation.to_dict())
-    return Trained(model, folder, evaluation)
+    return TrainingResult(model, folder, evaluation)
 
 
 def build_trainer(
@@ -152,7 +152,7 @@ def _train(model: XLoraModel, trainer: Any, settings: TrainSettings, last: Path 
         trainer.train(resume_from_checkpoint=folder)
 
 
-def _initialise(model: XLoraModel, settings: TrainSettings, checked: Checked) -> None:
+def _initialise(model: XLoraModel, settings: TrainSettings, checked: CheckedRun) -> None:
     method = settings.init.get("method")
     if method == "prompts":
         init_router(model, "prompts", tokenizer=checked.tokenizer, prompts=checked.prompts)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loramix.config.xlora import XLoraConfig
+from loramix.config.base import PeftConfig
 from loramix.passes.state import MixtureState
 
 ALL_LAYERS = "all layers"
@@ -61,7 +61,7 @@ class Header:
     @staticmethod
     def of(state: MixtureState) -> Header:
         """The header of a record of this mixture, before a token was read."""
-        shared = isinstance(state.config, XLoraConfig) and not state.config.layerwise_scalings and len(state.paths) > 1
+        shared = not state.config.layerwise_scalings and len(state.paths) > 1
         layers = [ALL_LAYERS] if shared else list(state.paths)
         return Header(list(state.names), list(state.names), layers, list(state.paths))
 
@@ -88,7 +88,7 @@ class Header:
             text += "; the mixture's settings changed meanwhile"
         return text[0].upper() + text[1:] + "."
 
-    def note_settings(self, config: XLoraConfig) -> None:
+    def note_settings(self, config: PeftConfig) -> None:
         """Remember the settings of a forward that is recorded."""
         settings = {name: getattr(config, name) for name in _SETTINGS}
         self.changed |= bool(self.settings) and settings != self.settings

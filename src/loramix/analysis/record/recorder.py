@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -30,12 +30,11 @@ from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.record.slots import held_before, packed_starts, real_slots
 from loramix.analysis.record.stores import MemorySource, Reservoir, Source, SpillStore, Store
 from loramix.config.checks import require_integer
-from loramix.config.xlora import XLoraConfig
 from loramix.decoding.requests import Request, request
-from loramix.passes.cache import TwoPassCache
+from loramix.passes.cache import FollowedCache
 from loramix.passes.call import cache_in
 from loramix.passes.hooks import CacheFollower, RouterOutput, RoutingHook, between_graphs
-from loramix.passes.state import MixtureState, attach, require_routing
+from loramix.passes.state import MixtureState, attach, require_routing, state_of
 
 MAX_TOKENS = 10_000
 Reader = tuple[int, bool]
@@ -125,7 +124,7 @@ class Recorder(RoutingHook):
     """
 
     def __init__(self, model: Any, tokenizer: Any, store: Store | None, thread: int | None) -> None:
-        self.state = state = cast("MixtureState | None", getattr(model, "_loramix", None))
+        self.state: MixtureState | None = state_of(model)
         self.store = store
         self._closed: Source | None = None
         self._model: Any = model
@@ -134,7 +133,7 @@ class Recorder(RoutingHook):
         self._last: dict[Reader, _LastForward] = {}
         self._reread_texts: dict[Reader, RereadTexts] = {}
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.header = Header() if state is None else Header.of(state)
+        self.header = Header.of(self.state)
         self._texts = TextNumbering(self.header)
         self.record = RoutingRecord(self.header, self, tokenizer)
 
@@ -194,7 +193,7 @@ class Recorder(RoutingHook):
                 self._last.clear()
                 self._reread_texts.clear()
                 for cache in self._caches:
-                    if isinstance(cache, TwoPassCache):  # its scaling-pass half may have been taken off meanwhile
+                    if isinstance(cache, FollowedCache):  # it may have become a plain one meanwhile
                         cache.followers = tuple(other for other in cache.followers if not self._owns(other))
 
     def _owns(self, follower: CacheFollower) -> bool:
@@ -209,7 +208,7 @@ class Recorder(RoutingHook):
             if state is None:
                 return
             self._keep(reader)
-            self.header.note_settings(cast(XLoraConfig, state.config))
+            self.header.note_settings(state.config)
             self._last[reader] = _LastForward(*self._read(output, reader), request())
 
     def _recorded(self) -> MixtureState | None:
@@ -217,13 +216,13 @@ class Recorder(RoutingHook):
         state = None if self.store is None or request().drafts else self.state
         return None if state is None or any(hook.unrecorded for hook in state.hooks) else state
 
-    def cached(self, cache: TwoPassCache) -> None:
+    def cached(self, cache: FollowedCache) -> None:
         with self._lock:
             last = self._last.get(_reader())
             if last is not None and self._recorded() is not None:
                 self._follow(cache, last.rows)
 
-    def _follow(self, cache: TwoPassCache, rows: CacheRows) -> None:
+    def _follow(self, cache: FollowedCache, rows: CacheRows) -> None:
         cache.followers = (*(other for other in cache.followers if not self._owns(other)), rows)
         self._caches.add(cache)
 
@@ -265,7 +264,7 @@ class Recorder(RoutingHook):
 
     def _rows_of(self, cache: Any, batch: int, length: int, inputs: Any) -> CacheRows:
         """Where the rows of a forward stand before it."""
-        if not isinstance(cache, TwoPassCache):
+        if not isinstance(cache, FollowedCache):
             return CacheRows(self, batch)
         self._caches.add(cache)
         own = next((other for other in cache.followers if self._owns(other)), None)

@@ -12,15 +12,18 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from loramix.passes.cache import tokens_in
+from loramix.passes.cache import TwoPassCache, tokens_in
 
 
 def held_before(cache: Any, inputs: Mapping[str, Any], length: int) -> int:
     """How many slots a cache held before a forward over `length` tokens.
 
-    The mask says so; without one there is no padding, and positions do. The cache itself may lag behind in lockstep.
+    The mask says so; without one there is no padding, and positions do. The cache itself may lag behind in lockstep; a
+    cache of one pass has taken the forward's tokens in by now.
     """
-    if not tokens_in(cache) and not getattr(cache, "torn", False):
+    two_passes = isinstance(cache, TwoPassCache)
+    filled = int(tokens_in(cache)) - (0 if two_passes else length)
+    if filled <= 0 and not (two_passes and cache.torn):
         return 0
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
@@ -28,7 +31,7 @@ def held_before(cache: Any, inputs: Mapping[str, Any], length: int) -> int:
     positions = inputs.get("position_ids")
     if mask is None and isinstance(positions, Tensor) and positions.dim() == 2:
         return int(positions[:, 0].max())
-    return int(tokens_in(cache))
+    return filled
 
 
 def real_slots(mask: Any, batch: int, length: int, before: int) -> Bool[Tensor, "B S"]:

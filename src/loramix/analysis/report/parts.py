@@ -17,7 +17,7 @@ from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import RoutingMetrics, entropy_of, leading_of
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.report.data import LEVELS, levels_of
-from loramix.analysis.show.terminal import explained, worth_texts
+from loramix.analysis.show.terminal import worth_texts
 
 COLUMNS = 240
 LIGHT, DARK = ("#ffffff", "#1b1c20"), ("#15161a", "#ececf0")
@@ -105,7 +105,7 @@ def numbers_table(metrics: RoutingMetrics) -> str:
     """The numbers that do not depend on the expert."""
     rows = [
         f'<tr><th scope="row">{name}</th><td>{value}</td><td class="faint">{meaning}</td></tr>'
-        for name, value, meaning in explained(metrics)
+        for name, value, meaning in metrics.rows()
     ]
     return f'<table class="numbers">{"".join(rows)}</table>'
 

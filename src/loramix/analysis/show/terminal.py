@@ -132,24 +132,9 @@ def metrics_table(metrics: RoutingMetrics) -> Table:
     table = Table(title=f"{metrics.tokens} tokens", title_justify="left")
     for column in ("", "value", "meaning"):
         table.add_column(column, justify="right" if column == "value" else "left")
-    for name, value, meaning in explained(metrics):
+    for name, value, meaning in metrics.rows():
         table.add_row(name, value, Text(meaning, style="dim"))
     return table
-
-
-def explained(metrics: RoutingMetrics) -> list[tuple[str, str, str]]:
-    """Name, value and meaning of the numbers."""
-    count = len(metrics.load)
-    return [
-        ("effective experts", f"{metrics.effective_experts:.2f} of {count}", "how many a layer uses, over all tokens"),
-        ("information", f"{metrics.information:.3f}", "0: the routing does not depend on its input"),
-        ("entropy of a token", f"{metrics.mean_entropy:.3f}", "1: all experts alike in each token; 0: one has all"),
-        ("entropy of the mean", f"{metrics.entropy_of_mean:.3f}", "1: all experts alike over all tokens"),
-        ("MaxVio", f"{metrics.max_violation:.2f}", f"0: balanced; {count - 1}: one expert leads everywhere"),
-        ("CV of load", f"{metrics.load_cv:.2f}", "0: each expert leads as often"),
-        ("CV of importance", f"{metrics.importance_cv:.2f}", "0: each expert gets as much"),
-        ("dead experts", f"{metrics.dead_share:.0%}", "as good as never lead"),
-    ]
 
 
 def visible(text: str) -> str:

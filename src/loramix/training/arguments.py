@@ -1,0 +1,86 @@
+"""The trainer's arguments: a run's settings as TRL's `SFTConfig`, with the defaults of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from loramix.errors import ConfigurationError
+from loramix.evaluation.passages import window_size
+from loramix.experts.base_model import positions_of
+from loramix.files.base_models import one_line
+from loramix.training.settings import check_keys
+
+_RENAMED = {  # transformers' old names
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any) -> Any:
+    """TRL's `SFTConfig` of a run.
+
+    Args:
+        output: the folder for checkpoints.
+        trainer: the run's own arguments, which go before the defaults.
+        base_config: the base model's configuration, whose positions bound `max_length`.
+
+    Raises:
+        ConfigurationError: arguments that do not exist or cannot work.
+    """
+    from trl.trainer.sft_config import SFTConfig
+
+    positions = positions_of(base_config)
+    longest = window_size(base_config)
+    check_keys(trainer, [entry.name for entry in fields(SFTConfig)], "trainer")
+    defaults = {
+        "activation_checkpointing": False,
+        "bf16": False,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "max_length": longest,
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    known = {entry.name for entry in fields(SFTConfig)}
+    given: dict[str, Any] = {name: value for name, value in defaults.items() if name in known} | dict(trainer)
+    for old, new in _RENAMED.items():
+        if old in trainer:
+            given[new] = given.pop(old)
+    _refuse_wrong_types(given, SFTConfig)
+    if (given.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
+        raise ConfigurationError(
+            "A mixture checkpoints gradients without re-entering autograd.",
+            received="trainer.activation_checkpointing_kwargs with use_reentrant: true",
+            remedy="Leave it out.",
+        )
+    length = given["max_length"]
+    if isinstance(length, int) and not 2 <= length <= (positions or length):
+        raise ConfigurationError(
+            "max_length is at least 2 and at most the positions that the base model has.",
+            received=f"trainer.max_length={length}; the base model has {positions or 'no limit'}",
+            remedy=f"Use trainer.max_length={longest}.",
+        )
+    try:
+        return SFTConfig(output_dir=output, **given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigurationError(
+            "trainer holds arguments that TRL's SFTConfig takes.",
+            received=f"{dict(trainer)!r}: {one_line(error)}",
+            remedy="Correct them; https://huggingface.co/docs/trl/sft_trainer lists them.",
+        ) from error
+
+
+def _refuse_wrong_types(given: Mapping[str, Any], kind: Any) -> None:
+    """Raises ConfigurationError: no number where TRL's own default is one."""
+    defaults = {entry.name: entry.default for entry in fields(kind)}
+    for name, value in given.items():
+        default = defaults[name]
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigurationError(
+                f"trainer.{name} is a number.", received=f"{value!r}", remedy=f"Use for example {name}={default!r}."
+            )

@@ -1,0 +1,64 @@
+"""What a run knows of its base model before the weights are loaded: configuration, tokenizer, dtype and shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from loramix.errors import ConfigurationError, DataError
+from loramix.files.base_models import load_config, load_tokenizer, one_line
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_base(place: str, revision: str | None) -> tuple[Any, Any]:
+    """The configuration and the tokenizer of a base model.
+
+    Raises:
+        DataError: a tokenizer with more tokens than the vocabulary.
+        CheckpointError: as `load_config` and `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(place, revision)
+    config = load_config(place, revision)
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise DataError(
+            "The tokenizer's tokens are those of the base model.",
+            received=f"{len(tokenizer)} tokens, and a vocabulary of {size} in {place!r}",
+            remedy="Use the tokenizer that the base model was trained with.",
+        )
+    return config, tokenizer
+
+
+def dtype_of(name: str, config: Any) -> torch.dtype:
+    """The dtype of this name; "auto" is the one that the base model's configuration names, float32 if none.
+
+    Raises:
+        ConfigurationError: no such name.
+    """
+    if name == "auto":
+        return getattr(config, "dtype", None) or torch.float32
+    if name not in _DTYPES:
+        raise ConfigurationError(
+            f"dtype is auto, {', '.join(_DTYPES)}.", received=f"dtype={name!r}", remedy="Use dtype: auto."
+        )
+    return _DTYPES[name]
+
+
+def without_weights(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model on the meta device: its modules and their shapes, without weights.
+
+    Raises:
+        ConfigurationError: no causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).to(dtype)
+    except ValueError as error:
+        raise ConfigurationError(
+            "The base model is a causal language model.",
+            received=f"a configuration of type {config.model_type!r}: {one_line(error)[:200]}",
+            remedy="Name a base model for text generation.",
+        ) from error
