@@ -30,7 +30,12 @@ experts = {
     folder.name: str(
         run_expert_training(
             ExpertSettings(
-                base=base, data=Data(str(folder)), output=f"experts/{folder.name}", lora={"r": 4}, trainer=short
+                base=base,
+                dtype="float32",  # on a CPU faster than bfloat16, in which the base model is stored
+                data=Data(str(folder)),
+                output=f"experts/{folder.name}",
+                lora={"r": 4},
+                trainer=short,
             )
         )
     )
@@ -41,6 +46,7 @@ experts = {
 settings = TrainSettings.from_dict(
     {
         "base": base,
+        "dtype": "float32",
         "experts": experts,
         "data": {"train": "train", "eval": "test"},
         "output": "run",

@@ -35,7 +35,7 @@ def test_a_layer_agrees_with_itself_and_permuting_permutes() -> None:
 
 
 def test_shared_scalings_and_empty_records_do_not_agree_or_differ() -> None:
-    with pytest.raises(RoutingError, match="they agree always"):
+    with pytest.raises(RoutingError, match="they always agree"):
         agreement(random_record(layers=1, shared=True))
     for call in (agreement, lambda record: drift(record, record), lambda record: confusion(record, [])):
         with pytest.raises(RoutingError, match="recorded tokens"):

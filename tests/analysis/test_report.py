@@ -17,7 +17,7 @@ import loramix
 from loramix.analysis.colours import PALETTE
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import confidence_of, entropy_of
-from loramix.analysis.report.data import choose, embedded
+from loramix.analysis.report.data import choose_tokens, embedded
 from loramix.analysis.report.parts import CONTRAST, DARK, LIGHT, contrast, strongest
 from loramix.analysis.report.report import check_place, report_html, write_report
 from loramix.errors import ConfigurationError, RoutingError, SaveError
@@ -215,8 +215,8 @@ def test_a_long_record_is_sampled_in_runs_and_says_so() -> None:
 
 def test_fewer_tokens_than_a_run_are_as_many_as_asked_for() -> None:
     record = random_record(count=300, layers=2, experts=2)
-    assert choose(record, 10).rows.tolist() == list(range(10))
-    assert choose(record, 1).notes[0].startswith("The report shows 1 of 300 tokens, runs of 1 ")
+    assert choose_tokens(record, 10).rows.tolist() == list(range(10))
+    assert choose_tokens(record, 1).notes[0].startswith("The report shows 1 of 300 tokens, runs of 1 ")
     for wrong in (0, -1, True):
         with pytest.raises(ConfigurationError, match="tokens must be"):
             report_html(record, tokens=wrong)
@@ -237,10 +237,10 @@ def test_names_with_half_a_surrogate_are_shown_without_it(tmp_path: Path) -> Non
 
 def test_layers_are_sampled_where_there_are_many() -> None:
     record = random_record(count=100, layers=4, experts=3)
-    shown = choose(record, layer_bytes=4 * 3 * 10)
+    shown = choose_tokens(record, layer_bytes=4 * 3 * 10)
     assert shown.with_layers.tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     assert shown.notes == ["Layers can be looked at in 10 of the tokens shown, at even distances."]
-    assert choose(record).notes == []
+    assert choose_tokens(record).notes == []
 
 
 def test_a_hundred_thousand_tokens_stay_a_file_that_can_be_sent() -> None:

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,20 @@ from loramix.errors import LoramixError
 SAMPLE = 120_000
 
 
+@cache
+def train_documents(domain: str) -> list[tuple[str, str]]:
+    return list(corpus.train_documents(domain))
+
+
+@cache
+def heldout_documents(domain: str) -> list[tuple[str, str]]:
+    return list(corpus.heldout_documents(domain))
+
+
 @pytest.mark.parametrize("domain", corpus.DOMAINS)
 def test_a_document_is_on_one_side(domain: str) -> None:
-    train = [name for name, _ in corpus.train_documents(domain)]
-    held_out = [name for name, _ in corpus.heldout_documents(domain)]
+    train = [name for name, _ in train_documents(domain)]
+    held_out = [name for name, _ in heldout_documents(domain)]
     assert len(train) > 4 * len(held_out) > 40
     assert len({*train, *held_out}) == len(train) + len(held_out)
 
@@ -32,9 +43,9 @@ def test_a_document_is_on_one_side(domain: str) -> None:
 @pytest.mark.parametrize("domain", ["code", "prose"])
 def test_no_run_of_words_is_on_both_sides(domain: str) -> None:
     """In whole documents, whatever their paragraphs, and whichever domain the text is held out in."""
-    held_out = {run for other in ("code", "prose") for text in corpus.heldout_text(other) for run in word_runs(text)}
+    held_out = {run for other in ("code", "prose") for _, text in heldout_documents(other) for run in word_runs(text)}
     assert len(held_out) > 10_000
-    for text in corpus.train_text(domain):
+    for _, text in train_documents(domain):
         assert held_out.isdisjoint(word_runs(text))
 
 
@@ -51,7 +62,7 @@ def test_paragraphs_that_a_run_touches_are_left_out_until_none_is_left() -> None
 
 def test_repeats_are_what_the_split_removes() -> None:
     """The rule has work to do: whole documents do repeat held-out text."""
-    held_out = set(itertools.chain.from_iterable(map(word_runs, corpus.heldout_text("prose"))))
+    held_out = set(itertools.chain.from_iterable(map(word_runs, (text for _, text in heldout_documents("prose")))))
     raw = [
         source.read() for source in sources.prose() if not is_held_out(source.key) and source.name.startswith("topic")
     ]

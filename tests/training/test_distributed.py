@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from loramix import PeftModel
 from support.training_files import Files, write_lines
 
+pytestmark = pytest.mark.slow  # each run is several processes that load everything anew
 FSDP2 = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "FSDP",

@@ -54,6 +54,22 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture(scope="module")
+def whole(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that nothing interrupted, for tests to compare with and to copy."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    run_training(settings(files, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def start(files: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The router as a run with this seed begins."""
+    output = tmp_path_factory.mktemp("start")
+    run_training(settings(files, output, trainer={"max_steps": 1, "learning_rate": 0.0}))
+    return weights(output / "mixture")
+
+
 def test_a_run_leaves_a_mixture_its_checkpoints_and_its_evaluation(files: Files, tmp_path: Path) -> None:
     done = run_training(
         settings(files, tmp_path, data={"train": str(files.data), "eval": str(files.data)}, objectives={"z_loss": 0.1})
@@ -74,15 +90,14 @@ def test_a_run_leaves_a_mixture_its_checkpoints_and_its_evaluation(files: Files,
     assert not same(tmp_path / "checkpoint-2", tmp_path / "checkpoint-4")
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(files: Files, tmp_path: Path) -> None:
-    run_training(settings(files, tmp_path / "whole"))
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+def test_a_resumed_run_equals_the_uninterrupted_one(whole: Path, files: Files, tmp_path: Path) -> None:
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
     broken = tmp_path / "part" / "checkpoint-3"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", broken)
+    shutil.copytree(whole / "checkpoint-4", broken)
     (broken / "trainer_state.json").write_text("{")
     assert last_complete_checkpoint(tmp_path / "part") == tmp_path / "part" / "checkpoint-2"
     run_training(settings(files, tmp_path / "part"))
-    assert same(tmp_path / "whole" / "mixture", tmp_path / "part" / "mixture")
+    assert same(whole / "mixture", tmp_path / "part" / "mixture")
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
 
 
@@ -150,27 +165,25 @@ def test_an_expert_that_is_trained_stays_as_it_is(files: Files, tmp_path: Path) 
     run_expert_training(chosen, resume=False)
 
 
-def test_a_window_longer_than_the_positions_is_refused(files: Files, tmp_path: Path) -> None:
-    done = run_training(settings(files, tmp_path, trainer={"max_steps": 1}))
+def test_a_window_longer_than_the_positions_is_refused(whole: Path, files: Files) -> None:
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files.base), whole / "mixture")
     with pytest.raises(DataError, match="128 positions"):
-        runs.evaluate_rows(done.model, None, [], window=129)
+        runs.evaluate_rows(model, None, [], window=129)
 
 
-def test_a_fresh_run_ignores_checkpoints(files: Files, tmp_path: Path) -> None:
-    run_training(settings(files, tmp_path))
-    shutil.copytree(tmp_path / "mixture", tmp_path / "before")
-    again = run_training(settings(files, tmp_path, trainer={"max_steps": 1}), resume=False)
+def test_a_fresh_run_ignores_checkpoints(whole: Path, files: Files, tmp_path: Path) -> None:
+    output = shutil.copytree(whole, tmp_path / "run")
+    again = run_training(settings(files, output, trainer={"max_steps": 1}), resume=False)
     assert isinstance(again.model, XLoraModel)
-    assert not same(tmp_path / "before", tmp_path / "mixture")
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert not same(whole / "mixture", output / "mixture")
+    assert last_complete_checkpoint(output) == output / "checkpoint-1"
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_the_scaling_pass_may_be_kept(where: str, files: Files, tmp_path: Path) -> None:
-    run_training(settings(files, tmp_path / "plain"))
+def test_the_scaling_pass_may_be_kept(where: str, whole: Path, files: Files, tmp_path: Path) -> None:
     folder = {"cache_folder": str(tmp_path / "cache")} if where == "disk" else {}
     run_training(settings(files, tmp_path / "kept", cache="1MB", **folder))
-    one, other = weights(tmp_path / "plain" / "mixture"), weights(tmp_path / "kept" / "mixture")
+    one, other = weights(whole / "mixture"), weights(tmp_path / "kept" / "mixture")
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=1e-3)
 
@@ -211,8 +224,8 @@ SHOWS: dict[str, Callable[[Any, Any], object]] = {
 
 @pytest.mark.parametrize("case", FORMATS)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_what_trl_offers_reaches_the_model(
-    case: str, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_trl_offers_reaches_the_model_and_trains(
+    case: str, files: Files, start: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, trainer = FORMATS[case]
     data = str(write_lines(tmp_path / "data.jsonl", rows))
@@ -224,6 +237,9 @@ def test_what_trl_offers_reaches_the_model(
     batch = next(iter(built[0].get_train_dataloader()))
     assert SHOWS[case](batch, seen)
     assert done.model.is_gradient_checkpointing == (case == "checkpointed")
+    found = weights(tmp_path / "run" / "mixture")
+    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items())
 
 
 def spied(method: Any, seen: set[torch.dtype]) -> Any:
@@ -233,24 +249,6 @@ def spied(method: Any, seen: set[torch.dtype]) -> Any:
         return out
 
     return run
-
-
-@pytest.mark.parametrize("case", FORMATS)
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_what_trl_offers_trains(case: str, files: Files, tmp_path: Path) -> None:
-    rows, trainer = FORMATS[case]
-    data = str(write_lines(tmp_path / "data.jsonl", rows))
-    run_training(settings(files, tmp_path / "run", data=data, trainer={"max_steps": 2, **trainer}))
-    start = run_start(files, tmp_path)
-    found = weights(tmp_path / "run" / "mixture")
-    assert all(torch.isfinite(tensor).all() for tensor in found.values())
-    assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items())
-
-
-def run_start(files: Files, tmp_path: Path) -> dict[str, torch.Tensor]:
-    """The router as a run with this seed begins."""
-    run_training(settings(files, tmp_path / "start", trainer={"max_steps": 1, "learning_rate": 0.0}))
-    return weights(tmp_path / "start" / "mixture")
 
 
 def test_experts_train_in_float32_beside_a_bfloat16_base(files: Files, tmp_path: Path) -> None:
@@ -390,7 +388,7 @@ def test_an_expert_is_trained_and_peft_loads_it(files: Files, tmp_path: Path) ->
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(
-    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loramix.files import tensors
 
@@ -409,8 +407,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     monkeypatch.undo()
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     run_training(settings(files, tmp_path))
-    run_training(settings(files, tmp_path / "whole"))
-    assert same(tmp_path / "mixture", tmp_path / "whole" / "mixture")
+    assert same(tmp_path / "mixture", whole / "mixture")
 
 
 SCRIPT = """
@@ -423,6 +420,7 @@ run_training(TrainSettings.from_dict(json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(files: Files, tmp_path: Path) -> None:
     """SIGTERM after random times, most of them while it trains and saves; each start goes on from what is whole."""
     many = {"max_steps": 40, "save_steps": 1, "save_total_limit": 3}

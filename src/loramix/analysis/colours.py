@@ -1,10 +1,10 @@
-"""One colour for each expert, the same wherever the mixture is shown: pictures, terminal, reports.
+"""One colour for each expert, the same in pictures, terminal and reports.
 
 The first seven are those of Okabe and Ito (jfly.uni-koeln.de/color), which people of any colour vision tell apart. Each
-of the others is the one, out of a grid of colours neither near black nor near white, that lies farthest from all before
-it: in OKLab, and at the nearest of four distances, as seen without a deficiency and with protanopia, deuteranopia and
-tritanopia (Machado et al. 2009). Of 24 the two nearest are 0.067 apart, of 64 only 0.036: with more than about 24
-experts a colour is a help and the name has to be there too.
+further one is that colour, out of a grid without near-black and near-white, that is farthest from all before it. The
+distance is taken in OKLab, as the least of four: without a colour vision deficiency, and with protanopia, deuteranopia
+and tritanopia (Machado et al. 2009). The two nearest of 24 colours are 0.067 apart, of 64 only 0.036: with more than
+about 24 experts, show the name beside the colour.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ def expert_colours(names: Sequence[str]) -> dict[str, str]:
     """The colour of each expert, by its place among all experts of its mixture.
 
     Args:
-        names: all of them, in the mixture's order (`record.palette`); from the 65th on colours come again.
+        names: all experts, in the mixture's order (`record.palette`); from the 65th on, colours repeat.
     """
     return dict(zip(names, itertools.cycle(PALETTE), strict=False))

@@ -1,4 +1,4 @@
-"""Layers with each other, one record with another, and a record with what is known of its text.
+"""Comparisons: layers with each other, one record with another, and a record with labels of its tokens.
 
 N: tokens. L: adapted layers, 1 where they share their scalings. E: experts.
 """
@@ -22,39 +22,39 @@ from loramix.experts.selection import as_python, listed
 
 
 def agreement(record: RoutingRecord) -> Float[Tensor, "L L"]:
-    """For each two layers, the share of tokens that the same expert leads in both.
+    """For each pair of layers, the share of the tokens that the same expert leads in both.
 
         agreement[l, m] = (1 / N) Σ_t [argmax_e s_tle = argmax_e s_tme]
 
     Symmetric, and 1 on the diagonal.
 
     Raises:
-        RoutingError: nothing was recorded, scalings that are no numbers, or all layers share them.
+        RoutingError: nothing was recorded, scalings that are not finite, or layers that share one routing.
     """
     if record.shared:
         raise RoutingError(
             "Layers agree more or less where each has its own scalings.",
-            received=f"one routing that all {len(record.header.adapted)} layers share: they agree always",
+            received=f"one routing that all {len(record.header.adapted)} layers share: they always agree",
             remedy="build the mixture with layerwise_scalings=True to let layers differ",
         )
     layers = len(record.layers)
     same, count = torch.zeros(layers, layers, dtype=torch.float64), 0
     for part in record.measurable():
         leading = leads_of(part.scalings).double()
-        nobody = 1 - leading.sum(-1)  # which is alike too
-        same += torch.einsum("nle,nme->lm", leading, leading) + nobody.T @ nobody
+        none = 1 - leading.sum(-1)  # two layers in which no expert leads agree too
+        same += torch.einsum("nle,nme->lm", leading, leading) + none.T @ none
         count += len(part)
     return (same / count).float()
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the routing of the same tokens is from one record to another.
+    """How much the routing of the same tokens differs between two records.
 
     Attributes:
-        importance: by expert, the mean scaling in the other record less that in the one.
-        divergence: (N,) of each token, mean over the layers, from 0 (the same shares) to 1 (no expert in common).
-        by_layer: its mean over the tokens, by layer.
+        importance: by expert, the mean scaling in the second record minus that in the first.
+        divergence: of each token, the mean over the layers: from 0 (the same shares) to 1 (no expert in common).
+        by_layer: by layer, the mean over the tokens.
     """
 
     importance: dict[str, float]
@@ -63,30 +63,30 @@ class Drift:
 
     @property
     def mean_divergence(self) -> float:
-        """Of all tokens."""
+        """The mean over all tokens."""
         return float(self.divergence.mean())
 
 
 def drift(one: RoutingRecord, other: RoutingRecord) -> Drift:
-    """From one record to another of the same tokens and experts, such as before a training and after it.
+    """The drift between two records of the same tokens and experts, such as before and after a training.
 
         JSD(p, q) = [H((p + q) / 2) − (H(p) + H(q)) / 2] / log 2      (Lin 1991, doi 10.1109/18.61115)
 
     with H the entropy, p and q the shares of a token's scalings.
 
     Args:
-        one: the record before.
-        other: the record after; its experts and layers may be in another order.
+        one: the first record.
+        other: the second record; its experts and layers may be in another order.
 
     Raises:
-        RoutingError: nothing was recorded; other experts, layers or tokens.
+        RoutingError: nothing was recorded, or the experts, layers or tokens differ.
     """
     other = in_order_of(one, other)
     for what in ("experts", "layers"):
         mine, theirs = getattr(one, what), getattr(other, what)
         if mine != theirs:
             raise RoutingError(
-                "A routing drifts between records of the same experts and layers.",
+                "Drift is measured between records of the same experts and layers.",
                 received=f"{what} {listed(mine)} and {listed(theirs)}",
                 remedy="record both with the same mixture, or with two trainings of it",
             )
@@ -103,7 +103,7 @@ def drift(one: RoutingRecord, other: RoutingRecord) -> Drift:
 
 
 def in_order_of(one: RoutingRecord, other: RoutingRecord) -> RoutingRecord:
-    """`other` with experts and layers in the order of `one`, where they are the same; else as it is."""
+    """`other` with its experts and layers in the order of `one`; unchanged where they are not the same."""
     if other.experts != one.experts and sorted(other.experts) == sorted(one.experts):
         other = other.select(experts=_places(other.experts, one.experts))
     if other.layers != one.layers and sorted(other.layers) == sorted(one.layers):
@@ -116,10 +116,10 @@ def _places(names: list[str], wanted: list[str]) -> list[int]:
 
 
 def same_tokens(one: RoutingRecord, other: RoutingRecord) -> tuple[Part, Part]:
-    """All of both, token by token beside each other.
+    """The tokens of both records, in the same order.
 
     Raises:
-        RoutingError: nothing was recorded, or other tokens.
+        RoutingError: nothing was recorded, or the tokens differ.
     """
     first, second = one.measurable_part, other.measurable_part
     if len(first) != len(second) or not torch.equal(first.token, second.token) or not _side_by_side(first, second):
@@ -133,20 +133,20 @@ def same_tokens(one: RoutingRecord, other: RoutingRecord) -> tuple[Part, Part]:
 
 
 def _side_by_side(first: Part, second: Part) -> bool:
-    """Whether positions are the same, and texts begin at the same tokens, whatever their numbers are."""
+    """Whether positions and beginnings of texts are the same; the numbers of the texts may differ."""
     begins = (first.sequence.diff() != 0, second.sequence.diff() != 0)
     return torch.equal(first.position, second.position) and torch.equal(*begins)
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Which expert leads tokens of which label.
+    """How many tokens of each label each expert leads.
 
     Attributes:
-        labels: the labels, numbers first, in order.
-        experts: the experts, in order.
-        counts: tokens that each expert leads, by label and expert.
-        tokens: all tokens of each label: more where a selection of experts leaves some that nobody leads.
+        labels: the labels, sorted, numbers first.
+        experts: the experts, in their order.
+        counts: the number of tokens by label and leading expert.
+        tokens: the number of tokens of each label; in a selection of experts some of them may have no leading expert.
     """
 
     labels: list[str]
@@ -156,12 +156,12 @@ class Confusion:
 
     @property
     def shares(self) -> Float[Tensor, "labels E"]:
-        """Of the tokens of each label, the share that each expert leads."""
+        """The share of the tokens of each label that each expert leads."""
         return self.counts / self.tokens[:, None]
 
     @property
     def accuracy(self) -> float | None:
-        """Of the tokens whose label is an expert's name, the share that this one leads; None where there are none."""
+        """The share of the tokens labelled with an expert's name that this expert leads; None without such tokens."""
         named = [i for i, label in enumerate(self.labels) if label in self.experts]
         right = sum(int(self.counts[i, self.experts.index(self.labels[i])]) for i in named)
         return right / int(self.tokens[named].sum()) if named else None
@@ -174,11 +174,11 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
 
     Args:
         record: the record.
-        labels: one for each recorded token, in the record's order, as a list, a tensor or a column of a table; or by
-            the number of the text. None leaves out, and so do nan and NA, which tables hold where nothing is known.
+        labels: one for each recorded token, in the record's order, as a list, a tensor or a column of a table; or a
+            mapping from the number of a text to its label. Tokens labelled None, nan or NA do not count.
 
     Raises:
-        RoutingError: nothing was recorded, or labels that do not fit it.
+        RoutingError: nothing was recorded, or labels that do not fit the record.
     """
     whole = record.measurable_part
     if isinstance(labels, Mapping):
@@ -204,7 +204,7 @@ def confusion(record: RoutingRecord, labels: Iterable[Any] | Mapping[int, Any]) 
 
 
 def _label(value: Any) -> str | None:
-    """A label's text; None where none is known."""
+    """A label as text; None where it is unknown."""
     value = as_python(value)
     try:
         known = value is not None and bool(value == value)  # nan is not itself
@@ -214,7 +214,7 @@ def _label(value: Any) -> str | None:
 
 
 def _by_number(label: str) -> tuple[bool, float, str]:
-    """To sort numbers as numbers, and before words."""
+    """A sort key: numbers by value, before words."""
     try:
         return False, float(label), label
     except ValueError:

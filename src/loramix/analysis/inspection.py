@@ -1,4 +1,4 @@
-"""A mixture looked at on some text: what it read, how it routed, and what each expert is worth there."""
+"""Inspecting a mixture on some text: its routing there, and the loss without each expert."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _AT_ONCE = 2048  # tokens of a forward, padding included
 
 @dataclass(frozen=True)
 class Inspection:
-    """What there is to show.
+    """The routing of some text, for displays to show.
 
     Attributes:
         record: the routing.
-        title: what was looked at.
-        names: what each text is called, by its number in the record; a text without a name has its number.
+        title: the name of what was inspected.
+        names: the name of each text, by its number in the record; a text without one is called by its number.
         notes: what was cut or left out, a sentence each.
-        worth: what each expert is worth, where that was measured.
+        worth: the losses without each expert, where they were measured.
     """
 
     record: RoutingRecord
@@ -56,17 +56,17 @@ class Inspection:
 
     @property
     def differences(self) -> dict[str, float]:
-        """By how much the loss rises without each expert; empty where that was not measured, or there is only one."""
+        """By how much the loss rises without each expert; empty where it was not measured, or with one expert."""
         found = {} if self.worth is None else self.worth.differences
         return {name: found[name] for name in self.record.experts if name in found}
 
     def name_of(self, sequence: int) -> str:
-        """What to call a text."""
+        """The name of a text."""
         return self.names[sequence] if sequence < len(self.names) else f"text {sequence}"
 
     @property
     def all_notes(self) -> list[str]:
-        """What is here, what is missing, and what there is to know about the mixture."""
+        """What the record holds, what is missing, and what to know about the mixture, a sentence each."""
         record, found = self.record, [self.record.note, *self.notes]
         if len(record.palette) == 1:
             found.append("One expert alone: there is nothing to route between, and nothing to leave out.")
@@ -77,7 +77,7 @@ class Inspection:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON: the numbers, and each token that is kept with its weights, means over the layers."""
+        """The same as JSON's types: the metrics, and each recorded token with its weights, means over the layers."""
         record = self.record
         part, metrics = record.part, record.metrics()
         weights = part.scalings.mean(1)
@@ -128,24 +128,24 @@ def inspect_texts(
     window: int | None = None,
     limit: int = MAX_TOKENS,
 ) -> Inspection:
-    """Let a mixture read some texts, and keep its routing.
+    """Let a mixture read some texts, and record its routing.
 
-    A text that is longer than the model reads at once is read in pieces, each from its own beginning, with the start
-    token in front where the tokenizer has one. What was cut, and what was not read, stands in the notes.
+    A text that is longer than a window is read in pieces, each on its own, with the start token in front where the
+    tokenizer has one. The notes say what was cut and what was not read.
 
     Args:
         model: the mixture.
         tokenizer: its tokenizer.
         texts: name and text of each.
-        title: what to call the whole.
-        leave_out: also measure what each expert is worth: one more reading for each of them.
-        window: tokens of a piece; as many as the base model has positions, at most 1024, when None.
-        limit: of tokens to read, start tokens included.
+        title: the name of what is inspected.
+        leave_out: also measure the loss without each expert, with one more pass over the text for each.
+        window: tokens of a piece; None takes as many as the base model has positions, at most 1024.
+        limit: the most tokens to read, start tokens included.
 
     Raises:
         DataError: no text has a token, texts without names, or a window that is longer than the base model's positions.
         ConfigurationError: a limit or a window that is no number.
-        RoutingError: scalings that are no finite numbers; and as `record_routing`.
+        RoutingError: scalings that are not finite; and as `record_routing`.
     """
     require_integer("limit", limit, at_least=1, remedy=f"Pass for example limit={MAX_TOKENS}.")
     size = window_size(model.config, window)
@@ -166,7 +166,7 @@ def inspect_texts(
 def _cut(
     tokenizer: Any, texts: Iterable[tuple[str, str]], size: int, limit: int, *, whole: bool
 ) -> tuple[list[tuple[str, list[int]]], list[str]]:
-    """Texts as pieces of at most `size` tokens, up to the limit, and what there is to say about it."""
+    """Texts as named pieces of at most `size` tokens, up to the limit, and the notes about them."""
     start, found = start_of(tokenizer), list[tuple[str, list[int]]]()
     read = total = long = 0
     for one in texts:

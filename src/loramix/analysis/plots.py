@@ -49,10 +49,10 @@ NAMED = 16  # experts in a legend
 
 
 def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, layer: int | str | None = None) -> Figure:
-    """How much of each expert each token got: a row for each expert, a column for each token.
+    """The weight of each expert in each token: a row for each expert, a column for each token.
 
-    The strip above has the colour of the leading expert. A text that is too long for its tokens to be read is shown in
-    runs of tokens, by their mean.
+    The strip above has the colours of the leading experts. A text that is too long for its tokens to be read is shown
+    in runs of tokens, by their means.
 
     Args:
         record: the record.
@@ -85,12 +85,12 @@ def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, lay
 
 
 def layers_by_experts(record: RoutingRecord, *, position: int | None = None, sequence: int | None = None) -> Figure:
-    """How much of each expert each layer took: a row for each layer, a column for each expert.
+    """The mean scaling of each expert in each layer: a row for each layer, a column for each expert.
 
     Args:
         record: the record.
-        position: of one token; the mean of all if None.
-        sequence: the text that it stands in; the first one if None.
+        position: of one token; None shows the mean of all.
+        sequence: the number of its text; the first one if None.
 
     Raises:
         RoutingError: nothing was recorded, or no such token.
@@ -131,7 +131,7 @@ def layers_by_experts(record: RoutingRecord, *, position: int | None = None, seq
 
 
 def load_bars(record: RoutingRecord) -> Figure:
-    """How often each expert leads (its load, the bar) and its mean scaling (its importance, the mark).
+    """The load of each expert, how often it leads (the bar), and its importance, its mean scaling (the mark).
 
     Args:
         record: the record.
@@ -164,7 +164,7 @@ def load_bars(record: RoutingRecord) -> Figure:
 
 
 def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figure:
-    """How undecided the routing is along a text: 0 where one expert has all, 1 where all have the same.
+    """The entropy of the routing along a text: 0 where one expert has all, 1 where all have the same.
 
     Args:
         record: the record.
@@ -211,18 +211,18 @@ def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figu
 def comparison(
     one: RoutingRecord, other: RoutingRecord, names: Sequence[str] = ("one", "other"), *, sequence: int | None = None
 ) -> Figure:
-    """Two mixtures, or two trainings of one, on the same text; with the same layers and experts also where they differ.
+    """Two mixtures, or two trainings of one, on the same text; with the same layers and experts also their divergence.
 
-    Experts of the same name have the same colour in both, and the same place where all of them are the same.
+    Experts of the same name have the same colour in both, and the same row where both have the same experts.
 
     Args:
-        one: the record of one.
-        other: the record of the other, of the same tokens.
-        names: what to call them.
+        one: the first record.
+        other: the second record, of the same tokens.
+        names: the names of the two.
         sequence: the number of the text in `one`; the first one if None.
 
     Raises:
-        RoutingError: nothing was recorded, other tokens, no such text, or not two names.
+        RoutingError: nothing was recorded, tokens that differ, no such text, or not two names.
         UnsupportedOperationError: matplotlib is missing.
     """
     if not isinstance(names, list | tuple) or len(names) != 2:
@@ -277,7 +277,7 @@ def one_text(record: RoutingRecord, sequence: int | None) -> RoutingRecord:
 
 
 def _counterpart(one: RoutingRecord, other: RoutingRecord, number: int) -> int:
-    """What number a text of one record has in another one of the same texts."""
+    """The number that a text of one record has in another record of the same texts."""
     mine, theirs = (sorted({*record.sequences, *record.header.forks}) for record in (one, other))
     return dict(zip(mine, theirs, strict=False)).get(number, number)
 
@@ -291,7 +291,7 @@ def _runs(columns: Columns) -> str:
 
 
 def _height(experts: int) -> float:
-    """Inches of a row for each expert."""
+    """The height of a row for each expert, in inches."""
     return max(0.5, (0.26 if experts <= 12 else 0.125) * experts)
 
 
@@ -312,7 +312,7 @@ def _weights(axes: Axes, record: RoutingRecord, columns: Columns, scale: dict[st
 
 
 def _scale_of(*several: Columns) -> dict[str, Any]:
-    """Darkest is the largest weight; twice the even share where it is less, so that evenness looks pale."""
+    """The largest weight is darkest, or twice the even share if that is larger: an even routing looks pale."""
     pale = max(_pale(len(columns.values)) for columns in several)
     return _shades(torch.cat([columns.values.flatten() for columns in several]), pale)
 
@@ -322,7 +322,7 @@ def _pale(experts: int) -> float:
 
 
 def _shades(values: Tensor, least: float) -> dict[str, Any]:
-    """Colours of numbers: from 0 on in one hue; in two where some are below, as logits in "hard" routing are."""
+    """The colour scale: one hue from 0 on; two where some values are negative, as logits in "hard" routing are."""
     most = max(float(values.max()), least)
     if float(values.min()) >= 0:
         return {"cmap": WEIGHTS, "vmin": 0, "vmax": most or 1.0}
@@ -352,7 +352,7 @@ def _colours(record: RoutingRecord) -> list[str]:
 
 
 def _legend(figure: Figure, record: RoutingRecord, leads: Tensor) -> None:
-    """The experts' colours; of many only those that lead most."""
+    """A legend of the experts; of many, those that lead most often."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
 

@@ -1,4 +1,4 @@
-"""`loramix bench`: what a mixture costs on this machine, beside its base model."""
+"""`loramix bench`: the speed of a mixture on this machine, beside its base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `loramix generate` calls: open a mixture with its tokenizer, and continue a text.
+"""For `loramix generate` and others: load a mixture with its tokenizer, and continue a text.
 
 T: tokens of prompt and continuation together.
 """
@@ -38,7 +38,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens; what is None is the base model's own setting."""
+    """Settings of the sampling; None takes the base model's own."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -69,9 +69,9 @@ class OpenModel:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt with what the mixture wrote after it: `ids` (1, T), the first `prompt_tokens` of them the prompt's.
+    """A prompt and its continuation: `ids` (1, T), of which the first `prompt_tokens` are the prompt's.
 
-    `tokens` are those that were written, with their routing, where it was asked for.
+    `tokens` are the generated tokens with their routing, if it was asked for.
     """
 
     opened: OpenModel
@@ -82,11 +82,11 @@ class Continuation:
 
     @property
     def text(self) -> str:
-        """What was written after the prompt."""
+        """The text after the prompt."""
         return cast(str, self.opened.tokenizer.decode(self.ids[0, self.prompt_tokens :], skip_special_tokens=True))
 
     def document(self) -> dict[str, Any]:
-        """The same for JSON; with a routing, also the weight of each expert in each written token."""
+        """The same as JSON's types; with a routing, also the weight of each expert in each generated token."""
         document: dict[str, Any] = {
             "mixture": self.opened.mixture,
             "base": self.opened.base,
@@ -107,14 +107,14 @@ def open_mixture(
     """Load a mixture, or a single expert, on its base model, ready to generate.
 
     Args:
-        mixture: folder or Hub id; "demo" is the one that ships inside the package.
-        base: folder or Hub id of the base model; the one that the mixture names when None.
-        device: a torch device; "auto" is the accelerator where there is one.
-        routed: what to do about a single expert, where one that has no routing is of no use.
+        mixture: a folder or a Hub id; "demo" is the mixture that ships with loramix.
+        base: the base model, a folder or a Hub id; None takes the one that the mixture names.
+        device: a torch device; "auto" chooses the accelerator if there is one.
+        routed: the remedy in the error for a single expert, where the command needs a routing; None accepts one.
 
     Raises:
-        ConfigurationError: the mixture names no base model and none is given; the device cannot be used.
-        UnsupportedOperationError: a single expert that is of no use.
+        ConfigurationError: the mixture names no base model and none is given, or the device cannot be used.
+        UnsupportedOperationError: a single expert, where the command needs a routing.
         CheckpointNotFoundError, CorruptCheckpointError: as `load_base`.
         CheckpointError, AdapterError: as `PeftModel.from_pretrained`.
     """
@@ -150,14 +150,14 @@ def continue_text(
     stream: bool,
     show_experts: bool = False,
 ) -> Continuation:
-    """Generate after a prompt: the likeliest tokens, or sampled ones.
+    """Continue a prompt, greedily or by sampling.
 
     Args:
         opened: the mixture.
         prompt: the text to continue; at least one token.
-        max_new_tokens: how many tokens at most.
-        sampling: None takes the likeliest token at each step.
-        stream: print the text to stdout as it is written.
+        max_new_tokens: the most tokens to generate.
+        sampling: None takes the most likely token at each step.
+        stream: print the text to stdout while it is generated.
         show_experts: keep the routing of each token, and print it in the colour of its leading expert.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`loramix demo`: the tour."""
+"""`loramix demo`: the tour with the models that ship with loramix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loramix info`: what a folder is."""
+"""`loramix info`: the description of an expert or a mixture."""
 
 from __future__ import annotations
 

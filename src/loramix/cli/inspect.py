@@ -1,4 +1,4 @@
-"""`loramix inspect`: which expert leads where, in the terminal, as JSON, or as one HTML file."""
+"""`loramix inspect`: the routing of a text, in the terminal, as JSON, or as one HTML file."""
 
 from __future__ import annotations
 

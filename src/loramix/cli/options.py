@@ -9,7 +9,7 @@ import typer
 
 
 def named_paths(words: Sequence[str]) -> dict[str, str]:
-    """`math=./math` and so on, as name -> path in their order."""
+    """Options such as `math=./math` as name -> path, in their order."""
     found: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
@@ -22,11 +22,11 @@ def named_paths(words: Sequence[str]) -> dict[str, str]:
 
 
 def as_changes(words: Sequence[str], groups: Sequence[str] | None = None) -> dict[str, Any]:
-    """`trainer.max_steps=10` and so on, as dotted key -> value; a value is read as YAML is.
+    """Options such as `trainer.max_steps=10` as dotted key -> value; values are YAML.
 
     Args:
-        words: what stands behind each --set.
-        groups: what a key may begin with; None allows any.
+        words: the arguments of --set.
+        groups: the groups that a key may begin with; None allows any.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""`demo`, where a command takes a mixture: the one that ships inside the package."""
+"""`demo` as the name of the mixture that ships with loramix."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ SHIPPED = "demo"
 
 
 def is_shipped(mixture: str) -> bool:
-    """Whether a word on the command line means the mixture that ships; a folder of that name goes before it."""
+    """Whether an argument names the mixture that ships with loramix; a folder called `demo` takes precedence."""
     return mixture == SHIPPED and not Path(mixture).is_dir()

@@ -1,4 +1,4 @@
-"""How commands speak: text and JSON on stdout, errors on stderr."""
+"""Output of the commands: text and JSON on stdout, errors and warnings on stderr."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def show_error(error: LoramixError) -> None:
 
 
 def read_text(given: str) -> str:
-    """A text from the command line, or stdin's where it is "-".
+    """A text from the command line, or from stdin if it is "-".
 
     Raises:
         ConfigurationError: bytes that are no text in the encoding of the terminal.
@@ -52,7 +52,7 @@ def read_text(given: str) -> str:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Write one JSON document, and nothing else, to stdout; what its encoding lacks is escaped."""
+    """Print one JSON document to stdout; characters that its encoding lacks are escaped."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -63,7 +63,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def warnings_as_lines() -> Generator[None]:
-    """While this is open, a warning is one line on stderr, once, without the place in the code that it came from."""
+    """Inside, each warning is printed once, as one line on stderr, without its place in the code."""
     told: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -78,17 +78,17 @@ def warnings_as_lines() -> Generator[None]:
 
 
 def write_what_stdout_can() -> None:
-    """From now on, a character that stdout's encoding lacks is written as "?"."""
+    """Let stdout write "?" for characters that its encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager
 def ends_where_stdout_ends() -> Generator[None]:
-    """Leave with exit code 1, and no traceback, where stdout cannot be written to: its reader has gone, a full disk.
+    """Exit with code 1, and without a traceback, if stdout cannot be written: a closed pipe, a full disk.
 
     Raises:
-        SystemExit: it cannot.
+        SystemExit: it cannot be written.
     """
     try:
         try:
@@ -101,13 +101,13 @@ def ends_where_stdout_ends() -> Generator[None]:
             raise
         if error.errno == errno.ENOSPC:
             print(f"error: {error}", file=sys.stderr)
-        # What is still buffered would fail once more when the interpreter flushes it on leaving.
+        # The interpreter flushes the buffer when it exits, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
 
 @contextlib.contextmanager
 def stdout_kept_for_json(wanted: bool) -> Generator[None]:
-    """While this is open, and if wanted, whatever is printed to stdout goes to stderr instead."""
+    """Inside, and if wanted, what is printed to stdout goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield

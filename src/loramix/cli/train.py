@@ -1,4 +1,4 @@
-"""`loramix train`: a router, from files to a mixture."""
+"""`loramix train`: train the router of a mixture, from files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _show(plan: Plan) -> None:
         "rows": f"{plan.rows:,}, {plan.labelled:,} of them name their expert",
         "rows to evaluate with": f"{plan.eval_rows:,}",
         "optimizer steps": "by epochs of packed data" if plan.steps is None else f"{plan.steps:,}",
-        "scaling pass, kept": _size(plan.cache_bytes),
+        "scaling pass cache": _size(plan.cache_bytes),
     }
     for name, value in facts.items():
         console.print(f"  {name + ':':24}{value}", markup=False)

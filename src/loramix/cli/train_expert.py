@@ -1,4 +1,4 @@
-"""`loramix train-expert`: one LoRA expert, from text."""
+"""`loramix train-expert`: train one LoRA expert on text."""
 
 from __future__ import annotations
 

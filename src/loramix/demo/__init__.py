@@ -1,6 +1,6 @@
 """Four small experts that ship with loramix, and a tour that mixes them.
 
-`run_demo()` builds the mixture, trains its router and compares; `load()` gives the shipped mixture at once.
+`run_demo()` builds the mixture, trains its router and compares; `load()` loads the shipped mixture.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ _THINGS = ("apples", "books", "coins", "stamps", "marbles", "shells", "tickets",
 _PLACES = ("ones", "tens", "hundreds", "thousands")
 
 Problem = tuple[str, tuple[int, ...], str]
-"""Kind, operands (what makes two problems the same problem), and the worked text."""
+"""Kind, operands (equal ones make two problems equal), and the worked text."""
 
 
 def worked_problems(seed: int, count: int = 8) -> str:
     """`count` worked problems: each a question, its steps and its answer, with an empty line between them.
 
-    A held-out seed gives only held-out problems (by kind and operands), another seed only others, so that no problem
-    occurs on both sides under whatever names and things.
+    A held-out seed gives only held-out problems (by kind and operands), another seed only others: no problem occurs on
+    both sides, with other names and things either.
     """
     rng = random.Random(seed)
     wanted = is_held_out(f"seed {seed}")

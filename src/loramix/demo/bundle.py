@@ -1,4 +1,4 @@
-"""What ships inside the package: a small base model, its tokenizer, one expert a domain, and a trained router.
+"""The models inside the package: a small base model, its tokenizer, one expert for each domain, and a trained router.
 
 data/base/            the base model (bfloat16) and its tokenizer
 data/mixture/         the mixture: its router, and in <domain>/ the experts in PEFT's LoRA format
@@ -20,7 +20,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def base(data: Path = DATA) -> LlamaForCausalLM:
-    """The base model, new at each call, in float32: bfloat16 is only how it is stored."""
+    """The base model, a new one at each call, in float32; it is stored in bfloat16."""
     return LlamaForCausalLM.from_pretrained(_folder(data, "base", "model.safetensors"), dtype=torch.float32)
 
 
@@ -35,7 +35,7 @@ def mixture(data: Path = DATA) -> Path:
 
 
 def experts(data: Path = DATA) -> dict[str, str]:
-    """Name and folder of each LoRA expert, as `XLoraConfig(adapters=…)` takes them."""
+    """The name and the folder of each LoRA expert, for `XLoraConfig(adapters=…)`."""
     return {name: str(_folder(data, f"mixture/{name}", "adapter_model.safetensors")) for name in DOMAINS}
 
 

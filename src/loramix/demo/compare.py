@@ -28,7 +28,7 @@ class Comparison:
         bits_per_byte: by row (base, each expert, uniform, X-LoRA, oracle), then by column (each domain, mixed,
             switching).
         best_expert: for each domain, the expert that is best on its own there; the oracle uses it, told the domain.
-        bytes: how much text each column holds.
+        bytes: the bytes of text in each column.
     """
 
     bits_per_byte: dict[str, dict[str, float]]
@@ -37,12 +37,12 @@ class Comparison:
 
     @property
     def rivals(self) -> list[str]:
-        """What the router has to beat: each expert alone, and the uniform mixture."""
+        """The rows that the router has to beat: each expert alone, and the uniform mixture."""
         return [row for row in self.bits_per_byte if row not in (BASE, XLORA, ORACLE)]
 
     @property
     def router_earns_its_place(self) -> bool:
-        """Whether X-LoRA beats all of them, and the base, on mixed and on switching text."""
+        """Whether X-LoRA beats these rows and the base model, on mixed and on switching text."""
         return all(
             self.bits_per_byte[XLORA][c] < self.bits_per_byte[row][c]
             for row in (BASE, *self.rivals)
@@ -51,7 +51,7 @@ class Comparison:
 
 
 def heldout_columns(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, list[Passage]]:
-    """Held-out text: `count` windows of each domain, and `count` that switch domain in mid-sequence."""
+    """Held-out text: `count` windows of each domain, and `count` that switch domain within a sequence."""
     columns = {domain: heldout_passages(tokenizer, domain, count) for domain in DOMAINS}
     return columns | {SWITCHING: switching_passages(tokenizer, count)}
 
@@ -61,7 +61,7 @@ def compare(model: XLoraModel, columns: dict[str, list[Passage]]) -> Comparison:
 
     Args:
         model: a mixture whose experts are named after the domains.
-        columns: held-out text by column, as `heldout_columns` gives it; "mixed" is the text of all domains together.
+        columns: held-out text by column, from `heldout_columns`; "mixed" is the text of all domains together.
     """
     found: dict[str, Scores] = {}
     for row, setting in rows(model, leave_one_out=False):

@@ -1,8 +1,8 @@
-"""Four domains of text that any Python installation holds, split so that held-out text was never trained on.
+"""Four domains of text from any Python installation, split so that held-out text was never trained on.
 
 A document's key (a standard-library module, a reference topic, a seed, a block of records) is hashed, and one key in
-eight is held out, the same ones on every platform and version. A training document then loses every paragraph that a
-run of words shared with held-out text touches, because the standard library repeats itself.
+eight is held out, the same on every platform and version. The standard library repeats itself, so a training document
+loses every paragraph that shares a run of words with held-out text.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def mixed_heldout(characters: int) -> list[str]:
 def switching_pieces(
     count: int, *, held_out: bool, seed: int = 0, piece: int = 320, domains: int = 3
 ) -> list[list[tuple[str, str]]]:
-    """`count` texts that switch domain in mid-sequence, each as its pieces `(domain, text)`.
+    """`count` texts that switch domain within a sequence, each as its pieces `(domain, text)`.
 
     Args:
         count: how many texts.

@@ -1,4 +1,4 @@
-"""The demo's base model, experts and text as files, to train with from the command line."""
+"""The demo's base model, experts and text as files, for `loramix train`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = {
 }
 RUN = """\
 base: base
-dtype: float32                       # bfloat16 is how the base model is stored; on a CPU float32 is faster
+dtype: float32                       # it is stored in bfloat16; on a CPU float32 is faster
 experts:
   code: experts/code
   prose: experts/prose
@@ -43,10 +43,10 @@ trainer:
 
 
 def write_files(folder: str | PathLike[str]) -> list[str]:
-    """Write base model, experts, text, prompts and the settings of a run; their names are returned.
+    """Write the base model, the experts, text, prompts and the settings of a run; their names are returned.
 
     Args:
-        folder: a new or empty one; all paths in `run.yaml` are relative to it.
+        folder: a new or empty folder; all paths in `run.yaml` are relative to it.
 
     Raises:
         SaveError: the folder is not empty, or cannot be written.

@@ -1,4 +1,4 @@
-"""The demo's router and how it is trained: the same for the one that ships and the one trained before your eyes."""
+"""The demo's router and its training: the same for the router that ships and for the one that the tour trains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loramix.demo.text import Windows, switching_passages, windows
 
 
 def router_config(hidden_size: int, adapters: dict[str, str]) -> XLoraConfig:
-    """A small router: one hidden layer, scalings of its own for each adapted layer."""
+    """A small router: one hidden layer, layerwise scalings."""
     return XLoraConfig(
         task_type="CAUSAL_LM",
         hidden_size=hidden_size,
@@ -26,7 +26,7 @@ def router_config(hidden_size: int, adapters: dict[str, str]) -> XLoraConfig:
 
 
 def router_windows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int = 0) -> Windows:
-    """`count` training windows: half of them switch domain, the others are of all domains alike."""
+    """`count` training windows: half of them switch domain, the others are divided among the domains."""
     switching = [p.ids for p in switching_passages(tokenizer, count // 2, held_out=False, seed=seed)]
     each = -(-(count - len(switching)) // len(corpus.DOMAINS))
     plain = [
@@ -40,7 +40,7 @@ def router_windows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int = 0
 
 
 def router_arguments(folder: Path, steps: int, batch: int) -> TrainingArguments:
-    """`steps` steps of `batch` windows, quick to warm up, without checkpoints."""
+    """`steps` steps of `batch` windows, with a short warm-up, without checkpoints."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

@@ -1,4 +1,4 @@
-"""The demo: build a mixture, train its router, save it, load it, compare it, and look at its routing.
+"""The demo: build a mixture, train its router, save and load it, compare, and show its routing.
 
 Everything it prints is measured in the run that prints it.
 """
@@ -40,20 +40,20 @@ PROMPTS = {
     "math": "Question: Ada has 57 books and gets 68 more. How many books does Ada have now?\n",
     "tables": '{"code": "03B1", "name": "GREEK SMALL LETTER ALPHA", "category": "Ll", "direction": "L"}\n',
 }
-"""How a text of each domain may begin."""
+"""A prompt for each domain."""
 
 _TOKENS_A_PIECE = 20
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much the demo does.
+    """The size of the demo.
 
     Args:
-        steps: steps of router training.
-        batch: windows of a step.
+        steps: training steps of the router.
+        batch: windows in a step.
         windows: held-out windows of each column of the table.
-        tokens: tokens written after each prompt.
+        tokens: tokens generated after each prompt.
         seed: of the router's first weights, its training text, and the sampling.
     """
 
@@ -66,17 +66,17 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """The results of the demo.
 
     Attributes:
         comparison: bits per byte of every row and column.
-        reload_is_exact: whether the mixture that was saved and loaded gives the same logits, bit for bit.
+        reload_is_exact: whether the mixture gives the same logits after saving and loading, bit for bit.
         written: for each domain, what the mixture wrote after a prompt.
         switching: the routing of a held-out text that switches domain.
         domains: the domain that each of its tokens comes from.
         mixture: the folder of the trained mixture.
         picture: the picture's file; None without matplotlib.
-        seconds: by stage.
+        seconds: the time of each stage.
     """
 
     comparison: Comparison
@@ -90,11 +90,11 @@ class DemoResult:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the router earned its place and the reloaded mixture is the saved one."""
+        """Whether the router beats its rivals and the loaded mixture equals the saved one."""
         return self.comparison.router_earns_its_place and self.reload_is_exact
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """The same as JSON's types."""
         record = self.switching
         return {
             "succeeded": self.succeeded,
@@ -116,11 +116,11 @@ class DemoResult:
 def run_demo(
     out: str | PathLike[str] = "loramix-demo", settings: DemoSettings | None = None, console: Console | None = None
 ) -> DemoResult:
-    """Run the demo and print it.
+    """Run the demo, and print its results.
 
     Args:
-        out: folder for the trained mixture (`mixture/`) and the picture (`routing.png`).
-        settings: how much to do; the default takes about a minute on two cores.
+        out: the folder for the trained mixture (`mixture/`) and the picture (`routing.png`).
+        settings: the size of the demo; the default takes about a minute on two cores.
         console: where to print.
 
     Raises:
@@ -153,7 +153,7 @@ def run_demo(
 
 
 def build(settings: DemoSettings, console: Console) -> XLoraModel:
-    """The mixture, with a router that has learnt nothing yet."""
+    """The mixture, with an untrained router."""
     torch.manual_seed(settings.seed)
     base = bundle.base()
     model = get_peft_model(base, router_config(base.config.hidden_size, bundle.experts()))
@@ -190,7 +190,7 @@ def loss(model: XLoraModel, batch: dict[str, Tensor]) -> float:
 def save_and_load(
     model: XLoraModel, tokenizer: PreTrainedTokenizerFast, folder: Path, console: Console
 ) -> tuple[XLoraModel, bool]:
-    """The mixture after a round trip through files, and whether its logits are the same, bit for bit."""
+    """The mixture after saving and loading, and whether its logits are the same, bit for bit."""
     model.save_pretrained(folder)
     loaded = PeftModel.from_pretrained(bundle.base(), folder)
     assert isinstance(loaded, XLoraModel)
@@ -204,7 +204,7 @@ def save_and_load(
 def generate(
     model: XLoraModel, tokenizer: PreTrainedTokenizerFast, settings: DemoSettings, console: Console
 ) -> list[WrittenText]:
-    """What the mixture writes after the prompt of each domain."""
+    """The mixture's continuation of each domain's prompt."""
     console.print(legend(model.expert_names, console))
     written: list[WrittenText] = []
     for domain, prompt in PROMPTS.items():
@@ -236,7 +236,7 @@ def draw_switching(record: RoutingRecord, domains: list[str], out: Path, console
 
 
 def _usable(out: Path) -> Path:
-    """The folder, made and tried before anything is computed for it.
+    """The folder, created and checked before anything is computed.
 
     Raises:
         SaveError: it cannot be written, or its mixture is not an earlier run's.

@@ -24,7 +24,7 @@ def comparison_table(result: Comparison) -> Table:
 
 
 def verdict(result: Comparison) -> Text:
-    """One sentence for each text that the router must win, with its nearest rival."""
+    """One sentence for each column that the router has to win, with its nearest rival."""
     lines: list[str] = []
     for column in (MIXED, SWITCHING):
         rival = min((BASE, *result.rivals), key=lambda row: result.bits_per_byte[row][column])
@@ -36,7 +36,7 @@ def verdict(result: Comparison) -> Text:
 
 
 def explanation(result: Comparison) -> Text:
-    """What the rows and columns are."""
+    """What the rows and the columns are."""
     experts = len(result.rivals) - 1
     return Text(
         f"uniform mixture: every expert at 1/{experts}, for every token. oracle: it is told which domain the text is "

@@ -1,7 +1,7 @@
-"""The text that every Python installation holds: one list of sources for each domain.
+"""Text from any Python installation: one list of sources for each domain.
 
-A source names a document and reads it when it is wanted. Its key decides the side of the split, so that files which
-are versions or parts of one another (`datetime.py` and `_pydatetime.py`, the files of a package) share a key.
+A source names a document and reads it on demand. Its key decides the side of the split: versions and parts of one
+module (`datetime.py` and `_pydatetime.py`, the files of a package) share a key.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NOT_LIBRARY = {
 """Tests, tables, generated and installed files: not the library's own code."""
 
 _ALGORITHMIC = ("CJK ", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION SELECTOR")
-"""Unicode names that only number their characters."""
+"""Beginnings of Unicode names that only number their characters."""
 
 _MATH_SEEDS = 6400
 _LEAST_CHARACTERS = 400
@@ -120,7 +120,7 @@ def _strip(text: str) -> str:
 
 
 def _docstring_nodes(source: str) -> list[ast.Constant]:
-    """The docstrings of a source text in their order; none when it is not Python of this version."""
+    """The docstrings of a source text in their order; none if this Python version cannot parse it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ def _code(path: Path) -> str:
 
 
 def _docstrings(path: Path) -> str:
-    """The paragraphs of a module's longer docstrings; interpreter sessions are code and stay out."""
+    """The paragraphs of a module's longer docstrings, without interpreter sessions, which are code."""
     texts = [_dedent(cast("str", node.value)) for node in _docstring_nodes(_read(path))]
     paragraphs = [p for text in texts if len(text) >= 160 for p in text.split("\n\n") if ">>>" not in p and p.strip()]
     text = "\n\n".join(paragraphs) + "\n"
@@ -171,7 +171,7 @@ def _entities(rows: list[tuple[str, int]]) -> str:
 
 
 def _unicode_block(block: int) -> str:
-    """Up to 128 characters' records in one of three notations; nothing for a block without names of its own."""
+    """The records of up to 128 characters in one of three notations; "" for a block without names of its own."""
     characters = [c for c in map(chr, range(block, block + 128)) if _has_own_name(c)]
     rows = [
         (f"{ord(c):04X}", unicodedata.name(c), unicodedata.category(c), unicodedata.bidirectional(c))

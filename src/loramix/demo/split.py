@@ -1,4 +1,4 @@
-"""Which text is held out: by a stable hash of where it comes from, and never by two runs of words that are equal."""
+"""The split into training and held-out text: by a stable hash of the source, without shared runs of words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Set as AbstractSet
 
 SHARED_WORDS = 12
-"""A training paragraph that a run of so many words from held-out text touches is left out."""
+"""A training paragraph that shares a run of so many words with held-out text is left out."""
 
 
 def stable_hash(key: str) -> int:
@@ -15,12 +15,12 @@ def stable_hash(key: str) -> int:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the document of this key is for evaluation: one key in eight."""
+    """Whether the document with this key is held out: one key in eight."""
     return stable_hash(key) % 8 == 0
 
 
 def module_key(name: str) -> str:
-    """`datetime` for `datetime.py`, `_pydatetime.py` and `datetime/`: versions and parts of one module."""
+    """The key of a module: `datetime` for `datetime.py`, `_pydatetime.py` and `datetime/`."""
     stem = name.removesuffix(".py")
     for prefix in ("_py_", "_py", "_"):
         stem = stem.removeprefix(prefix)
@@ -28,13 +28,13 @@ def module_key(name: str) -> str:
 
 
 def word_runs(text: str) -> list[int]:
-    """Hashes of every run of `SHARED_WORDS` words of the text in its order, whatever the line breaks between them."""
+    """The hashes of all runs of `SHARED_WORDS` words of the text, in order, whatever the line breaks between them."""
     words = text.split()
     return [hash(tuple(words[i : i + SHARED_WORDS])) for i in range(len(words) - SHARED_WORDS + 1)]
 
 
 def without_runs(text: str, runs: AbstractSet[int]) -> str:
-    """The text without the paragraphs that one of these runs touches, and without any run of them that this makes."""
+    """The text without the paragraphs that contain part of these runs, repeated until it holds none of them."""
     while True:
         paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
         owners = [number for number, paragraph in enumerate(paragraphs) for _ in paragraph.split()]

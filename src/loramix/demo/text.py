@@ -1,4 +1,4 @@
-"""From text to token windows: to train on, and, with the domain of each token, to evaluate with."""
+"""The demo's text as windows of tokens: to train on, and with the domain of each token to evaluate with."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def heldout_passages(tokenizer: PreTrainedTokenizerFast, domain: str, count: int
 def switching_passages(
     tokenizer: PreTrainedTokenizerFast, count: int, *, held_out: bool = True, seed: int = 0, domains: int = 3
 ) -> list[Passage]:
-    """`count` windows that switch domain in mid-sequence: pieces of several domains, as good as equally long.
+    """`count` windows that switch domain within a sequence: pieces of several domains, about equally long.
 
     Args:
         tokenizer: the demo's tokenizer.
@@ -89,7 +89,7 @@ def start_token(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 class Windows(Dataset[dict[str, list[int]]]):
-    """Windows as a trainer takes them: rows with `input_ids`."""
+    """Windows as a data set for trainers: rows with `input_ids`."""
 
     def __init__(self, texts: Sequence[list[int]]) -> None:
         self.texts = texts
@@ -102,6 +102,6 @@ class Windows(Dataset[dict[str, list[int]]]):
 
 
 def causal_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Rows with `input_ids` as a batch for a causal language model: padded, and padding is not learnt."""
+    """Rows with `input_ids` as a batch for a causal language model; padding has no label."""
     ids, real = pad([row["input_ids"] for row in rows])
     return {"input_ids": ids, "attention_mask": real, "labels": ids.masked_fill(real == 0, -100)}

@@ -1,4 +1,4 @@
-"""What the mixture writes after a prompt, with the routing of each token."""
+"""Text that the mixture generates after a prompt, with the routing of each token."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from loramix.model.build import XLoraModel
 
 @dataclass(frozen=True)
 class WrittenText:
-    """A text that the mixture wrote.
+    """A text that the mixture generated.
 
     Attributes:
-        title: what the text is.
+        title: its title.
         prompt: the text that it continues.
-        tokens: the tokens after it, each with the routing of the forward that predicted it.
+        tokens: the generated tokens, each with the routing of the forward that predicted it.
         experts: the names of the experts.
     """
 
@@ -31,7 +31,7 @@ class WrittenText:
     experts: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
+        """The same as JSON's types."""
         return {**vars(self), "tokens": [token._asdict() for token in self.tokens]}
 
 

@@ -1,4 +1,4 @@
-"""What a mixture is worth: its loss on text beside that of its experts, and what each expert contributes."""
+"""Evaluation: the loss of a mixture on text beside that of its base model and its experts, and without each expert."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Row:
 
     Attributes:
         content: the fields of one of `FORMATS`.
-        expert: the expert that it belongs to, where the data says so.
+        expert: the name of its expert, if the data has it.
         source: file and line, for messages.
     """
 
@@ -60,11 +60,11 @@ class Row:
 
 
 def pieces(row: Row, tokenizer: Any, size: int | None) -> list[list[int]]:
-    """A row's tokens as training sees them.
+    """A row's tokens for training.
 
-    Plain text gets the end token and is cut where it is longer than `size` tokens, so that none of it is lost: a piece
-    begins with the last token of the one before, and every token but the first is predicted once. A conversation or
-    a completion is one piece, and ends after `size` tokens.
+    Plain text gets the end token, and is cut into pieces of `size` tokens. A piece begins with the last token of the
+    one before, so that every token but the first is predicted once. A conversation or a completion is one piece, and
+    is truncated to `size` tokens.
 
     Args:
         row: the text.
@@ -82,13 +82,13 @@ def pieces(row: Row, tokenizer: Any, size: int | None) -> list[list[int]]:
 
 
 def to_dataset(rows: Sequence[Row], tokenizer: Any, size: int | None, *, labels: bool = False) -> Any:
-    """Rows as TRL's trainers take them: plain text as tokens, in `pieces`; the other formats as they are.
+    """A data set for TRL's trainers: plain text as tokens, in `pieces`; the other formats unchanged.
 
     Args:
-        rows: of one format.
-        tokenizer: of the base model.
-        size: the longest piece, in tokens.
-        labels: whether `expert` stays a column, where any row has it.
+        rows: rows of one format.
+        tokenizer: the base model's.
+        size: the most tokens of a piece.
+        labels: whether `expert` stays a column, if any row has it.
 
     Raises:
         DataError: no text is long enough to predict a token.
@@ -121,10 +121,10 @@ def read_rows(
 
     Args:
         place: a `.jsonl` or `.json` file of JSON lines, a text file, a folder of text files, or the id of a data set
-            of the Hub (through `datasets`, which keeps it in its cache).
-        experts: the experts that rows may name; none: any.
-        split: of a data set of the Hub.
-        subset: likewise, where it has several.
+            on the Hub (through `datasets`, which caches it).
+        experts: the experts that rows may name; empty allows any.
+        split: the split of a data set on the Hub.
+        subset: the subset of a data set on the Hub that has several.
 
     Raises:
         DataError: nothing there, a row that cannot be read, rows of different formats, or an expert that is none of

@@ -1,11 +1,11 @@
-"""A router that routes before it is trained: uniform, from example texts of each expert, or from labelled text.
+"""Initial weights of a router: uniform, from example texts of each expert, or from labelled text.
 
 The classifier is made to compute one linear map of the base model's last hidden state h, exactly, whatever its depth:
 
     z = scale · (W h + b)
 
-through ReLU layers by pairs of units, relu(a) − relu(−a) = a. Units that are left over keep their random weights and
-reach the output with weight zero, so that training can still use them.
+through ReLU layers by pairs of units, relu(a) − relu(−a) = a. The other units keep their random weights and reach the
+output with weight zero, so that training can use them.
 
 H: hidden size. E: experts. N: tokens. L: adapted layers.
 """
@@ -41,8 +41,8 @@ class LinearRouter:
     Attributes:
         weight: W.
         bias: b.
-        scale: how sharp the softmax of z is.
-        accuracy: the share of the tokens it was made from whose expert it puts first.
+        scale: the factor that sets how sharp the softmax of z is.
+        accuracy: the share of the tokens it was made from whose expert has the largest logit.
     """
 
     weight: Float[Tensor, "E H"]
@@ -63,9 +63,9 @@ def init_router(
 
     Args:
         model: the mixture.
-        method: "zeros": every expert alike, for every token. "prompts": a linear discriminant between the mean hidden
-            states of a few texts for each expert. "labels": ridge regression onto the experts that labelled text
-            belongs to, in closed form.
+        method: "zeros": every expert gets the same scaling, for every token. "prompts": a linear discriminant of the
+            mean hidden states of a few texts for each expert. "labels": ridge regression onto the experts of labelled
+            text, in closed form.
         tokenizer: for "prompts": a transformers tokenizer.
         prompts: for "prompts": expert name -> a text, several, or the `Path` of a file with one; for every expert.
         batches: for "labels": `input_ids`, `attention_mask` and `expert_ids` (B,) or (B, S), -1 where unknown.
@@ -74,7 +74,7 @@ def init_router(
         The linear map that the router now computes; None with "zeros".
 
     Raises:
-        ConfigurationError: another method, arguments that it does not come with, or a router that is too narrow.
+        ConfigurationError: another method, arguments that do not belong to it, or a router that is too narrow.
         DataError: an expert without text, a name that is no expert's, or a file that cannot be read.
     """
     wanted = {"zeros": (), "prompts": ("tokenizer", "prompts"), "labels": ("batches",)}
@@ -98,7 +98,7 @@ def init_router(
 
 
 def write_linear(classifier: XLoraClassifier, router: LinearRouter) -> None:
-    """Make the classifier compute z = scale · (W h + b), in every layer alike.
+    """Make the classifier compute z = scale · (W h + b), the same in every layer.
 
     Raises:
         ConfigurationError: hidden layers with fewer than 2 E units.
@@ -154,7 +154,7 @@ def _fill_rows(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 
 class _Reader(RoutingHook):
-    """Keeps the scaling pass's last hidden states of one forward."""
+    """Holds the scaling pass's last hidden states of one forward."""
 
     hidden: Tensor
 
@@ -164,7 +164,7 @@ class _Reader(RoutingHook):
 
 @torch.no_grad()
 def hidden_states(model: XLoraModel, batch: Mapping[str, Tensor]) -> Float[Tensor, "B S H"]:
-    """What the router reads: the scaling pass's last hidden states of a batch, in evaluation mode."""
+    """The router's input: the scaling pass's last hidden states of a batch, in evaluation mode."""
     reader = _Reader()
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
     with observing(model, reader):
@@ -173,7 +173,7 @@ def hidden_states(model: XLoraModel, batch: Mapping[str, Tensor]) -> Float[Tenso
 
 
 class _Moments:
-    """Sums over the labelled tokens, in float64: enough for both methods, whatever N is."""
+    """Sums over the labelled tokens, in float64, from which both methods compute the router."""
 
     def __init__(self, model: XLoraModel) -> None:
         self.model = model
@@ -237,7 +237,7 @@ class _Moments:
         return counts, self.cross[:, :-1] / counts.unsqueeze(1)
 
     def _scaled(self, weight: Tensor, bias: Tensor) -> LinearRouter:
-        """The scale under which the softmax predicts the experts best; 1 where logits are the scalings themselves."""
+        """Choose the scale with which the softmax predicts the experts best; 1 where logits are the scalings."""
         h, e = (torch.cat(parts)[:_SAMPLE] for parts in zip(*self._sample, strict=True))
         logits = h @ weight.float().T + bias.float()
         accuracy = float((logits.argmax(-1) == e).float().mean())
@@ -252,7 +252,7 @@ class _Moments:
 _SAMPLE = 20_000
 _SHRINKAGE = 0.1
 _RIDGE = 1e-3
-_SMOOTHING = 0.1  # a router that is sure of everything would have no gradient to learn from
+_SMOOTHING = 0.1  # without it the router could saturate, and would have no gradient
 
 
 def _best_scale(logits: Float[Tensor, "N E"], experts: Int[Tensor, " N"]) -> float:
@@ -305,4 +305,4 @@ def prompt_texts(prompts: Mapping[str, str | Path | Sequence[str]], names: Seque
 
 
 _NO_LIMIT = 10**9
-"""What tokenizers without a limit say is far above this."""
+"""Tokenizers without a limit have a `model_max_length` far above this."""

@@ -1,4 +1,4 @@
-"""What a router can be trained for beside the model's own loss: pure functions, each with its equation and its source.
+"""Auxiliary losses of a router: pure functions, each with its equation and its source.
 
 Each is a mean over the real tokens of a batch and over the layers, so that neither padding nor the number of layers
 changes its size.
@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORED = -1
-"""The expert id of a token whose expert is not known."""
+"""The expert id of a token whose expert is unknown."""
 
 
 def z_loss(logits: Float[Tensor, "B S L E"], real: Bool[Tensor, "B S"] | None = None) -> Float[Tensor, ""]:
-    """mean of (log Σ_e exp z_e)²: keeps logits small, where a softmax has gradients and float32 has digits.
+    """mean of (log Σ_e exp z_e)²: keeps logits small, where the softmax has gradients and float32 its precision.
 
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
@@ -33,7 +33,7 @@ def load_balance(
 ) -> Float[Tensor, ""]:
     """E / k · Σ_e f_e P_e: f_e the share of tokens that select expert e, P_e its mean probability; 1 when balanced.
 
-    Not for pretrained experts of different trades as a rule: text of one trade should load one expert.
+    Rarely useful with experts of different domains: text of one domain should load one expert.
 
     Args:
         probabilities: of the experts, with gradients.
@@ -50,7 +50,7 @@ def load_balance(
 def entropy_floor(
     probabilities: Float[Tensor, "B S L E"], floor: float, real: Bool[Tensor, "B S"] | None = None
 ) -> Float[Tensor, ""]:
-    """max(0, floor − H(p̄) / log E), p̄ the mean probability over the batch: no expert is forgotten altogether.
+    """max(0, floor − H(p̄) / log E), p̄ the mean probability over the batch: no expert is dropped altogether.
 
     A single token may still choose one expert with certainty: only the mean over the tokens is bounded.
 

@@ -1,4 +1,4 @@
-"""What a training holds in memory, before it starts: parameters exactly, activations as an estimate.
+"""The memory of a training, before it starts: parameters exactly, activations as an estimate.
 
 H: hidden size. V: vocabulary. L: adapted layers. E: experts. R: total rank of an adapted layer.
 """
@@ -15,13 +15,13 @@ from loramix.experts.base_model import blocks_of, vocabulary_of
 from loramix.routers import RouterSizes, router_class
 
 TRAINED = 16  # bytes of a trained parameter: float32, its gradient, and Adam's two moments
-KEPT = 24  # of H, numbers that backward needs of each token in each block of a frozen base (a Llama's, rounded up)
+SAVED = 24  # · H numbers that backward needs for each token and block of a frozen base (a Llama's, rounded up)
 LOGITS = 12  # bytes for each token and entry of the vocabulary: float32 logits, their softmax and its gradient
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters by part, and what activations grow with.
+    """Numbers of parameters by part, and the sizes that activations grow with.
 
     Args:
         base: parameters of the base model.
@@ -47,7 +47,7 @@ class Sizes:
 
 
 def sizes_of(base: PreTrainedModel, config: XLoraConfig, *, layers: int, experts: int, ranks: int) -> Sizes:
-    """Count.
+    """The sizes of a base model and a mixture.
 
     Args:
         base: the base model, which may be without weights (on the meta device).
@@ -75,17 +75,17 @@ def sizes_of(base: PreTrainedModel, config: XLoraConfig, *, layers: int, experts
 def training_memory(
     sizes: Sizes, *, tokens: int, experts_train: bool = False, checkpointing: bool = False, shards: int = 1
 ) -> dict[str, int]:
-    """Bytes of one process, by what takes them.
+    """Bytes of one process, by purpose.
 
     Args:
-        sizes: of base model and mixture.
-        tokens: of the batch of this process.
+        sizes: those of base model and mixture.
+        tokens: the number of tokens in the batch of this process.
         experts_train: whether the experts train too.
         checkpointing: whether activations are recomputed in backward, block by block.
         shards: processes among which FSDP2 divides the parameters; 1 for one process, and for each of DDP's.
     """
     width = sizes.hidden * sizes.itemsize
-    blocks = width * (sizes.blocks + KEPT) if checkpointing else width * KEPT * sizes.blocks
+    blocks = width * (sizes.blocks + SAVED) if checkpointing else width * SAVED * sizes.blocks
     low_rank = sizes.ranks * sizes.itemsize // (sizes.blocks if checkpointing else 1)
     memory = {
         "base model": sizes.base * sizes.itemsize // shards,

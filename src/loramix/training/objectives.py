@@ -1,9 +1,9 @@
-"""Router objectives under any trainer: auxiliary losses as a hook, the temperature's schedule as a callback.
+"""Router objectives for any trainer: auxiliary losses as a hook, the temperature schedule as a callback.
 
     trainer = Trainer(model, …, callbacks=[RouterCallback(RouterObjectives(z_loss=1e-3, supervised=1.0))])
 
-The losses join the model's own in backward (`loramix.passes.hooks.join_gradient`), so no trainer needs to know of
-them. The reported loss stays the model's own; the objectives' values are logged beside it.
+The losses join the model's own in backward (`loramix.passes.hooks.join_gradient`), so that no trainer needs to know
+them. The reported loss is the model's own; the values of the objectives are logged beside it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from loramix.training.data import check_expert_ids
 @no_type_check
 @dataclass(frozen=True)
 class RouterObjectives:
-    """How much each objective counts beside the model's own loss; all are off by default.
+    """The weight of each objective beside the model's own loss; all are off by default.
 
     Args:
         z_loss: weight of `losses.z_loss`.
         load_balance: weight of `losses.load_balance`.
         entropy_floor: weight of `losses.entropy_floor`.
         least_entropy: its floor, a share of log E from 0 to 1.
-        supervised: weight of `losses.supervised`; counts for texts whose expert the data names.
-        temperature: softmax temperature at the first step and at the last, gone through geometrically; None leaves it.
+        supervised: weight of `losses.supervised`, for texts whose expert the data names.
+        temperature: the softmax temperature at the first and at the last step, geometric between them; None leaves it.
 
     Raises:
         ConfigurationError: a negative weight, a floor outside 0..1, a temperature that is not positive.
@@ -80,7 +80,7 @@ class RouterObjectives:
         )
 
     def temperature_at(self, progress: float) -> float | None:
-        """The softmax temperature after a share of the training, from 0 to 1."""
+        """The softmax temperature at a share of the training, from 0 to 1."""
         if self.temperature is None:
             return None
         first, last = self.temperature
@@ -88,12 +88,12 @@ class RouterObjectives:
 
 
 class RouterObjective(RoutingHook):
-    """The hook that adds the objectives to a model's training, and measures its routing meanwhile.
+    """The hook that adds the objectives to a model's training, and measures its routing.
 
     Args:
-        objectives: what to add.
+        objectives: the objectives.
         config: the model's live configuration.
-        scale: factor on the losses' gradients: 1 / n with n batches to an optimizer step.
+        scale: the factor on the losses' gradients: 1 / n with n batches in an optimizer step.
     """
 
     def __init__(self, objectives: RouterObjectives, config: XLoraConfig, scale: float = 1.0) -> None:
@@ -144,7 +144,7 @@ class RouterObjective(RoutingHook):
         return ids.to(output.logits.device)
 
     def take(self) -> dict[str, float]:
-        """The mean of each loss and the routing's metrics since the last call."""
+        """The mean of each loss, and the routing metrics, since the last call."""
         values = {name: float(torch.stack(parts).mean()) for name, parts in self._values.items()}
         self._values.clear()
         metrics = self.meter.result()
@@ -164,7 +164,7 @@ PREFIX = "router/"
 
 
 class FiniteGradients(TrainerCallback):
-    """Stops a training whose gradients are no numbers any more, before they reach the weights.
+    """Stops a training with gradients that are not finite, before they reach the weights.
 
     Raises (while training):
         TrainingError: a gradient that is not finite, with the step and where the checkpoints are.
@@ -176,17 +176,17 @@ class FiniteGradients(TrainerCallback):
 
 
 class RouterCallback(FiniteGradients):
-    """Brings router objectives to `transformers.Trainer`, TRL's trainers, and whatever calls their callbacks.
+    """Adds router objectives to `transformers.Trainer`, TRL's trainers, and others that call their callbacks.
 
-    It attaches the objectives for the time of the training, scales them with gradient accumulation, follows the
-    temperature's schedule, logs the routing's metrics as `router/…` (those of the main process), and stops a training
-    whose gradients are no numbers any more before they reach the weights.
+    It attaches the objectives during the training, scales them with gradient accumulation, follows the temperature
+    schedule, logs the routing metrics of the main process as `router/…`, and stops a training with gradients that are
+    not finite, before they reach the weights.
 
-    An objective is a mean over the batch of one process, and its gradient the mean over batches and processes: what
-    bounds a mean, as `entropy_floor` and `load_balance` do, bounds that of each such batch.
+    An objective is a mean over the batch of one process, and its gradient the mean over batches and processes:
+    `entropy_floor` and `load_balance` bound the mean of each such batch.
 
     Args:
-        objectives: None measures only.
+        objectives: the objectives; None only measures.
 
     Raises (while training):
         TrainingError: a gradient that is not finite, with the step and where the checkpoints are.
@@ -233,9 +233,9 @@ class RouterCallback(FiniteGradients):
         self._hook = self._detach = None
 
     def first_of(self, trainer: Any) -> None:
-        """Put this callback before those that report (TensorBoard, …), so that they see the metrics too.
+        """Put this callback before those that report (TensorBoard, …), so that they log the metrics too.
 
-        It also lets the objectives count fully in an epoch's last step, where that has fewer batches than the others.
+        It also scales the objectives correctly in the last step of an epoch, which may have fewer batches.
         """
         self._trainer = trainer
         callbacks = trainer.callback_handler.callbacks
@@ -245,17 +245,17 @@ class RouterCallback(FiniteGradients):
 
 
 def restore_temperature(model: Any, folder: str | Path) -> None:
-    """The softmax temperature that a checkpoint was saved with: a trainer that loads one loads its tensors alone."""
+    """Set the softmax temperature of a checkpoint: trainers load its tensors only."""
     config = XLoraConfig.from_pretrained(str(folder))
     assert isinstance(config, XLoraConfig)
     model.set_softmax_temperature(config.softmax_temperature)
 
 
 def refuse_bad_gradients(model: nn.Module, step: int, folder: str | None) -> None:
-    """Raise before an optimizer step whose gradients are not finite.
+    """Check that all gradients are finite, before an optimizer step.
 
     Raises:
-        TrainingError: naming the step and where the last good checkpoint is.
+        TrainingError: they are not, with the step and the folder of the checkpoints.
     """
     for name, parameter in model.named_parameters():
         if parameter.grad is None or bool(torch.isfinite(parameter.grad).all()):

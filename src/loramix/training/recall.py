@@ -1,8 +1,8 @@
-"""The scaling pass, paid once: its last hidden states by text, in memory or on disk, read again in later epochs.
+"""A cache of the scaling pass: its last hidden states by text, in memory or on disk, for later epochs.
 
-While the base model is frozen and nothing in the pass is random, they depend on the tokens alone. A text is kept
-without its padding, so that it is found again in another batch, whatever stands beside it there: identical for an
-identical batch, and within float32 rounding for another.
+While the base model is frozen and nothing in the pass is random, they depend on the tokens alone. A text is stored
+without its padding, so that it is found again in another batch: the hidden states are identical for an identical batch,
+and within float32 rounding for another.
 
 B, S: batch, sequence. H: hidden size. N: tokens.
 """
@@ -36,33 +36,34 @@ _WITHOUT_EFFECT_PREFIX = "output_"
 
 
 def required_bytes(model: XLoraModel, tokens: int) -> int:
-    """How much the hidden states of `tokens` tokens take: N · H numbers of the base model's dtype.
+    """The bytes that the hidden states of `tokens` tokens take: N · H numbers of the base model's dtype.
 
     Args:
         model: the mixture.
-        tokens: of the whole data, padding not counted.
+        tokens: the number of tokens in the data, without padding.
     """
     return tokens * model.active_peft_config.hidden_size * model.dtype.itemsize
 
 
 class ScalingPassCache(RoutingHook):
-    """The scaling pass's last hidden states of the texts that a model has seen.
+    """Caches the scaling pass's last hidden states of the texts that a model reads.
 
         with ScalingPassCache(model, max_bytes=2**30) as cache:
             trainer.train()
 
     Args:
-        model: the mixture, frozen but for its router (and its experts, while the scaling pass does not use them).
-        max_bytes: what the hidden states may take; texts beyond it are not kept. `required_bytes` tells beforehand.
-        folder: keep them in a file there, which is deleted with the cache; in memory when None.
+        model: the mixture, frozen except its router (and its experts, if the scaling pass does not use them).
+        max_bytes: the most bytes that the hidden states may take; further texts are not cached. `required_bytes` tells
+            how many all of them take.
+        folder: where to keep them in a file, which is deleted with the cache; None keeps them in memory.
 
     Attributes:
-        bytes: what the kept hidden states take.
-        hits: forwards whose texts were all known.
-        misses: the others.
+        bytes: the bytes that the cached hidden states take.
+        hits: the number of forwards whose texts were all cached.
+        misses: the number of the others.
 
     Raises:
-        UnsupportedOperationError: a scaling pass that is random, or that training changes.
+        UnsupportedOperationError: a scaling pass that is random, or that the training changes.
         ConfigurationError: no room for a single token.
     """
 
@@ -91,7 +92,7 @@ class ScalingPassCache(RoutingHook):
         self.close()
 
     def close(self) -> None:
-        """Take the cache off the model and forget what it holds."""
+        """Detach the cache from the model and drop what it holds."""
         if self._detach is not None:
             self._detach()
             self._detach = None
@@ -99,7 +100,7 @@ class ScalingPassCache(RoutingHook):
 
     def recall(self, inputs: Mapping[str, Any]) -> Tensor | None:
         if self._settings != self._current_settings():
-            self._forget()  # what is kept belongs to another pass
+            self._forget()  # what is cached is of another scaling pass
         rows = _rows(inputs)
         found = [hidden for row in rows or () if (hidden := self._store.read(row.key)) is not None]
         if rows is None or len(found) < len(rows):
@@ -138,17 +139,17 @@ class ScalingPassCache(RoutingHook):
             )
 
     def _current_settings(self) -> tuple[object, ...]:
-        """Beside the tokens, what the hidden states depend on and what may change."""
+        """The settings, beside the tokens, that the hidden states depend on."""
         config, kind = self._config, self.model.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
         return config.scaling_pass_value * config.global_scaling_weight, precision
 
 
 def refuse_changing_pass(model: XLoraModel) -> None:
-    """Raise where the scaling pass does not give the same hidden states for the same tokens, or cannot be left out.
+    """Check that the scaling pass gives the same hidden states for the same tokens, and can be skipped.
 
     Raises:
-        UnsupportedOperationError: a base model or experts that train, dropout that is on, or sharded parameters.
+        UnsupportedOperationError: a base model or experts that train, active dropout, or sharded parameters.
     """
     config = model.active_peft_config
     used = bool(config.scaling_pass_value)
@@ -167,7 +168,7 @@ def refuse_changing_pass(model: XLoraModel) -> None:
     reason = reason or _dropout(model, experts_count=used)
     if reason is not None:
         raise UnsupportedOperationError(
-            "The scaling pass can be kept where it may be left out, for it gives the same hidden states again.",
+            "The scaling pass can be cached where it may be skipped and gives the same hidden states again.",
             received=reason,
             remedy="Train without this cache; or freeze the base model, set its dropout to 0, and use DDP.",
         )
@@ -178,7 +179,7 @@ def _dropout(model: XLoraModel, *, experts_count: bool) -> str | None:
     if noise:
         return f"noise is added to the embeddings: neftune_noise_alpha={noise}"
     settings = model.config.get_text_config().to_dict()
-    for name, value in settings.items():  # many models apply it as a function, by no module
+    for name, value in settings.items():  # many models apply dropout as a function, without a module
         elsewhere = name.startswith(("classifier", "summary"))  # heads of other tasks
         if "drop" in name and not elsewhere and isinstance(value, float) and value > 0:
             return f"the base model's configuration has {name}={value}"
@@ -199,7 +200,7 @@ class _Row:
 
 
 def _rows(inputs: Mapping[str, Any]) -> list[_Row] | None:
-    """Each text of a batch: what its hidden states depend on, and where it lies; None where something else matters."""
+    """The key and the place of each text of a batch; None where the hidden states depend on other inputs too."""
     ids = inputs.get("input_ids")
     others = [
         name
@@ -226,7 +227,7 @@ def _row(columns: Mapping[str, Tensor], number: int, mask: Tensor | None) -> _Ro
     length = columns["input_ids"].shape[1]
     real = torch.arange(length) if mask is None else mask.nonzero().flatten()
     start, stop = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
-    digest = hashlib.sha256(f"{start} {stop}".encode())  # where a text begins counts for absolute positions
+    digest = hashlib.sha256(f"{start} {stop}".encode())  # absolute positions depend on where a text begins
     for name, values in columns.items():
         digest.update(name.encode() + values[number, start:stop].contiguous().numpy().tobytes())
     if mask is not None and stop - start != len(real):
@@ -235,7 +236,7 @@ def _row(columns: Mapping[str, Tensor], number: int, mask: Tensor | None) -> _Ro
 
 
 class _Memory:
-    """Hidden states in memory, by the key of their text."""
+    """Hidden states in memory, by the keys of their texts."""
 
     def __init__(self) -> None:
         self._kept: dict[bytes, Tensor] = {}
@@ -265,7 +266,7 @@ class _Place:
 
 
 class _File:
-    """The same, one behind the other in a file without a name of its own, which ends with the process."""
+    """Hidden states in an unnamed temporary file, which ends with the process."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -285,7 +286,7 @@ class _File:
         return key in self._places
 
     def write(self, key: bytes, hidden: Tensor) -> bool:
-        """Whether the disk had room for it."""
+        """Write them; False if the disk is full."""
         place = _Place(self._end, self._end + hidden.nbytes, hidden.shape, hidden.dtype)
         try:
             self._file.seek(place.start)

@@ -1,11 +1,11 @@
-"""A whole run: build, train with TRL's SFTTrainer, save, evaluate; `loramix.training.check` looks at all of it before.
+"""A whole run: build, train with TRL's SFTTrainer, save, evaluate. `loramix.training.check` checks all of it before.
 
-What a run leaves in its output folder:
+The output folder of a run:
 
-    settings.json           what it was started with
+    settings.json           the settings it was started with
     checkpoint-<step>/      the trainer's, each a mixture that `PeftModel.from_pretrained` loads
     mixture/                the trained mixture
-    evaluation.json         the figures of `loramix eval`, where there is data to evaluate with
+    evaluation.json         the figures of `loramix eval`, if there is data to evaluate with
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class TrainingResult:
 
 
 def run_training(settings: TrainSettings, *, resume: bool = True) -> TrainingResult:
-    """Train a router from files to a mixture.
+    """Train the router of a mixture, from files to a saved mixture.
 
     Args:
-        settings: what to do.
-        resume: go on from the last complete checkpoint in the output folder, where there is one.
+        settings: the run's settings.
+        resume: continue from the last complete checkpoint in the output folder, if there is one.
 
     Raises:
-        LoramixError: whatever stops it; checkpoints that were saved stay.
+        LoramixError: what stops it; checkpoints that were saved stay.
     """
     checked = check(settings)
     arguments, output = checked.arguments, Path(settings.output)
@@ -167,7 +167,7 @@ def _initialise(model: XLoraModel, settings: TrainSettings, checked: CheckedRun)
 def labelled_batches(
     rows: Sequence[Row], tokenizer: Any, experts: Sequence[str], *, size: int | None
 ) -> list[Mapping[str, torch.Tensor]]:
-    """The rows that name their expert, in pieces of at most `size` tokens, as `init_router` takes batches."""
+    """The rows that name their expert, in pieces of at most `size` tokens, as batches for `init_router`."""
     return [
         {"input_ids": torch.tensor([piece]), "expert_ids": torch.tensor([experts.index(row.expert)])}
         for row in rows
@@ -179,17 +179,17 @@ def labelled_batches(
 def evaluate_rows(
     model: XLoraModel, tokenizer: Any, rows: Sequence[Row], *, window: int | None = None, limit: int | None = None
 ) -> Evaluation:
-    """Evaluate a mixture on rows, in groups by the expert that they name (`other` where they name none).
+    """Evaluate a mixture on rows, grouped by the expert that they name (`other` if none).
 
     Args:
         model: the mixture.
         tokenizer: its tokenizer.
         rows: the text.
-        window: tokens of a passage; as many as the base model has positions, at most 1024, when None.
-        limit: at most so many passages of each group.
+        window: tokens of a passage; None takes as many as the base model has positions, at most 1024.
+        limit: the most passages of each group.
 
     Raises:
-        DataError: text too short to predict a token of, or a window that is longer than the base model's positions.
+        DataError: text without a token to predict, or a window that is longer than the base model's positions.
     """
     size = window_size(model.config, window)
     texts = ((row.as_text(tokenizer), row.expert or "other") for row in rows)
@@ -198,7 +198,7 @@ def evaluate_rows(
 
 
 def compare_settings(output: Path, settings: TrainSettings) -> None:
-    """Tell what changed since a run was started; it goes on with the new settings.
+    """Warn of settings that changed since a run was started; it continues with the new ones.
 
     Raises:
         ConfigurationError: another base model, other experts, or another mixture.
@@ -227,9 +227,9 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint with the most steps that was written whole: its trainer state, which is written last, is readable.
+    """The last checkpoint that was written completely: its trainer state, which is written last, can be read.
 
-    A training that was killed while it saved leaves a folder that is not, and goes on from the one before.
+    A training that is killed while it saves leaves an incomplete one, and continues from the one before.
     """
     found = [
         (int(match[1]), path)
@@ -261,7 +261,7 @@ def is_finished(folder: Path, arguments: Any) -> bool:
 
 
 def load_trained(model: PreTrainedModel, folder: Path, *, best: bool) -> Path:
-    """Load the weights of a finished run's last checkpoint, or of its best one, and say which."""
+    """Load the weights of a finished run's last checkpoint, or of its best one; that checkpoint is returned."""
     state = _trainer_state(folder)
     chosen = Path(state["best_model_checkpoint"]) if best and state["best_model_checkpoint"] else folder
     model.load_state_dict(safetensors.torch.load_file(chosen / "model.safetensors"), strict=False)
@@ -269,7 +269,7 @@ def load_trained(model: PreTrainedModel, folder: Path, *, best: bool) -> Path:
 
 
 def remove_checkpoints(output: Path) -> None:
-    """Of an earlier run, which a new one must not go on from when it is resumed."""
+    """Remove the checkpoints of an earlier run, so that a new one does not continue from them."""
     for path in output.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
@@ -279,14 +279,14 @@ def run_expert_training(settings: ExpertSettings, *, resume: bool = True) -> Pat
     """Train one LoRA expert on some text.
 
     Args:
-        settings: what to do.
-        resume: go on from the last complete checkpoint in the output folder, where there is one.
+        settings: the run's settings.
+        resume: continue from the last complete checkpoint in the output folder, if there is one.
 
     Returns:
         The expert's folder.
 
     Raises:
-        LoramixError: whatever stops it.
+        LoramixError: what stops it.
     """
     checked = check_expert(settings)
     arguments, folder = checked.arguments, Path(settings.output)
@@ -308,7 +308,7 @@ def run_expert_training(settings: ExpertSettings, *, resume: bool = True) -> Pat
 
 
 def with_padding(tokenizer: Any) -> Any:
-    """The tokenizer, which pads with its end token where it has no other."""
+    """The tokenizer; its end token pads if it has no padding token."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -1,4 +1,4 @@
-"""What a training run is made of: one YAML file, or the same from keyword arguments.
+"""The settings of a training run: one YAML file, or the same from keyword arguments.
 
 base: meta-llama/Llama-3.2-1B            # folder or Hub id
 experts: {math: …, code: …}              # name -> folder or Hub id
@@ -32,11 +32,11 @@ class Data:
     """Where a run's text comes from.
 
     Args:
-        train: file, folder or data set id.
-        eval: likewise, for evaluation; None evaluates nothing while training.
-        split: of a data set of the Hub.
-        eval_split: likewise.
-        subset: of a data set of the Hub that has several.
+        train: a file, a folder, or the id of a data set on the Hub.
+        eval: likewise, for evaluation; None evaluates nothing.
+        split: the split of a data set on the Hub to train on.
+        eval_split: the split to evaluate with.
+        subset: the subset of a data set on the Hub that has several.
     """
 
     train: str
@@ -52,18 +52,18 @@ class TrainSettings:
     """A run that trains a router.
 
     Args:
-        base: folder or Hub id of the base model.
-        experts: name -> folder or Hub id.
-        data: what to train on, and what to evaluate with.
-        output: folder for checkpoints, the trained mixture and its evaluation.
-        revision: of the base model.
-        dtype: the base model's: "auto", "float32", "bfloat16", "float16".
+        base: the base model, a folder or a Hub id.
+        experts: the experts, name -> folder or Hub id.
+        data: the text to train on and to evaluate with.
+        output: the folder for checkpoints, the trained mixture and its evaluation.
+        revision: the revision of the base model.
+        dtype: the dtype of the base model: "auto", "float32", "bfloat16", "float16".
         mixture: fields of `XLoraConfig`.
         objectives: fields of `RouterObjectives`.
         init: `method` ("zeros", "prompts", "labels") and, for prompts, `prompts`: a JSON file of name -> texts, a
             folder of text files `<name>.txt`, or a mapping of name -> text file.
-        cache: bytes for the hidden states of the scaling pass ("500MB"); None runs the pass anew in each epoch.
-        cache_folder: keep them in a file there instead of in memory.
+        cache: bytes for the hidden states of the scaling pass ("500MB"); None runs the pass again in each epoch.
+        cache_folder: where to keep them in a file instead of in memory.
         trainer: fields of TRL's `SFTConfig`.
 
     Raises:
@@ -102,7 +102,7 @@ class TrainSettings:
             )
         require(
             self.cache_folder is None or self.cache is not None,
-            "cache_folder says where the hidden states are kept, cache how much of them.",
+            "cache_folder is the folder of the hidden states, cache how many bytes they may take.",
             received=f"cache_folder={self.cache_folder!r} without cache",
             remedy="Add cache: 2GB, or leave cache_folder out.",
         )
@@ -123,10 +123,10 @@ class TrainSettings:
 
     @classmethod
     def read(cls, path: str | Path | None, changes: Mapping[str, Any] | None = None) -> Self:
-        """Read a YAML file, and put changes over it.
+        """Read a YAML file, and apply changes.
 
         Args:
-            path: the file; None starts from nothing.
+            path: the file; None starts from empty settings.
             changes: dotted key -> value, for example {"trainer.max_steps": 10}.
 
         Raises:
@@ -139,7 +139,7 @@ class TrainSettings:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """The settings of a mapping; `data` may be a single path.
+        """The settings from a mapping; `data` may be a single path.
 
         Raises:
             ConfigurationError: keys that are missing or do not exist.
@@ -168,12 +168,12 @@ class ExpertSettings:
     """A run that trains one LoRA expert.
 
     Args:
-        base: folder or Hub id of the base model.
-        data: what to train on.
+        base: the base model, a folder or a Hub id.
+        data: the text to train on.
         output: the expert's folder; checkpoints go into `training/` below it.
-        revision: of the base model.
+        revision: the revision of the base model.
         dtype: as for `TrainSettings`.
-        lora: fields of `LoraConfig`; all linear layers at rank 8 where it says nothing else.
+        lora: fields of `LoraConfig`; all linear layers at rank 8 by default.
         trainer: fields of TRL's `SFTConfig`.
     """
 
@@ -203,7 +203,7 @@ def _refuse_taken(*groups: Mapping[str, Any]) -> None:
 
 
 def check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Raises ConfigurationError: a key that does not exist, with the one that was meant."""
+    """Raises ConfigurationError: a key that does not exist, with a similar one that does."""
     for key in content:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
@@ -228,7 +228,7 @@ def parse_size(size: str | int) -> int:
             raise ValueError(size)
     except ValueError:
         raise ConfigurationError(
-            "A size is a number of bytes, with a unit where wanted.",
+            "A size is a number of bytes, with a unit or without.",
             received=repr(size),
             remedy="Write for example 500MB, or 2GiB.",
         ) from None
@@ -257,7 +257,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def with_numbers(value: Any) -> Any:
-    """What YAML 1.1 reads as text though people mean a number: 1e-3, without a point or a sign."""
+    """Turn text such as 1e-3 into numbers: YAML 1.1 reads it as text without a point or a sign."""
     if isinstance(value, dict):
         return {key: with_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -279,7 +279,7 @@ def _put(content: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 
 def read_prompts(place: str | Path | Mapping[str, str]) -> dict[str, str | Path | list[str]]:
-    """Expert name -> texts, as `init_router` takes them.
+    """Expert name -> texts, for `init_router`.
 
     Args:
         place: a JSON file of name -> text or texts, a folder of text files `<name>.txt`, or name -> text file.

@@ -1,1 +1,1 @@
-"""Routing records: what the layers mixed by, token by token."""
+"""Routing records: the final scalings of each token."""

@@ -1,7 +1,7 @@
-"""What a report holds of a record: tokens, and their weights in bytes, up to a size that a browser carries easily.
+"""The data in a report: tokens, and their weights as bytes, up to a size that a browser handles easily.
 
-A weight is kept in one byte of 255 steps between the least and the largest scaling of the record, so that it is off by
-at most a 510th of that range; confidence and entropy in two bytes; leading experts are those of the record itself.
+A weight is quantised to 255 steps between the least and the largest scaling of the record, so that its error is at
+most a 510th of that range; confidence and entropy take two bytes. Leading experts are computed before quantisation.
 
 N: tokens of the report. M: those of them with their layers. L: adapted layers. E: experts.
 """
@@ -32,13 +32,13 @@ LEVELS = 8  # of confidence
 
 
 @dataclass(frozen=True)
-class Shown:
+class ReportTokens:
     """The tokens of a report.
 
     Attributes:
-        record: only they.
-        rows: which of the record's they are, in the order of the texts.
-        with_layers: which of them, by their number here, have their layers too.
+        record: these tokens alone.
+        rows: their places in the whole record.
+        with_layers: the places, among these tokens, of those whose layers the report holds too.
         notes: what is missing, a sentence each.
     """
 
@@ -48,16 +48,16 @@ class Shown:
     notes: list[str]
 
 
-def choose(record: RoutingRecord, tokens: int = TOKENS, layer_bytes: int = LAYER_BYTES) -> Shown:
-    """As many tokens as a report holds: all, or runs of them at even distances.
+def choose_tokens(record: RoutingRecord, tokens: int = TOKENS, layer_bytes: int = LAYER_BYTES) -> ReportTokens:
+    """The tokens that a report shows: all, or runs of them at even distances.
 
     Args:
         record: the record.
-        tokens: at most so many; fewer where there are many experts.
-        layer_bytes: of scalings by layer, at most.
+        tokens: the most tokens; fewer where there are many experts.
+        layer_bytes: the most bytes of scalings by layer.
 
     Raises:
-        ConfigurationError: `tokens` is no number from 1.
+        ConfigurationError: `tokens` is no whole number from 1.
     """
     require_integer("tokens", tokens, at_least=1, remedy=f"Pass for example tokens={TOKENS}.")
     count, experts, layers = record.kept, len(record.experts), len(record.layers)
@@ -81,16 +81,16 @@ def choose(record: RoutingRecord, tokens: int = TOKENS, layer_bytes: int = LAYER
         with_layers = _evenly(len(rows), max(1, layer_bytes // (layers * experts)))
         if len(with_layers) < len(rows):
             notes.append(f"Layers can be looked at in {len(with_layers)} of the tokens shown, at even distances.")
-    return Shown(record, rows, with_layers, notes)
+    return ReportTokens(record, rows, with_layers, notes)
 
 
 def _evenly(count: int, most: int) -> Tensor:
-    """Numbers below `count`, at most so many, the first and the last one included."""
+    """At most `most` numbers below `count` at even distances, the first and the last one included."""
     return torch.arange(count) if count <= most else torch.linspace(0, count - 1, most).round().long()
 
 
-def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
-    """What the page's script reads; arrays are base64, weights rounded to 1/255 of their range."""
+def document(inspection: Inspection, shown: ReportTokens) -> dict[str, Any]:
+    """The data that the page's script reads; arrays are base64, weights rounded to 1/255 of their range."""
     record = shown.record
     part, experts = record.part, record.experts
     weights, pieces = part.scalings.mean(1), record.pieces()
@@ -119,8 +119,8 @@ def document(inspection: Inspection, shown: Shown) -> dict[str, Any]:
 
 
 def levels_of(weights: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
-    """Confidence in `LEVELS` steps."""
-    return (confidence_of(weights).sqrt() * LEVELS).long().clamp(max=LEVELS - 1)  # of many experts none has much
+    """The confidence in `LEVELS` steps."""
+    return (confidence_of(weights).sqrt() * LEVELS).long().clamp(max=LEVELS - 1)  # of many experts, none leads by much
 
 
 def _bytes(values: Tensor, low: float, high: float) -> Tensor:
@@ -137,7 +137,7 @@ def _base64(values: Tensor) -> str:
 
 
 def embedded(value: object) -> str:
-    """JSON that can stand inside a script element: nothing in it ends the element, or begins a comment."""
+    """JSON for a script element: nothing in it ends the element or begins a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.encode("utf-8", "replace").decode("utf-8")
     for character in "<>&\u2028\u2029":

@@ -1,7 +1,7 @@
-"""The parts of a report that are there before its script runs: experts, numbers, strips, what each expert is worth.
+"""The parts of a report that need no script: experts, metrics, strips along the text, losses without each expert.
 
-Nothing has a style attribute: sizes are those of SVG, colours are classes of `colour_rules`, so that the page's policy
-can forbid inline styles. N: tokens. C: columns of a strip. E: experts.
+Nothing has a style attribute: sizes are in SVG, colours are classes of `colour_rules`, so that the page's content
+security policy can forbid inline styles. N: tokens. C: columns of a strip. E: experts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ COLUMNS = 240
 LIGHT, DARK = ("#ffffff", "#1b1c20"), ("#15161a", "#ececf0")
 """Paper and ink."""
 CONTRAST = 5.5
-"""Least contrast of a token's text with its own background; WCAG 2.2 asks for 4.5."""
+"""The least contrast of a token's text with its background; WCAG 2.2 asks for 4.5."""
 
 
 def colour_rules(classes: Iterable[int]) -> str:
-    """CSS: a class for each colour, with how much of it a token's background may hold, and one for each confidence."""
+    """CSS: a class for each colour, with its largest share in a token's background, and one for each confidence."""
     chosen = set(classes)
     rules = [
         f".e{i}{{--c:{colour};--light:{strongest(colour, *LIGHT):.2f};--dark:{strongest(colour, *DARK):.2f}}}"
@@ -65,7 +65,7 @@ def _luminance(colour: tuple[float, ...]) -> float:
 
 
 def experts_list(record: RoutingRecord, metrics: RoutingMetrics) -> str:
-    """Each expert with its colour, how often it leads, and how much it gets."""
+    """Each expert with its colour, load and importance."""
     most = max(metrics.load)
     items = [
         f"<li>{_named(record, name)}{_bar(load / most, _colour(record, name))}"
@@ -80,13 +80,13 @@ def _colour(record: RoutingRecord, name: str) -> int:
 
 
 def _named(record: RoutingRecord, name: str) -> str:
-    """An expert's mark and name."""
+    """An expert's name, with a mark of its colour."""
     text = escape(name)
     return f'<i class="mark e{_colour(record, name)}"></i><bdi class="name" title="{text}">{text}</bdi>'
 
 
 def _within(content: str, rows: int, label: str) -> str:
-    """What is long scrolls by itself, with the keyboard too."""
+    """Long content in a region that scrolls, with the keyboard too."""
     return (
         content
         if rows <= 12
@@ -102,7 +102,7 @@ def _bar(share: float, colour: int) -> str:
 
 
 def numbers_table(metrics: RoutingMetrics) -> str:
-    """The numbers that do not depend on the expert."""
+    """The metrics that do not depend on the expert."""
     rows = [
         f'<tr><th scope="row">{name}</th><td>{value}</td><td class="faint">{meaning}</td></tr>'
         for name, value, meaning in metrics.rows()
@@ -111,7 +111,7 @@ def numbers_table(metrics: RoutingMetrics) -> str:
 
 
 def worth_table(inspection: Inspection) -> str:
-    """What the loss becomes without each expert: to the right where it rises, to the left where it falls."""
+    """The change of the loss without each expert: bars to the right where it rises, to the left where it falls."""
     worth, record = inspection.worth, inspection.record
     if len(record.palette) == 1:
         return '<p class="faint">One expert: there is none to leave out.</p>'
@@ -145,7 +145,7 @@ def _worth_row(inspection: Inspection, name: str, difference: float, most: float
 
 
 def strips(record: RoutingRecord) -> str:
-    """Along the whole record: which experts lead, paler where they lead less, and how undecided the routing is."""
+    """Along the whole record: the leading experts, paler where they lead less clearly, and the entropy."""
     part = record.part
     weights, entropy = part.scalings.mean(1), entropy_of(part.scalings).mean(1)
     each = -(-len(part) // COLUMNS)
@@ -167,7 +167,7 @@ def strips(record: RoutingRecord) -> str:
 
 
 def _stacked(runs: Sequence[Tensor], levels: Sequence[Tensor], record: RoutingRecord) -> str:
-    """A path for each expert and confidence, of the rectangles of its shares."""
+    """An SVG path for each expert and confidence, made of one rectangle in each column."""
     parts = defaultdict[tuple[int, int], list[str]](list)
     for x, (leading, level) in enumerate(zip(runs, levels, strict=True)):
         y = 0.0

@@ -1,9 +1,9 @@
 """One HTML file that shows a routing, and needs nothing else: no other file, no address, no server.
 
-Its parts lie beside this module: `report.html` is the frame, `report.css` and `report.js` go into it as they are. The
-text and its weights are data in the page (`loramix.analysis.report.data`); the script makes elements of them for what
-is near the window alone, so that a long text stays light. The page's policy allows this one script and this one style,
-by their hashes, and nothing from anywhere else: text cannot become code in it.
+Its parts lie beside this module: `report.html` is the frame, `report.css` and `report.js` are inserted as they are. The
+text and its weights are data in the page (`loramix.analysis.report.data`); the script makes elements only for what is
+near the window, so that a long text stays fast. The page's content security policy allows this one script and this one
+style, by their hashes, and nothing else: text cannot become code in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.record.record import RoutingRecord
-from loramix.analysis.report.data import TOKENS, choose, document, embedded
+from loramix.analysis.report.data import TOKENS, choose_tokens, document, embedded
 from loramix.analysis.report.parts import DARK, LIGHT, colour_rules, experts_list, numbers_table, strips, worth_table
 from loramix.errors import SaveError
 from loramix.files.atomic import save_text
@@ -27,15 +27,15 @@ _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
 def report_html(inspection: Inspection | RoutingRecord, *, tokens: int = TOKENS) -> str:
-    """The page.
+    """The report as an HTML page.
 
     Args:
         inspection: what to show; a record alone does too.
-        tokens: at most so many are shown; where there are more, runs of them at even distances, and the page says so.
+        tokens: the most tokens to show. Of more, runs at even distances are shown, and the page says so.
 
     Raises:
-        RoutingError: nothing was recorded, or scalings that are no numbers.
-        ConfigurationError: `tokens` is no number from 1.
+        RoutingError: nothing was recorded, or scalings that are not finite.
+        ConfigurationError: `tokens` is no whole number from 1.
     """
     return _page(inspection, tokens)[0]
 
@@ -44,7 +44,7 @@ def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, lis
     """The page, and the notes in it."""
     found = Inspection(inspection) if isinstance(inspection, RoutingRecord) else inspection
     record = found.record
-    metrics, shown = record.metrics(), choose(record, tokens)
+    metrics, shown = record.metrics(), choose_tokens(record, tokens)
     notes = [*found.all_notes, *shown.notes]
     data = document(found, shown)
     style = _file("report.css") + _theme() + colour_rules(data["colours"])
@@ -70,7 +70,7 @@ def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, lis
 def write_report(
     inspection: Inspection | RoutingRecord, path: str | PathLike[str], *, tokens: int = TOKENS
 ) -> list[str]:
-    """Write the page as a file.
+    """Write the report to a file.
 
     Args:
         inspection: what to show; a record alone does too.
@@ -78,7 +78,7 @@ def write_report(
         tokens: as in `report_html`.
 
     Returns:
-        What the page says is in it, and what is not, a sentence each.
+        The notes in the report, a sentence each: what it holds, and what is missing.
 
     Raises:
         RoutingError, ConfigurationError: as `report_html`.
@@ -92,7 +92,7 @@ def write_report(
 
 
 def check_place(path: Path) -> None:
-    """Raises SaveError: a file cannot be written there; better known before a model is loaded."""
+    """Raises SaveError: a file cannot be written there. Checked before a model is loaded."""
     try:
         path.lstat()
     except FileNotFoundError:

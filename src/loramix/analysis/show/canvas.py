@@ -1,4 +1,4 @@
-"""What all pictures share: figures without pyplot, columns of tokens, labels that can be read.
+"""What the pictures share: figures without pyplot, columns of tokens, readable labels.
 
 E: experts. C: columns, each a token or a run of tokens.
 """
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 LONGEST = 22  # characters of a name; longer ones are cut in the middle
 MARKS = {"\n": "↵", "\t": "⇥", "\r": "↵", " ": "·", "": "…"}
 MISSING = "□"
-NOBODY = (1.0, 1.0, 1.0)  # where no expert leads
+NO_LEADER = (1.0, 1.0, 1.0)  # the colour where no expert leads
 MOST_GAPS = 12
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches that belongs to nobody else.
+    """A figure of this size in inches, which pyplot does not know.
 
     Raises:
         UnsupportedOperationError: matplotlib is missing.
@@ -54,15 +54,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 @dataclass(frozen=True)
 class Columns:
-    """Tokens beside each other, or runs of them by their mean.
+    """The columns of a picture: tokens, or runs of tokens by their means.
 
     Attributes:
-        values: weights, by expert and column.
-        labels: what the tokens are; None for runs.
-        positions: of the first token of each.
-        each: tokens of a run.
-        gaps: where tokens are missing, in columns from the left edge of the first, within a run where that is; none
-            where there are more than `MOST_GAPS`, as in a sample, which has them everywhere.
+        values: the weights by expert and column.
+        labels: the text of the tokens; None for runs.
+        positions: the position of the first token of each column.
+        each: the number of tokens in a run.
+        gaps: where tokens are missing, in columns from the left edge; fractional within a run. Empty where there are
+            more than `MOST_GAPS`, as in a sample.
     """
 
     values: Float[Tensor, "E C"]
@@ -72,12 +72,12 @@ class Columns:
     gaps: list[float]
 
     def mean(self, numbers: Float[Tensor, " N"]) -> Float[Tensor, " C"]:
-        """Numbers of the tokens as those of the columns."""
+        """The mean of the tokens' numbers in each column."""
         return _in_runs(numbers[:, None], self.each)[:, 0]
 
 
 def columns_of(text: RoutingRecord, across: int, most: int = 1) -> list[Columns]:
-    """A text in lines of at most so many columns: of tokens if they fit into `most` lines, else one line of runs."""
+    """A text in lines of at most `across` columns: tokens if they fit into `most` lines, else one line of runs."""
     weights, positions = text.weights, text.positions.tolist()
     gaps = text.part.run_starts()[1:]
     gaps = gaps if len(gaps) <= MOST_GAPS else []
@@ -104,10 +104,10 @@ def _in_runs(rows: Tensor, each: int) -> Tensor:
 
 
 def leading_strip(axes: Axes, record: RoutingRecord, columns: Columns, across: int) -> None:
-    """One row in the colours of the leading experts, paler where they lead less."""
+    """A row in the colours of the leading experts, paler where they lead less clearly."""
     paint, shares = expert_colours(record.palette), columns.values.T
     rows = zip(leaders_of(record.experts, shares), confidence_of(shares).tolist(), strict=True)
-    colours = [NOBODY if leader is None else paled(paint[leader], strength) for leader, strength in rows]
+    colours = [NO_LEADER if leader is None else paled(paint[leader], strength) for leader, strength in rows]
     axes.imshow([colours], aspect="auto", interpolation="nearest")
     mark_gaps(axes, columns)
     axes.set_xlim(-0.5, max(across if columns.each == 1 else 0, len(colours)) - 0.5)
@@ -118,10 +118,10 @@ def leading_strip(axes: Axes, record: RoutingRecord, columns: Columns, across: i
 
 
 def paled(colour: str, confidence: float) -> tuple[float, ...]:
-    """A colour on white: all of it where the confidence is 1, a sixth where it is 0."""
+    """A colour mixed with white: pure at confidence 1, a sixth of it at 0."""
     from matplotlib.colors import to_rgb
 
-    share = (1 + 5 * confidence**0.5) / 6  # of many experts none leads by much
+    share = (1 + 5 * confidence**0.5) / 6  # of many experts, none leads by much
     return tuple(share * part + 1 - share for part in to_rgb(colour))
 
 
@@ -132,13 +132,13 @@ def mark_gaps(axes: Axes, columns: Columns) -> None:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Names as labels; those that look alike once they are cut have their number in front."""
+    """Names as labels; those that look the same when cut get their number in front."""
     shown = [drawable(name) for name in names]
     return [f"{i} {label}" if shown.count(label) > 1 else label for i, label in enumerate(shown)]
 
 
 def label_experts(axes: Axes, names: Sequence[str], palette: Sequence[str], *, vertical: bool) -> None:
-    """The experts' names along an axis, each with a mark of its colour."""
+    """Write the experts' names along an axis, each with a mark of its colour."""
     paint, many = expert_colours(palette), len(names) > 12
     size = 6.5 if many else 9
     texts = distinct(names)
@@ -163,7 +163,7 @@ def label_experts(axes: Axes, names: Sequence[str], palette: Sequence[str], *, v
 
 
 def token_labels(axes: Axes, columns: Columns) -> None:
-    """What the columns are: the text of the tokens, or positions."""
+    """Label the columns with the text of the tokens, or with positions."""
     axes.tick_params(axis="x", length=0)
     if columns.labels is None:
         count = columns.values.shape[1]
@@ -178,23 +178,23 @@ def token_labels(axes: Axes, columns: Columns) -> None:
 
 
 def short_layers(names: Sequence[str]) -> list[str]:
-    """Names of layers without the modules that all of them lie in."""
+    """Names of layers without the modules that contain all of them."""
     return [drawable(name, 40) for name in without_shared_part(names)]
 
 
 def strip_axes(axes: Axes) -> None:
-    """Without the frame's upper and right side."""
+    """Hide the upper and right side of the frame."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def plain_text(text: Text) -> Text:
-    """A text in which $ is a dollar sign."""
+    """Turn off mathematics in a text: $ is a dollar sign."""
     text.set_parse_math(False)
     return text
 
 
 def drawable(text: str, longest: int = LONGEST) -> str:
-    """A text as a label: white space made visible at a token's ends, short, and of characters that the font has."""
+    """A text as a short label: white space at its ends made visible, characters that the font lacks replaced."""
     if not text.strip():
         return "".join(MARKS.get(character, character) for character in text)[:longest] or MARKS[""]
     inner = text.strip(" ")
@@ -207,7 +207,7 @@ def drawable(text: str, longest: int = LONGEST) -> str:
 
 @functools.cache
 def _characters() -> frozenset[str]:
-    """Those that the fonts which come with matplotlib have both of, proportional and monospaced."""
+    """The characters that matplotlib's proportional and its monospaced font both have."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     fonts = [get_font(findfont(FontProperties(family=family))) for family in ("DejaVu Sans", "DejaVu Sans Mono")]  # pyright: ignore

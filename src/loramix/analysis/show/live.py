@@ -1,4 +1,4 @@
-"""A routing as it happens: what `generate` writes, token by token, in the colour of the expert that leads there.
+"""Streaming: what `generate` writes, token by token, in the colours of the leading experts.
 
 S: tokens of a forward. L: adapted layers, 1 where they share their scalings. E: experts.
 """
@@ -30,12 +30,12 @@ from loramix.passes.state import attach, require_routing
 
 
 class WrittenToken(NamedTuple):
-    """A token that was written.
+    """A generated token.
 
     Attributes:
-        text: its text; that of a character of several tokens stands with the last of them.
-        leader: the expert of the largest weight in the forward that predicted it; None where none had any.
-        weights: E final scalings of that forward at the token before, mean over the layers.
+        text: its text; a character of several tokens is in the text of the last one.
+        leader: the leading expert in the forward that predicted the token; None where no expert had a weight.
+        weights: the E final scalings of that forward, at the token before; means over the layers.
     """
 
     text: str
@@ -44,9 +44,9 @@ class WrittenToken(NamedTuple):
 
 
 class RoutingStreamer(BaseStreamer):
-    """transformers' streamer that shows who wrote each token, and keeps it; made by `stream_routing`.
+    """A transformers streamer that shows each token in the colour of its leading expert; made by `stream_routing`.
 
-    It shows one text after the other, as often as `generate` is called with it.
+    It can be passed to several calls of `generate`, one after the other.
 
     Args:
         experts: the mixture's.
@@ -57,14 +57,14 @@ class RoutingStreamer(BaseStreamer):
         RoutingError: what is no tokenizer.
 
     Attributes:
-        tokens: those of the last text that were written so far.
+        tokens: the tokens of the last text so far.
     """
 
     def __init__(self, experts: list[str], tokenizer: Any, console: Console) -> None:
         require_tokenizer(tokenizer)
         self.experts, self.tokenizer, self.console = experts, tokenizer, console
         self.tokens: list[WrittenToken] = []
-        self.routed = _Routed()
+        self.routed = _LastForward()
         self._paint = expert_colours(experts)
         self._special = set(tokenizer.all_special_ids)
         self._call: Request | None = None
@@ -102,7 +102,7 @@ class RoutingStreamer(BaseStreamer):
             self._length += 1
 
     def end(self) -> None:
-        """The text is at its end."""
+        """Finish the text: print the legend and the shares of the experts."""
         self._call = None
         rest = self._pieces.flush()
         if rest and self.tokens:
@@ -122,18 +122,18 @@ class RoutingStreamer(BaseStreamer):
         self.console.print(text, end="", soft_wrap=True)
 
 
-class _Routed(RoutingHook):
-    """The last forward of each thread: a token was predicted at the place before its own."""
+class _LastForward(RoutingHook):
+    """The scalings of the last forward of each thread; a token is predicted at the position before its own."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[int, Tensor]] = {}
 
     def forget(self) -> None:
-        """What came before is of another text."""
+        """Forget this thread's last forward: a new text begins."""
         self._last.pop(threading.get_ident(), None)
 
     def close(self) -> None:
-        """Keep nothing."""
+        """Forget all forwards."""
         self._last.clear()
 
     def routed(self, output: RouterOutput) -> None:
@@ -145,7 +145,7 @@ class _Routed(RoutingHook):
 
     @property
     def length(self) -> int:
-        """How many tokens of the text have been read."""
+        """The number of tokens of the text that were read."""
         first, final = self._latest()
         return first + len(final)
 
@@ -161,27 +161,30 @@ class _Routed(RoutingHook):
         return found
 
     def at(self, place: int) -> Float[Tensor, " E"]:
-        """Of a place in the text: what is read without scalings keeps those before it (`fix_routing(after=n)`)."""
+        """The weights at a position; tokens that were read without scalings have the last ones before them.
+
+        Such tokens occur with `fix_routing(after=n)`.
+        """
         first, final = self._latest()
         return final[max(0, min(place - first, len(final) - 1))].float().mean(0).cpu()
 
 
 @contextmanager
 def stream_routing(model: Any, tokenizer: Any, console: Console | None = None) -> Generator[RoutingStreamer]:
-    """A streamer for `generate` that shows a text while it is written, each token in the colour of its leading expert.
+    """A streamer for `generate` that shows a text while it is generated, in the colours of the leading experts.
 
         with stream_routing(model, tokenizer) as streamer:
             model.generate(**inputs, streamer=streamer)
 
-    A token has the routing of the forward that predicted it, at the token before; a record has that of the forward that
-    read it. Where there is no colour, the expert's name stands where it takes the lead.
+    A token has the routing of the forward that predicted it, at the token before; in a record it has that of the
+    forward that reads it. Without colours, an expert's name is printed where it takes the lead.
 
-    Forwards that a logits processor runs, or in which the model drafts for itself, are not the text's and not shown.
+    Forwards of logits processors, and those in which the model drafts for itself, are not shown.
 
     Args:
         model: the mixture.
         tokenizer: its tokenizer.
-        console: where to show it; the standard output if None. A quiet one shows nothing.
+        console: where to show it; None is the standard output. A quiet console shows nothing.
 
     Yields:
         The streamer, for `generate` inside.

@@ -1,6 +1,6 @@
-"""An inspection in a terminal: the text in the colours of the leading experts, the numbers, and the legend.
+"""An inspection in a terminal: the text in the colours of the leading experts, the legend, and the metrics.
 
-Where there is no colour (a pipe, NO_COLOR), text says by marks what colour says elsewhere.
+Without colours (a pipe, NO_COLOR) the experts' names are printed where they take the lead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CONTROL = _PICTURES | {0x7F: "␡"} | dict.fromkeys([*range(0x80, 0xA0), *_UNSE
 
 
 def shown(inspection: Inspection, console: Console) -> RenderableType:
-    """All of it, from top to bottom."""
+    """All of an inspection: text, legend, experts, metrics, notes."""
     parts: list[RenderableType] = [coloured_text(inspection, console, TOKENS)]
     if inspection.record.kept > TOKENS:
         left = f"… the first {TOKENS} of {inspection.record.kept} tokens; --html shows more of them, --json all."
@@ -39,7 +39,7 @@ def shown(inspection: Inspection, console: Console) -> RenderableType:
 
 
 def coloured_text(inspection: Inspection, console: Console, most: int) -> Text:
-    """The first tokens, each in the colour of its leading expert: bold where it leads clearly, dim where hardly."""
+    """The first tokens in the colours of the leading experts: bold where one leads clearly, dim where hardly."""
     record = inspection.record
     whole = record.select(tokens=torch.arange(record.kept) < most) if record.kept > most else record
     weights, numbers = whole.weights, whole.sequence_numbers.tolist()
@@ -83,9 +83,9 @@ def led_by(leaders: Iterable[str | None]) -> str:
 def token_text(
     piece: str, leader: str | None, confidence: float, paint: Mapping[str, str], console: Console, *, named: bool
 ) -> Text:
-    """A token in its leading expert's colour, as it is where nobody leads.
+    """A token in its leading expert's colour, without one where no expert leads.
 
-    Where there are no colours, it stands behind the expert's name if that is to be named.
+    On a console without colours the expert's name precedes it, if `named`.
     """
     if has_colour(console):
         return Text(visible(piece), style="" if leader is None else f"{_strength(confidence)} {paint[leader]}")
@@ -97,7 +97,7 @@ def _strength(confidence: float) -> str:
 
 
 def legend(experts: Sequence[str], console: Console, palette: Sequence[str] | None = None) -> Text:
-    """The experts in their colours; where there are none, how text is marked instead."""
+    """The experts in their colours; without colours, how the text is marked."""
     if not has_colour(console):
         return Text("⟨name⟩ stands where another expert takes the lead: " + ", ".join(map(visible, experts)))
     paint = expert_colours(palette or experts)
@@ -105,7 +105,7 @@ def legend(experts: Sequence[str], console: Console, palette: Sequence[str] | No
 
 
 def experts_table(inspection: Inspection) -> Table:
-    """A row for each expert: how often it leads, how much it gets, and what it is worth."""
+    """A row for each expert: load, importance, and the change of the loss without it."""
     metrics, worth = inspection.record.metrics(), inspection.differences
     table = Table(title="Experts", title_justify="left")
     table.add_column("", no_wrap=True)
@@ -120,7 +120,7 @@ def experts_table(inspection: Inspection) -> Table:
 
 
 def worth_texts(inspection: Inspection, expert: str) -> tuple[str, str]:
-    """By how much the loss changes without an expert, and what that says of it."""
+    """The change of the loss without an expert, with two standard errors, and the verdict on the expert."""
     assert inspection.worth is not None
     error = inspection.worth.errors.get(expert)
     spread = "" if error is None else f" ± {2 * error:.4f}"
@@ -128,7 +128,7 @@ def worth_texts(inspection: Inspection, expert: str) -> tuple[str, str]:
 
 
 def metrics_table(metrics: RoutingMetrics) -> Table:
-    """The numbers that do not depend on the expert, and what each of them says."""
+    """The metrics that do not depend on the expert, with their meanings."""
     table = Table(title=f"{metrics.tokens} tokens", title_justify="left")
     for column in ("", "value", "meaning"):
         table.add_column(column, justify="right" if column == "value" else "left")
@@ -138,10 +138,10 @@ def metrics_table(metrics: RoutingMetrics) -> Table:
 
 
 def visible(text: str) -> str:
-    """A text without characters that steer a terminal, or the direction of what follows: marks stand instead."""
+    """A text in which marks replace control characters and characters that change the direction of writing."""
     return text.translate(_CONTROL)
 
 
 def has_colour(console: Console) -> bool:
-    """Whether it shows colours."""
+    """Whether a console shows colours."""
     return console.color_system is not None and not console.no_color
