@@ -29,7 +29,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
     weight = model.get_global_scaling_weight()
     for value in WEIGHTS:
         model.set_global_scaling_weight(value)
-        model._loramix.paces.clear()
+        model._loramix.measurements.clear()
         reports, texts = dict[str, Any](), dict[str, Tensor]()
 
         def contender(
@@ -74,7 +74,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
 def _sampled(models: Models, rounds: int, new: int) -> Measurement:
     """What finding out that no draft is right costs."""
     model, reports, texts = models.loramix, list[Any](), dict[str, Tensor]()
-    model._loramix.paces.clear()
+    model._loramix.measurements.clear()
 
     def contender(name: str, net: Any, **how: Any) -> Contender:
         def call() -> None:

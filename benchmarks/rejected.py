@@ -42,7 +42,7 @@ def _measure(models: Models, new: int, rounds: int) -> Measurement:
     def contender(name: str, net: Any, *, first: bool = False, **how: Any) -> Contender:
         def call() -> None:
             if first:
-                mixture._loramix.paces.clear()
+                mixture._loramix.measurements.clear()
             texts[name] = write(net, models.prompt, new, logits_processor=[force], **how)
 
         return Contender(name, call)

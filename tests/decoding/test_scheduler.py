@@ -53,11 +53,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds], Machine]:
 @pytest.fixture
 def model(of_llama: Any) -> Generator[Any]:
     """Nothing is known of it, and every draft of its scaling pass is right."""
-    of_llama._loramix.paces.clear()
+    of_llama._loramix.measurements.clear()
     of_llama.set_global_scaling_weight(0.0)
     yield of_llama
     of_llama.set_global_scaling_weight(1.0)
-    of_llama._loramix.paces.clear()
+    of_llama._loramix.measurements.clear()
 
 
 def without_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def without_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measurements(model: Any) -> Measurements:
-    (found,) = model._loramix.paces.values()
+    (found,) = model._loramix.measurements.values()
     return found
 
 
