@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from loramix._lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
     from loramix.demo.bundle import base, experts, load, mixture, tokenizer
@@ -21,8 +22,4 @@ _HOMES = {
     "DOMAINS": "corpus",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = loaded_at_first_use(__name__, _HOMES)
