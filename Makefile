@@ -9,7 +9,7 @@ INPUTS := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
 export PYTHONUTF8 = 1
 
-.PHONY: help demo test check lint imports types documents site format docs readme repin clean
+.PHONY: help demo test slow check lint imports types documents site format docs readme repin clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -18,8 +18,11 @@ help: ## what can be made
 demo: $(VENV)/.installed ## build, train, compare and use a mixture of four experts (2 minutes)
 	$(BIN)/loramix demo
 
-test: $(VENV)/.installed-dev ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+test: $(VENV)/.installed-dev ## the test suite, without what is slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+slow: $(VENV)/.installed-dev ## the slow tests: examples, kernels in an interpreter, processes that are killed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 check: lint imports types documents site ## all of the following, up to the site
 
@@ -34,7 +37,8 @@ types: $(VENV)/.installed-dev ## types
 	$(BIN)/pyright --pythonpath $(BIN)/python --warnings
 
 documents: $(VENV)/.installed-dev ## public names, code blocks, links and examples
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_public_names.py tests/project/test_imports.py tests/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" tests/project/test_public_names.py \
+	    tests/project/test_imports.py tests/docs
 
 site: $(VENV)/.installed-dev ## the documentation, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from benchmarks.generate import LENGTH, in_common, write
 from benchmarks.models import Models
-from loramix.decoding.scheduler import AHEAD
+from loramix.decoding.strategies.speculative import DRAFTS as WINDOW
 from loramix.timing import Contender, Measurement, interleave
 
 WEIGHTS = (0.0, 0.003, 0.02, 1.0)
-DRAFTS = (3, AHEAD)
+DRAFTS = (3, WINDOW)
 
 
 def measure(models: Models, rounds: int) -> list[Measurement]:
-    """One measurement for each share of right drafts: each way alone, and as `generate` decides by itself."""
+    """One measurement for each share of right drafts: each strategy alone, and as `generate` decides by itself."""
     new, model = min(LENGTH, models.size.lengths[-1]), models.loramix
     found: list[Measurement] = []
     weight = model.get_global_scaling_weight()
     for value in WEIGHTS:
         model.set_global_scaling_weight(value)
-        model._loramix.paces.clear()
+        model._loramix.measurements.clear()
         reports, texts = dict[str, Any](), dict[str, Tensor]()
 
         def contender(
@@ -63,7 +63,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
             "accepted": round(forced.accepted, 3),
             "forwards per token": round(forced.forwards_per_token, 3),
             "forwards per token, by itself": round(chosen.forwards_per_token, 3),
-            "ways, by itself": dict(chosen.rounds),
+            "rounds, by itself": dict(chosen.rounds),
             "against": "two passes",
         }
         found.append(Measurement(f"generate {new} tokens, experts × {value:g}", times, limit, facts=facts))
@@ -72,9 +72,9 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
 
 
 def _sampled(models: Models, rounds: int, new: int) -> Measurement:
-    """What finding out that nothing pays costs: no way but the two passes is worth while."""
+    """What finding out that no draft is right costs."""
     model, reports, texts = models.loramix, list[Any](), dict[str, Tensor]()
-    model._loramix.paces.clear()
+    model._loramix.measurements.clear()
 
     def contender(name: str, net: Any, **how: Any) -> Contender:
         def call() -> None:
@@ -91,13 +91,13 @@ def _sampled(models: Models, rounds: int, new: int) -> Measurement:
         contender("loramix", model),
     ]
     times = interleave(contenders, rounds, warm_ups=2)
-    tokens, forwards, drafts, right = (
-        sum(getattr(report, name) for report in reports) for name in ("tokens", "forwards", "drafts", "right")
+    tokens, forwards, drafts, accepted = (
+        sum(getattr(report, name) for report in reports) for name in ("tokens", "forwards", "drafts", "accepted_drafts")
     )
     facts = {
         "new": new,
         "tokens in common": in_common(texts["loramix"], texts["two passes"]),
-        "accepted": round(right / max(1, drafts), 3),
+        "accepted": round(accepted / max(1, drafts), 3),
         "forwards per token": round(forwards / tokens, 3),
         "against": "two passes",
     }

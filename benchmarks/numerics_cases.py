@@ -169,7 +169,7 @@ def _experts(targets: list[str], **settings: Any) -> list[Settings]:
 
 
 def _many(number: int) -> list[Settings]:
-    """Experts of rank 4 on two layers: with 32 of them a layer has 128 rank columns, and few are weighed."""
+    """Experts of rank 4 on two layers: with 32 of them a layer has 128 rank columns, and few of these count."""
     return [{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} for _ in range(number)]
 
 

@@ -18,6 +18,7 @@ TITLES = {
     "decode": "One token with a cache",
     "generate": "Generate",
     "lockstep": "Lockstep",
+    "rejected": "No draft is right",
     "demo": "Lockstep on the demo mixture",
     "growth": "Growth with length",
     "length": "One token after a text of some length",
@@ -155,6 +156,11 @@ global scaling weight says how near the mixture is to its base model, whose draf
 scaling pass one token ahead in the same forward; with k drafts it runs k tokens ahead before one forward of the mixture
 pass over all of them. By itself, `generate` takes whichever it measures to be the cheapest, and its own text where that
 repeats itself, as that of random models does often.
+
+""",
+    "rejected": """Vocabulary 4096, scalings for each layer, greedy; random tokens are forced on the models, so that no
+draft is right. By itself, `generate` may cost 1.05 times two passes; `first` is a generation before which nothing was
+measured.
 
 """,
     "demo": """Greedy, 128 tokens after a prompt of each domain; base is the demo's base model (H 256).

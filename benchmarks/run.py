@@ -33,6 +33,7 @@ from benchmarks import (
     prefill,
     ranks,
     record,
+    rejected,
     start,
     training,
 )
@@ -48,6 +49,7 @@ WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "decode": decode.measure,
     "generate": generate.measure,
     "lockstep": lockstep.measure,
+    "rejected": rejected.measure,
     "demo": demo.measure,
     "growth": growth.measure,
     "length": length.measure,
@@ -68,6 +70,7 @@ ROUNDS = {
     "decode": 101,
     "generate": 17,
     "lockstep": 5,
+    "rejected": 9,
     "demo": 9,
     "growth": 9,
     "length": 41,

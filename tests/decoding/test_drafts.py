@@ -14,9 +14,9 @@ from transformers import MistralConfig, MistralForCausalLM
 from loramix.decoding.eligibility import MODELS
 from support.generation import DRAFTED, generated, report_of
 from support.mixtures import mixture
-from support.tiny import save_expert, save_experts, tokens
+from support.tiny import gpt2, save_expert, save_experts, tokens
 
-LONG = 16
+LONG = 12
 
 
 @pytest.mark.parametrize("mode", DRAFTED)
@@ -33,7 +33,7 @@ def test_the_tokens_are_those_of_two_passes(mode: str, drafts: Any) -> None:
     wrong, rows = report.drafts - report.accepted_drafts, len(expected)
     assert report.tokens + 1 + wrong / rows <= report.forwards <= report.tokens + 1 + wrong
     assert report.drafts == rows * (report.tokens - 1) or (mode == "an end" and report.drafts > 0)
-    for wanted in (3, "lookup"):
+    for wanted in (3, "lookup") if rows == 1 or mode == "batch" else (3,):  # only a row alone looks its text up
         assert torch.equal(generated(drafts, lockstep=wanted, **inputs), expected)
         report = report_of(drafts)
         assert report.tokens == new - 1
@@ -65,7 +65,7 @@ def test_stores_grow_and_windows_slide(architecture: str, tmp_path: Any, monkeyp
     experts = save_experts(tmp_path, architecture)
     model = mixture(experts, architecture, layerwise_scalings=True, xlora_depth=2)
     model.set_global_scaling_weight(0.1)
-    inputs = {"input_ids": tokens(2), "max_new_tokens": 40}
+    inputs = {"input_ids": tokens(2), "max_new_tokens": 28}
     expected = generated(model, lockstep=False, **inputs)
     for wanted in (True, 5):
         assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
@@ -139,8 +139,8 @@ def test_every_class_that_is_said_to_be_exact_is_tested() -> None:
 
 
 def test_the_last_position_is_reached(experts: Any) -> None:
-    model = mixture(experts("gpt2"), "gpt2")
-    inputs = {"input_ids": tokens(1, 9), "max_new_tokens": 128 - 9 + 1}
+    model = mixture(experts("gpt2"), base=gpt2(n_positions=32))
+    inputs = {"input_ids": tokens(1, 9), "max_new_tokens": 32 - 9 + 1}
     expected = generated(model, lockstep=False, **inputs)
     for wanted in (True, 5):
         assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)

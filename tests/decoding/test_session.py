@@ -33,15 +33,15 @@ def test_what_is_switched_meanwhile_is_refused_as_between_two_passes(wanted: Any
 
 
 def test_the_cache_is_continued_either_way(drafts: Any) -> None:
-    whole = generated(drafts, input_ids=tokens(2), max_new_tokens=24, lockstep=False)
+    whole = generated(drafts, input_ids=tokens(2), max_new_tokens=16, lockstep=False)
     for first, second in ((True, False), (False, True), (True, True), (4, 4)):
-        part = generated(drafts, input_ids=tokens(2), max_new_tokens=12, lockstep=first, return_dict_in_generate=True)
+        part = generated(drafts, input_ids=tokens(2), max_new_tokens=8, lockstep=first, return_dict_in_generate=True)
         rest = generated(
             drafts,
             input_ids=part.sequences,
             attention_mask=torch.ones_like(part.sequences),  # the padding's token is among what was generated
             past_key_values=part.past_key_values,
-            max_new_tokens=12,
+            max_new_tokens=8,
             lockstep=second,
         )
         assert torch.equal(rest, whole)
@@ -69,11 +69,11 @@ def test_whoever_calls_the_model_meanwhile_is_answered_as_ever(
         return scores
 
     of_llama.set_global_scaling_weight(weight)
-    inputs = {"input_ids": tokens(2), "max_new_tokens": 10, "logits_processor": [processor]}
+    inputs = {"input_ids": tokens(2), "max_new_tokens": 7, "logits_processor": [processor]}
     expected = generated(of_llama, lockstep=False, **inputs)
     right, answers = answers, []
     assert torch.equal(generated(of_llama, lockstep=wanted, **inputs), expected)
-    assert report_of(of_llama).tokens == 9
+    assert report_of(of_llama).tokens == 6
     of_llama.set_global_scaling_weight(1.0)
     for one, other in zip(answers, right, strict=True):
         assert_close(getattr(one, "logits", one), getattr(other, "logits", other), atol=2e-5, rtol=1e-4)
@@ -127,19 +127,19 @@ def test_keys_and_values_are_held_once(of_llama: Any) -> None:
 
 @pytest.mark.parametrize("wanted", [True, 4])
 def test_threads_decode_on_their_own(wanted: Any, of_llama: Any) -> None:
-    expected = [generated(of_llama, input_ids=tokens(1, seed=i), max_new_tokens=16, lockstep=False) for i in range(4)]
+    expected = [generated(of_llama, input_ids=tokens(1, seed=i), max_new_tokens=10, lockstep=False) for i in range(3)]
     found: dict[int, Tensor] = {}
 
     def run(number: int) -> None:
         ids = tokens(1, seed=number)
-        found[number] = of_llama.generate(ids, max_new_tokens=16, do_sample=False, lockstep=wanted)
+        found[number] = of_llama.generate(ids, max_new_tokens=10, do_sample=False, lockstep=wanted)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(found[i], expected[i]) for i in range(4))
+    assert all(torch.equal(found[i], expected[i]) for i in range(3))
 
 
 def test_an_interruption_leaves_the_cache_whole(of_llama: Any) -> None:

@@ -1,4 +1,4 @@
-"""Experts and mixtures that the real PEFT saved from tiny random models."""
+"""Experts and mixtures: some that the real PEFT saved from tiny random models, some of ours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 
-from support.checkpoints import HIDDEN, PEFT_EXPERTS, tiny_gpt2, tiny_llama
+from loramix.formats import save_adapter, save_mixture
+from support.checkpoints import HIDDEN, PEFT_EXPERTS, make_expert, make_mixture, tiny_gpt2, tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,18 @@ def peft_folder(tmp_path_factory):
         xlora = peft.XLoraConfig(hidden_size=HIDDEN, adapters=experts, xlora_depth=2, xlora_size=8)
         peft.get_peft_model(tiny_llama(), xlora).save_pretrained(folder / "xlora")
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good mixture of two experts, to be changed."""
+    save_mixture(tmp_path / "mixture", *make_mixture(xlora_depth=2, xlora_size=8))
+    return tmp_path / "mixture"
+
+
+@pytest.fixture
+def others(tmp_path):
+    """Two more experts, saved elsewhere."""
+    for seed, name in ((50, "new1"), (60, "new2")):
+        save_adapter(tmp_path / name, make_expert(name, seed=seed, r=4))
+    return {name: tmp_path / name for name in ("new1", "new2")}

@@ -69,6 +69,9 @@ def test_it_is_json(tmp_path):
     document = json.loads(json.dumps(describe(tmp_path).to_dict(), allow_nan=False))
     assert (document["kind"], document["num_experts"], document["num_layers"]) == ("mixture", 2, 2)
     assert document["experts"][0]["ranks"] == [2]
+    parameters = 2 * (HIDDEN + 1)
+    settings = {"depth": 1, "hidden_size": HIDDEN, "layerwise": False}
+    assert document["router"] == {"kind": "classifier", "parameters": parameters, "top_k": None, **settings}
 
 
 def test_importing_needs_no_models():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from loramix.errors import (
     CheckpointError,
@@ -20,7 +19,16 @@ from loramix.errors import (
 from loramix.files.hub import HubOptions
 from loramix.formats import load_adapter, save_adapter
 from loramix.formats.lora import format_tensors
-from support.checkpoints import HIDDEN, PEFT_EXPERTS, make_expert, same_expert, tiny_gpt2, tiny_llama
+from support.checkpoints import (
+    HIDDEN,
+    PEFT_EXPERTS,
+    edit_config,
+    edit_tensors,
+    make_expert,
+    same_expert,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 Q0 = "model.layers.0.q"
@@ -31,17 +39,6 @@ def folder(tmp_path):
     """A good expert of two modules, to be broken."""
     save_adapter(tmp_path / "expert", make_expert("math"))
     return tmp_path / "expert"
-
-
-def rewrite(folder, change):
-    """Pass a weights file's tensors through a function."""
-    tensors = change(load_file(folder / WEIGHTS))
-    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
-
-
-def edit(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 class TestAgainstPeft:
@@ -137,14 +134,16 @@ class TestReading:
     )
     def test_older_spellings_of_keys(self, folder, rename):
         expert = load_adapter("math", folder)
-        rewrite(folder, lambda tensors: {rename(key): tensor for key, tensor in tensors.items()})
+        edit_tensors(folder, lambda tensors: {rename(key): tensor for key, tensor in tensors.items()})
         assert same_expert(load_adapter("math", folder), expert)
 
     @pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
     def test_spellings_of_the_magnitude(self, tmp_path, suffix):
         expert = make_expert("math", use_dora=True)
         save_adapter(tmp_path, expert)
-        rewrite(tmp_path, lambda tensors: {k + suffix if k.endswith("vector") else k: t for k, t in tensors.items()})
+        edit_tensors(
+            tmp_path, lambda tensors: {k + suffix if k.endswith("vector") else k: t for k, t in tensors.items()}
+        )
         assert same_expert(load_adapter("math", tmp_path), expert)
 
     def test_a_subfolder(self, folder):
@@ -216,12 +215,12 @@ class TestWrongFiles:
         assert "'math'" in caught.value.received
 
     def test_a_bad_value_names_the_expert(self, folder):
-        edit(folder, r=-1)
+        edit_config(folder, r=-1)
         with pytest.raises(ConfigurationError, match=r"'math'.*r=-1"):
             load_adapter("math", folder)
 
     def test_an_unsupported_feature_is_named_before_weights_are_read(self, folder):
-        edit(folder, modules_to_save=["lm_head"])
+        edit_config(folder, modules_to_save=["lm_head"])
         (folder / WEIGHTS).write_bytes(b"never read")
         with pytest.raises(UnsupportedAdapterError, match=r"'math'.*modules_to_save=\['lm_head'\]"):
             load_adapter("math", folder)
@@ -246,34 +245,34 @@ class TestWrongTensors:
 
     @pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
     def test_a_matrix_without_its_partner(self, folder, part):
-        rewrite(folder, self.drop(part))
+        edit_tensors(folder, self.drop(part))
         self.refused(folder, IncompleteCheckpointError, Q0, f"no {part}")
 
     def test_no_tensors_at_all(self, folder):
-        rewrite(folder, lambda tensors: {})
+        edit_tensors(folder, lambda tensors: {})
         self.refused(folder, IncompleteCheckpointError, "0 tensors")
 
     def test_dora_without_magnitudes(self, folder):
-        edit(folder, use_dora=True)
+        edit_config(folder, use_dora=True)
         self.refused(folder, IncompleteCheckpointError, Q0, "lora_magnitude_vector")
 
     def test_a_bias_that_is_missing(self, folder):
-        edit(folder, lora_bias=True)
+        edit_config(folder, lora_bias=True)
         self.refused(folder, IncompleteCheckpointError, Q0, "lora_B.bias")
 
     @pytest.mark.parametrize("part", ["lora_magnitude_vector", "lora_B__bias", "lora_embedding_A"])
     def test_tensors_that_the_configuration_does_not_ask_for(self, folder, part):
-        rewrite(folder, self.put(**{part: torch.ones(HIDDEN)}))
+        edit_tensors(folder, self.put(**{part: torch.ones(HIDDEN)}))
         kind = IncompleteCheckpointError if "embedding" in part else CorruptCheckpointError
         self.refused(folder, kind, Q0, part.replace("__", "."))
 
     @pytest.mark.parametrize("key", ["model.norm.weight", f"{Q0}.bias", f"{Q0}.lora_A.bias", f"{Q0}.lora_E", "x"])
     def test_a_key_that_is_not_lora_s(self, folder, key):
-        rewrite(folder, lambda tensors: tensors | {f"base_model.model.{key}": torch.ones(2)})
+        edit_tensors(folder, lambda tensors: tensors | {f"base_model.model.{key}": torch.ones(2)})
         self.refused(folder, UnsupportedAdapterError, repr(f"base_model.model.{key}"))
 
     def test_one_tensor_under_two_keys(self, folder):
-        rewrite(folder, self.put(lora_A__default__weight=torch.ones(2, HIDDEN)))
+        edit_tensors(folder, self.put(lora_A__default__weight=torch.ones(2, HIDDEN)))
         self.refused(folder, CorruptCheckpointError, Q0, "lora_A")
 
     @pytest.mark.parametrize(
@@ -289,18 +288,18 @@ class TestWrongTensors:
         ],
     )
     def test_shapes_that_do_not_go_together(self, folder, parts):
-        rewrite(folder, self.put(**parts))
+        edit_tensors(folder, self.put(**parts))
         shape = str(tuple(parts["lora_A__weight" if "lora_A__weight" in parts else "lora_B__weight"].shape))
         self.refused(folder, CorruptCheckpointError, Q0, "expected r=2", shape)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_numbers_that_are_not_finite(self, folder, value):
         key = f"base_model.model.{Q0}.lora_B.weight"
-        rewrite(folder, lambda tensors: tensors | {key: tensors[key].fill_(value)})
+        edit_tensors(folder, lambda tensors: tensors | {key: tensors[key].fill_(value)})
         with pytest.raises(CorruptCheckpointError, match="finite") as caught:
             load_adapter("math", folder)
         assert f"'{Q0}'" in caught.value.received
 
     def test_a_rank_pattern_that_the_tensors_contradict(self, folder):
-        edit(folder, rank_pattern={"layers.0.q": 7})
+        edit_config(folder, rank_pattern={"layers.0.q": 7})
         self.refused(folder, CorruptCheckpointError, Q0, "expected r=7", f"(2, {HIDDEN})")

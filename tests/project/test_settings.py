@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 import shape_checker
+from loramix.routers.gating import Gating
 
 
 def test_shapes_in_signatures_are_executed() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError, match="largest"):
-        largest(torch.zeros(3), "one")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(jaxtyping.TypeCheckError, match="activate"):
+        Gating().activate(torch.zeros(3))
 
 
 @shape_checker.jaxtyped(typechecker=shape_checker.check)

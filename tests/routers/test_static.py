@@ -10,12 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import GenerationConfig
 
 import loramix
-from loramix import ConfigurationError, PeftModel, RoutingError, XLoraConfig, get_peft_model
+from loramix import (
+    ConfigurationError,
+    PeftModel,
+    RoutingError,
+    UnsupportedOperationError,
+    XLoraConfig,
+    get_peft_model,
+)
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.state import attach
 from loramix.routers import StaticRouter
+from loramix.training import ScalingPassCache, init_router
 from support.tiny import ARCHITECTURES, llama, tokens
 
 Experts = Callable[[str], dict[str, str]]
@@ -210,3 +219,25 @@ def test_settings_that_mean_nothing_are_refused(experts: Experts) -> None:
     with pytest.raises(ConfigurationError, match="gating must be one of 'xlora'"):
         get_peft_model(base, XLoraConfig(adapters=experts("llama"), hidden_size=64, gating="sparsemax"))
     assert not isinstance(base, PeftModel)
+
+
+def test_what_needs_a_scaling_pass_or_the_classifier_says_so(experts: Experts) -> None:
+    model = static(experts)
+    with pytest.raises(UnsupportedOperationError, match="router='static', which needs none"):
+        ScalingPassCache(model, max_bytes=2**20)
+    with pytest.raises(ConfigurationError, match="router='static'"):
+        init_router(model, "zeros")
+    with pytest.raises(UnsupportedOperationError, match="after=3"):
+        model.fix_routing(after=3)
+    assert model.fixed_routing is None
+
+
+def test_continuous_batching_pages_its_one_cache(experts: Experts) -> None:
+    model = static(experts)
+    model.router.assign(WEIGHTS)
+    ids = [tokens(1)[0].tolist(), tokens(1, length=5, seed=2)[0].tolist()]
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = model.generate_batch(ids, generation_config=settings)
+    for row, answer in zip(ids, found.values(), strict=True):
+        alone = model.generate(torch.tensor([row]), max_new_tokens=4, do_sample=False)[0, len(row) :]
+        assert answer.generated_tokens == alone.tolist()

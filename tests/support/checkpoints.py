@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter, LoraWeights
-from loramix.routers import RouterSizes, XLoraClassifier
+from loramix.formats import MixtureCheckpoint
 from support.tiny import gpt2, llama
 
 HIDDEN = 16
@@ -32,13 +36,32 @@ def make_expert(name, *, seed=0, r=2, modules=("model.layers.0.q", "model.layers
     return Adapter(name, settings, weights)
 
 
+def xlora_config(**changes):
+    """A configuration of two experts, of which nothing warns."""
+    return XLoraConfig(**{"hidden_size": 64, "adapters": {"math": "a", "code": "b"}, **changes})
+
+
 def make_mixture(*, seed=0, names=("math", "code"), **config):
     """The arguments of `save_mixture` after the folder; every tensor depends on the seed."""
     experts = [make_expert(name, seed=seed + i, r=2 + i) for i, name in enumerate(names)]
     settings = XLoraConfig(**{"hidden_size": HIDDEN, "adapters": {name: f"user/{name}" for name in names}, **config})
     generator = torch.Generator().manual_seed(seed)
-    shapes = XLoraClassifier.shapes(settings, RouterSizes(settings.hidden_size, 2, len(names)))
+    shapes = MixtureCheckpoint(settings, {}, experts).router_shapes()
     return settings, {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}, experts
+
+
+def edit_config(folder, **changes):
+    """Change fields of a saved configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    """Pass the tensors of a saved adapter through a function; the file's metadata stay."""
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({key: tensor.clone() for key, tensor in change(load_file(path)).items()}, path, metadata)
 
 
 def same_expert(one, two):

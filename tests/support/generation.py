@@ -54,3 +54,18 @@ def recomputed(model: Any, **inputs: Any) -> Tensor:
 def report_of(model: Any) -> LockstepReport:
     assert model.lockstep_report is not None
     return model.lockstep_report
+
+
+def random_text(length: int, seed: int = 11) -> list[int]:
+    """Token ids that no model would write, none of them special."""
+    return tokens(1, length, seed=seed)[0].tolist()
+
+
+def forced(text: Callable[[int], int | None]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that chooses `text(n)` as the n-th token; None leaves it to the model."""
+
+    def choose(ids: Tensor, scores: Tensor) -> Tensor:
+        token = text(ids.shape[1])
+        return scores if token is None else torch.full_like(scores, -1e9).index_fill_(1, torch.tensor([token]), 0.0)
+
+    return choose

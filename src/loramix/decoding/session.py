@@ -132,7 +132,7 @@ class Session:
         if not isinstance(self.choice, Automatic):
             return _Decoder(state, forwards, Preference(state, strategies))
         key = (state.batch, self.model.device, self.model.dtype)
-        measurements = self.mixture.paces.setdefault(key, Measurements())
+        measurements = self.mixture.measurements.setdefault(key, Measurements())
         return _Decoder(state, forwards, Scheduler(state, measurements, forwards.plain_head))
 
 

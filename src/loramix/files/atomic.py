@@ -23,6 +23,7 @@ import glob
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from loramix.errors import CheckpointError, SaveError
@@ -76,11 +77,11 @@ def save_text(path: Path, text: str) -> None:
 
 def text_writer(text: str) -> Writer:
     """A writer of a UTF-8 text file; line ends stay as they are."""
+    return partial(_write_text, text=text)
 
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8", newline="\n")
 
-    return write
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def finish_interrupted(folder: Path) -> None:

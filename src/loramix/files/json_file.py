@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import Any, cast
 from loramix.errors import AdapterNameError, CorruptCheckpointError
 from loramix.files.atomic import save_text
 
+_Repeats = tuple[dict[str, Any], list[str]]  # an object, and its keys that occur more than once
+
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file that holds one JSON object. Repeated keys are refused, at any depth.
@@ -19,16 +22,11 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         CorruptCheckpointError: not JSON, not an object, or a repeated key.
         AdapterNameError: a repeated name under `adapters`.
     """
-    repeats: list[tuple[dict[str, Any], list[str]]] = []
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            repeats.append((result, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]))
-        return result
-
+    repeats: list[_Repeats] = []
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=collect)
+        content = json.loads(
+            Path(path).read_text(encoding="utf-8"), object_pairs_hook=functools.partial(_as_object, repeats)
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise _corrupt(path, "be readable JSON", str(error)) from error
     if not isinstance(content, dict):
@@ -43,6 +41,13 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         raise _corrupt(path, "hold each key once", f"{', '.join(map(repr, names))} twice")
     return values
+
+
+def _as_object(repeats: list[_Repeats], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        repeats.append((result, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]))
+    return result
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A mixture of constant scalings as one LoRA adapter: side by side, or as near as a given rank comes.
 
 Experts whose scalings are the same for every token add g · Σ_e s[e] · c_e · B_e A_e to a layer, which is one product of
-their A below each other and their weighed B beside each other, of rank R; and, by its singular values, the nearest one
+their A below each other and their scaled B beside each other, of rank R; and, by its singular values, the nearest one
 of any lower rank (Eckart and Young).
 
 R: total rank of a layer.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loramix.layers.functional import add_up_projection
 from loramix.layers.fused import add_mixture, usable
 from loramix.layers.routing import Routing
-from loramix.layers.stack import ExpertStack, fit_tokens, is_watched
+from loramix.layers.stack import ExpertStack, fit_tokens, has_hooks
 
 
 class LinearStack(ExpertStack):
@@ -43,7 +43,7 @@ class LinearStack(ExpertStack):
 
     def _is_plain(self, base_layer: nn.Module) -> bool:
         """Whether the experts add two products and no more, to a y that nobody else holds."""
-        return not (self.biased or (self.training and any(self.dropouts)) or is_watched(base_layer))
+        return not (self.biased or (self.training and any(self.dropouts)) or has_hooks(base_layer))
 
     def _stack_A(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts))
@@ -56,4 +56,4 @@ class LinearStack(ExpertStack):
 
     def _up(self, y: Tensor, gated: Tensor, B: Tensor, base_layer: nn.Module) -> Tensor:
         fresh = not torch.is_grad_enabled() or type(base_layer) is nn.Linear
-        return add_up_projection(y, gated, B, in_place=fresh and not is_watched(base_layer))
+        return add_up_projection(y, gated, B, in_place=fresh and not has_hooks(base_layer))

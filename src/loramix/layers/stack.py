@@ -253,7 +253,7 @@ def fit_tokens(columns: Tensor, tokens: torch.Size, layer: str) -> Tensor:
     )
 
 
-def is_watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether a hook, of this module or of all modules, may hold on to the module's output."""
     own: Any = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks  # pyright: ignore
     return bool(own) or bool(nn.modules.module._has_any_global_hook())  # pyright: ignore

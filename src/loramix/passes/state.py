@@ -120,9 +120,8 @@ class MixtureState(AdaptedState):
         self.router = router
         self.hidden_size = hidden_size
         self.log = ScalingsLog()
-        self.paces: dict[object, Any] = {}  # what decoding has learnt of its speed, by batch, device and dtype
+        self.measurements: dict[object, Any] = {}  # of decoding, by batch, device and dtype; see `decoding.scheduler`
         self.report: Any = None  # of the last generation
-        self.draft_head: Any = None  # what decoding guesses with, made at its first use
         self.fixed: Tensor | None = None  # the same final scalings for every token: (L or 1, E)
         self.fixed_after: int | None = None  # tokens of a generation after which each row keeps what it has
         self.hooks: tuple[RoutingHook, ...] = ()
@@ -217,7 +216,7 @@ class MixtureState(AdaptedState):
 
     def __getstate__(self) -> dict[str, Any]:
         """Hooks belong to whoever attached them; they do not travel, and neither does what was measured on the way."""
-        return self.__dict__ | {"hooks": (), "paces": {}, "report": None, "draft_head": None}
+        return self.__dict__ | {"hooks": (), "measurements": {}, "report": None}
 
 
 _attaching = threading.Lock()

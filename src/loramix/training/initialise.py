@@ -85,7 +85,13 @@ def init_router(
             received=f"method={method!r} with {', '.join(n for n, v in given.items() if v is not None) or 'nothing'}",
             remedy='Call for example init_router(model, "prompts", tokenizer=tokenizer, prompts={"math": ["…"], …}).',
         )
-    classifier = model.internal_xlora_classifier
+    classifier = model.router
+    if not isinstance(classifier, XLoraClassifier):
+        raise ConfigurationError(
+            "init_router sets the weights of X-LoRA's classifier.",
+            received=f"router={classifier.kind!r}",
+            remedy='Use router="classifier", or set the weights of this router by its own methods.',
+        )
     if method == "zeros":
         _write_constant(classifier)
         return None

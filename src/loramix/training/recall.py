@@ -28,7 +28,7 @@ from loramix.layers.layer import XLoraLayer
 from loramix.layers.stack import ExpertStack
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
-from loramix.passes.state import attach
+from loramix.passes.state import attach, state_of
 
 _BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _WITHOUT_EFFECT = frozenset({"labels", "use_cache", "return_dict", "num_items_in_batch", EXPERT_IDS, "cache_position"})
@@ -149,8 +149,15 @@ def refuse_changing_pass(model: XLoraModel) -> None:
     """Check that the scaling pass gives the same hidden states for the same tokens, and can be skipped.
 
     Raises:
-        UnsupportedOperationError: a base model or experts that train, active dropout, or sharded parameters.
+        UnsupportedOperationError: a base model or experts that train, active dropout, sharded parameters, or a router
+            that needs no scaling pass.
     """
+    if not state_of(model).needs_scaling_pass:
+        raise UnsupportedOperationError(
+            "The scaling pass can be cached where there is one.",
+            received=f"router={model.active_peft_config.router!r}, which needs none",
+            remedy="Train without this cache.",
+        )
     config = model.active_peft_config
     used = bool(config.scaling_pass_value)
     experts = {id(p) for m in model.modules() if isinstance(m, XLoraLayer) for p in m.stacks.parameters()}
@@ -183,7 +190,7 @@ def _dropout(model: XLoraModel, *, experts_count: bool) -> str | None:
         elsewhere = name.startswith(("classifier", "summary"))  # heads of other tasks
         if "drop" in name and not elsewhere and isinstance(value, float) and value > 0:
             return f"the base model's configuration has {name}={value}"
-    router = set(model.internal_xlora_classifier.modules())
+    router = set(model.router.modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0 and module not in router:
             return f"the base model's {name} drops with p={module.p}"

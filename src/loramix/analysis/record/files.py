@@ -36,7 +36,7 @@ from loramix.analysis.record.shards import (
 )
 from loramix.analysis.record.stores import Source, SpillStore
 from loramix.errors import CheckpointNotFoundError, ConfigurationError
-from loramix.files.atomic import Writer, save_files
+from loramix.files.atomic import Writer, save_files, text_writer
 from loramix.files.journal import current
 from loramix.files.json_file import read_json_object
 
@@ -75,12 +75,7 @@ def _index_writer(record: RecordContents, sizes: Mapping[str, int], id: str) -> 
     content = {"format": FORMAT, "version": VERSION, "id": id} | vars(record.header) | {"palette": record.palette}
     content["pieces"] = record.vocabulary()
     content["shards"] = [{"file": name, "tokens": size} for name, size in sizes.items()]
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write
+    return text_writer(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def new_folder(path: str | PathLike[str]) -> Path:

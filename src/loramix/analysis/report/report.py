@@ -20,7 +20,7 @@ from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.report.data import TOKENS, choose_tokens, document, embedded
 from loramix.analysis.report.parts import DARK, LIGHT, colour_rules, experts_list, numbers_table, strips, worth_table
 from loramix.errors import SaveError
-from loramix.files.atomic import save_files
+from loramix.files.atomic import save_text
 
 _HERE = Path(__file__).parent
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
@@ -87,12 +87,8 @@ def write_report(
     page, notes = _page(inspection, tokens)
     place = Path(path)
     check_place(place)
-    save_files(place.parent, {place.name: lambda path: _write(path, page)})
+    save_text(place, page)
     return notes
-
-
-def _write(path: Path, page: str) -> None:
-    path.write_text(page, encoding="utf-8", newline="\n")
 
 
 def check_place(path: Path) -> None:
