@@ -8,7 +8,14 @@ from typing import Any, TypeVar, cast
 
 import huggingface_hub.utils.logging
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from loramix.errors import CheckpointNotFoundError, CorruptCheckpointError
@@ -32,7 +39,7 @@ def load_base(identifier: str, revision: str | None = None, dtype: torch.dtype |
     return _load(identifier, lambda: call(identifier, revision=revision or "main", dtype=dtype))
 
 
-def load_config(identifier: str, revision: str | None = None) -> Any:
+def load_config(identifier: str, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a base model, without its weights; arguments and errors as for `load_base`."""
     call = cast(Any, AutoConfig).from_pretrained
     return _load(identifier, lambda: call(identifier, revision=revision or "main"))

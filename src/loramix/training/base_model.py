@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from loramix.errors import ConfigurationError, DataError
+from loramix.experts.base_model import vocabulary_of
 from loramix.files.base_models import load_config, load_tokenizer, one_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def read_base(place: str, revision: str | None) -> tuple[Any, Any]:
+def read_base(place: str, revision: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
     """The configuration and the tokenizer of a base model.
 
     Raises:
@@ -22,7 +21,7 @@ def read_base(place: str, revision: str | None) -> tuple[Any, Any]:
     """
     tokenizer = load_tokenizer(place, revision)
     config = load_config(place, revision)
-    size = config.get_text_config().vocab_size
+    size = vocabulary_of(config)
     if len(tokenizer) > size:
         raise DataError(
             "The tokenizer's tokens are those of the base model.",
@@ -32,7 +31,7 @@ def read_base(place: str, revision: str | None) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def dtype_of(name: str, config: Any) -> torch.dtype:
+def dtype_of(name: str, config: PreTrainedConfig) -> torch.dtype:
     """The dtype of this name; "auto" is the one that the base model's configuration names, float32 if none.
 
     Raises:
@@ -47,7 +46,7 @@ def dtype_of(name: str, config: Any) -> torch.dtype:
     return _DTYPES[name]
 
 
-def without_weights(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The base model on the meta device: its modules and their shapes, without weights.
 
     Raises:
