@@ -13,6 +13,7 @@ import torch
 
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.record.record import RoutingRecord
+from loramix.analysis.report.data import choose_tokens
 from loramix.analysis.report.parts import contrast
 from loramix.analysis.report.report import write_report
 from loramix.evaluation.ablation import LeaveOneOut
