@@ -50,8 +50,9 @@ model: the time of a decode step with gathering over that without (Llama, H 512,
 
 {steps}
 
-A layer gathers for up to {tokens} tokens if at most 1/{share} of its rank columns have a non-zero scaling and there are
-at least {ranks} columns: below that share it does not save 5 % of a step.
+So a layer gathers in float32 only, for up to {tokens} tokens, if at most 1/{share} of its rank columns have a non-zero
+scaling and there are at least {ranks} columns. With more columns, or in bfloat16, it saves less than 5 % where each layer
+has its own scalings.
 
 ## One down projection for layers with one input
 

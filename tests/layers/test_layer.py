@@ -306,4 +306,7 @@ def test_experts_are_gathered_only_where_nearly_all_scalings_are_zero() -> None:
     with torch.no_grad():
         chosen = [gathers(scalings) for scalings in (few, more, apart, dense, long)]
         assert chosen == [True, False, False, False, False]
+        layer.bfloat16()
+        assert not gathers(few)
+        layer.float()
     assert not gathers(few)  # gradients

@@ -184,7 +184,7 @@ def test_the_page_and_the_plot_are_those_of_the_figures(tmp_path: Path) -> None:
 def test_the_page_of_products_has_a_row_for_each_case() -> None:
     text = products.page(rounds=1, hiddens=(16,), largest=8, models=False)
     assert text.count("| float32 | 16 |") == text.count("| bfloat16 | 16 |") == 3
-    assert "at most 1/32 of its rank columns" in text
+    assert "if at most 1/32 of its rank columns" in text
     assert len([line for line in text.splitlines() if line.startswith("| 16 |")]) == 4 + 1
 
 
@@ -192,7 +192,7 @@ def test_the_committed_page_of_products_tells_the_rule_that_is_in_force() -> Non
     docs = Path(__file__).parents[2] / "docs"
     rule = (
         products.page(rounds=1, hiddens=(), largest=8, models=False)
-        .partition("A layer gathers")[2]
+        .partition("So a layer gathers")[2]
         .partition("\n\n")[0]
     )
     assert rule in (docs / "products.md").read_text(encoding="utf-8")

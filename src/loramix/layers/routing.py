@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-GATHERED_SHARE = 32  # gather only if at most 1/32 of the rank columns have a non-zero scaling (docs/products.md)
+GATHERED_SHARE = 32  # gather, in float32, only if at most 1/32 of the rank columns count (docs/products.md)
 GATHERED_TOKENS = 8  # more tokens seldom share the few experts that each of them uses
 GATHERED_RANKS = 128  # fewer columns are multiplied as fast as they are gathered
 
@@ -149,7 +149,7 @@ class TensorRouting:
 
     def _gather(self, stack: Stack) -> GatheredColumns | None:
         of_rank = stack.expert_of_rank
-        if len(of_rank) < GATHERED_RANKS:
+        if len(of_rank) < GATHERED_RANKS or stack.lora_A.dtype != torch.float32:
             return None
         weighted = self._of(stack)
         ranks = weighted.reshape(-1, weighted.shape[-1]).any(0)[of_rank].nonzero()[:, 0]
