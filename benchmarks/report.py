@@ -49,7 +49,7 @@ CONTENDERS = ("base", "loramix", "PEFT")
 PAGE = """# Benchmarks
 
 loramix, its base model and PEFT's X-LoRA side by side in one process, on one thread, in CPU time. Every round runs
-each of them once, in turning order; a ratio is taken within a round, and what stands here is the median over the
+each of them once, in turning order; a ratio is taken within a round, and the table has the median over the
 rounds with the quartiles in brackets, for times and for ratios. Both mixtures are made of the same expert files and the
 same router, and their logits were compared before anything was timed (largest difference {difference:.1e} of the
 largest logit). PEFT's X-LoRA generates without a cache, which makes it slow enough to sit out most rounds: of
@@ -71,7 +71,7 @@ layers but the head; norms and the router are left out on both sides, and so is 
 of the prompt like a generated one; in time it costs much less (compare a forward of the prompt with one token after
 it), and since the prompt's tokens have the higher ratio, what is measured can lie below that limit.
 
-A training step of the router alone is told against the base model's forward over the same batch: the scaling pass, the
+A training step of the router alone is compared with the base model's forward over the same batch: the scaling pass, the
 mixture pass, and in backward the gradients of the activations, as much again as the mixture pass; no weight but the
 router's has one. That is (3 ΣW + 2 ΣR(in + out) + 2 head) / (ΣW + head), and one ΣW less where the scaling pass's
 hidden states are kept.
@@ -122,7 +122,7 @@ the compiler saves is in it. PEFT's X-LoRA sets hooks in its forward, which cann
 
 """,
     "fixed": """One pass with the experts costs (ΣW + ΣR(in + out) + head) / (ΣW + head), a merged one what the base
-model costs. PEFT cannot fix its routing: what stands here is its forward of two passes.
+model costs. PEFT cannot fix its routing: the table has its forward of two passes.
 
 """,
     "record": """Two passes, one after the other. loramix is a mixture that was never recorded; beside it one whose
@@ -170,7 +170,7 @@ measured.
 those above.
 
 """,
-    "start": """Importing is told against `import transformers` with the same model class, loading against copying the
+    "start": """Importing is compared with `import transformers` with the same model class, loading against copying the
 base model's tensors.
 
 """,
@@ -223,7 +223,7 @@ router of depth {size["depth"]}, scalings {kind}
 
 
 def tables(measured: Sequence[Measurement]) -> str:
-    """All that is told of one work."""
+    """The section of one work."""
     parts = [table(measured)]
     if any("forward limit" in m.facts for m in measured):
         parts.append(forwards(measured))

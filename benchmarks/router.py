@@ -1,6 +1,6 @@
 """What a router's start and each objective give on the demo mixture: `python -m benchmarks.router`.
 
-Writes docs/router.json and docs/router.md. Every run begins at the same seed and reads the same text; what is told is
+Writes docs/router.json and docs/router.md. Every run begins at the same seed and reads the same text; the table has
 bits per byte of held-out text, lower is better.
 """
 

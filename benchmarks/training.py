@@ -1,6 +1,6 @@
 """One training step of the router alone: forward, loss and backward.
 
-Its time is told against the base model's forward, its memory against the base model's own training forward.
+Its time is compared with that of the base model's forward, its memory against the base model's own training forward.
 """
 
 from __future__ import annotations
