@@ -51,8 +51,8 @@ model: the time of a decode step with gathering over that without (Llama, H 512,
 {steps}
 
 So a layer gathers in float32 only, for up to {tokens} tokens, if at most 1/{share} of its rank columns have a non-zero
-scaling and there are at least {ranks} columns. With more columns, or in bfloat16, it saves less than 5 % where each layer
-has its own scalings.
+scaling and there are at least {ranks} columns. With a larger share, or in bfloat16, it saves less than 5 % where each
+layer has its own scalings.
 
 ## One down projection for layers with one input
 
