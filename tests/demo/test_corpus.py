@@ -99,6 +99,12 @@ def test_the_split_is_the_same_everywhere() -> None:
     assert is_held_out("zipfile")
 
 
+@cache
+def digest() -> str:
+    texts = [*corpus.train_text("prose", 60_000), str(corpus.switching_pieces(4, held_out=True, seed=3))]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_the_text_is_the_same_in_another_process(seed: str) -> None:
     """Although the split compares runs of words by Python's `hash`, which differs from process to process."""
@@ -109,8 +115,7 @@ def test_the_text_is_the_same_in_another_process(seed: str) -> None:
     )
     environment = {"PYTHONHASHSEED": seed}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True, text=True)
-    texts = [*corpus.train_text("prose", 60_000), str(corpus.switching_pieces(4, held_out=True, seed=3))]
-    assert done.stdout.strip() == hashlib.sha256("".join(texts).encode()).hexdigest()
+    assert done.stdout.strip() == digest()
 
 
 def test_switching_text_has_different_domains_from_one_side_only() -> None:
