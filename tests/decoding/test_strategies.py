@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from loramix.decoding.forwards import Forwards
 from loramix.decoding.ngrams import NGramIndex
-from support.generation import PADDING, generated, ids_with_padding, report_of
+from loramix.decoding.state import DecodingState, Step
+from loramix.decoding.strategies import DraftingStrategy
+from loramix.decoding.strategies.base import Round
+from loramix.decoding.window import Window
+from support.generation import PADDING, forced, generated, ids_with_padding, random_text, report_of
 from support.tiny import tokens
 
 LONG = 24
@@ -78,3 +84,49 @@ def test_drafts_are_right_where_the_experts_add_little(model: Any) -> None:
     model.set_global_scaling_weight(1.0)
     assert report_of(model).accepted == 1.0
     assert report_of(model).forwards_per_token == pytest.approx(1 + 1 / (LONG - 1))
+
+
+@dataclass(frozen=True)
+class Constant(DraftingStrategy):
+    """Drafts one and the same token."""
+
+    token: int = 0
+    name: ClassVar[str] = "constant"
+    drafter: ClassVar[str] = "constant"
+
+    @property
+    def forwards(self) -> tuple[int, int]:
+        return 0, 2
+
+    @property
+    def row_forwards_at_risk(self) -> int:
+        return 2
+
+    def tokens(self, acceptance: float) -> float:
+        return 1 + acceptance
+
+    def is_ready(self, state: DecodingState) -> bool:
+        return state.draft_limit(1) > 0
+
+    def run(self, step: Step, state: DecodingState, forwards: Forwards) -> Round:
+        drafts = torch.full_like(step.ids, self.token)
+        output = forwards.route(forwards.scale(*step.followed_by(drafts), state.length), step.inputs)
+        out = forwards.mix(step, drafts, output.routing)
+        return Round(forwards.take(Window(drafts, out, output.activated, self.drafter, forwards.mixture.settings())))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_strategy_is_one_class(batch: int, of_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself, and among those that are weighed: tried within the allowance, kept if its drafts are right."""
+    for text, right in ((forced(lambda n: 3), True), (forced(random_text(80).__getitem__), False)):
+        inputs = {"input_ids": tokens(batch), "max_new_tokens": 60, "logits_processor": [text]}
+        expected = generated(of_llama, lockstep=False, **inputs)
+        assert torch.equal(generated(of_llama, lockstep=Constant(3), **inputs), expected)
+        assert report_of(of_llama).rounds["constant"] >= 29
+        assert report_of(of_llama).accepted == (1.0 if right else 0.0)
+        monkeypatch.setattr("loramix.decoding.scheduler.DRAFTING", (Constant(3),))
+        of_llama._loramix.measurements.clear()
+        assert torch.equal(generated(of_llama, **inputs), expected)
+        report = report_of(of_llama)
+        assert report.rounds["constant"] > 1 if right else report.rounds["constant"] == 1
+        assert right or report.row_forwards <= 2 * batch * report.tokens * 1.03

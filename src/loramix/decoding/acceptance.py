@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-Drafter = Literal["scaling pass", "text"]
-"""Where drafts come from."""
+SCALING_PASS, TEXT = "scaling pass", "text"  # drafters: where drafts come from
 
 RECENT = 24  # drafts that an estimate is made of
 ENOUGH = 3  # drafts without which there is no estimate, unless an earlier generation gave one

@@ -15,18 +15,18 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from loramix.decoding.acceptance import ENOUGH, Acceptance, Drafter, would_draft
+from loramix.decoding.acceptance import ENOUGH, TEXT
+from loramix.decoding.forwards import Forwards
 from loramix.decoding.state import DecodingState
 from loramix.decoding.strategies import DRAFTING, DraftingStrategy, Sequential, Strategy
 from loramix.decoding.strategies.base import Round
 
 WIDE = 1.25  # assumed time of a forward over several tokens or both passes, over that of one token's
-SAMPLES = 3  # rounds before their median is a price
+SAMPLES = 3  # rounds before their time is a price
 FRESH = 256  # rounds after which the two passes are measured again: every other price is compared with theirs
 ALLOWANCE = 0.02  # of the row-forwards made so far
 CREDIT = 14  # row-forwards of allowance for each right draft: a round of seven drafts, all rejected
@@ -53,9 +53,9 @@ class RoundTimes:
 
     @property
     def typical(self) -> float | None:
-        """The median; None while there are too few."""
-        known = list(self.seconds)  # a copy: other threads measure too
-        return median(known) if len(known) >= SAMPLES else None
+        """The lower quartile: other work on the machine only makes rounds longer. None while there are too few."""
+        known = sorted(self.seconds)  # a copy: other threads measure too
+        return known[len(known) // 4] if len(known) >= SAMPLES else None
 
     def pass_over(self) -> None:
         """Another strategy was cheaper: what was measured in a bad moment is not kept for ever."""
@@ -76,7 +76,7 @@ class Measurements:
     """
 
     times: dict[Strategy, RoundTimes] = field(default_factory=dict[Strategy, RoundTimes])
-    acceptance: dict[Drafter, float] = field(default_factory=dict[Drafter, float])
+    acceptance: dict[str, float] = field(default_factory=dict[str, float])
     age: int = 0
 
     def of(self, strategy: Strategy) -> RoundTimes:
@@ -147,29 +147,21 @@ class Scheduler:
 
     Args:
         state: the generation's.
+        forwards: its forwards.
         known: what is known of the model.
-        head: the language model's; None where it is more than one product.
     """
 
-    def __init__(self, state: DecodingState, known: Measurements, head: nn.Linear | None) -> None:
-        self.state, self.known, self.head = state, known, head
+    def __init__(self, state: DecodingState, forwards: Forwards, known: Measurements) -> None:
+        self.state, self.forwards, self.known = state, forwards, known
         self._began = 0.0
         self._running: tuple[Strategy, int] | None = None  # the round under way, if it is typical, and its recoveries
-        state.acceptance = {drafter: Acceptance(known.acceptance.get(drafter)) for drafter in state.acceptance}
-        if head is None:  # only trials tell
-            state.acceptance["scaling pass"].prior = 1.0
+        for one in DRAFTING:
+            prior = one.prior(forwards)
+            state.acceptance_of(one.drafter).prior = known.acceptance.get(one.drafter) if prior is None else prior
 
     def observe(self, ids: Tensor) -> None:
-        """Compare drafts that nothing was computed for with the tokens that were chosen."""
-        state, acceptance = self.state, self.state.acceptance
-        unscored, window = state.unscored, state.window
-        if unscored is not None and self.head is not None and self.head.weight.device == unscored.hidden.device:
-            right = would_draft(self.head, unscored.hidden, unscored.logits, ids[:, 0]) | state.finished
-            acceptance["scaling pass"].add(bool(right.all()))
-        if state.text is not None and (window is None or window.drafter != "text"):
-            drafts = state.text.drafts(1)
-            if drafts:
-                acceptance["text"].add(drafts == ids[0].tolist())
+        for strategy in DRAFTING:
+            strategy.compare(ids, self.state, self.forwards)
 
     def select(self) -> Strategy:
         self._note_time()
@@ -203,7 +195,7 @@ class Scheduler:
         token = known.token
         if token is None:
             return Sequential()
-        rates = {strategy: self.state.acceptance[strategy.drafter].rate for strategy in DRAFTING}
+        rates = {strategy: self.state.acceptance_of(strategy.drafter).rate for strategy in DRAFTING}
         offers = {
             strategy: rate
             for strategy, rate in rates.items()
@@ -223,5 +215,5 @@ class Scheduler:
         """Whether a round is within the allowance even if all its drafts are rejected."""
         state, report = self.state, self.state.report
         allowance = max(state.batch, int(ALLOWANCE * report.row_forwards))
-        right = report.accepted_drafts + state.acceptance["text"].right
+        right = report.accepted_drafts + state.acceptance_of(TEXT).right
         return state.excess + strategy.row_forwards_at_risk * state.batch <= allowance + CREDIT * right

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loramix.decoding.acceptance import SCALING_PASS, TEXT
 from loramix.decoding.choice import Automatic, Choice
 from loramix.decoding.eligibility import why_not_this_token
 from loramix.decoding.forwards import Forwards
@@ -127,13 +128,13 @@ class Session:
         forwards = Forwards(self.model, self.mixture, state)
         strategies = DRAFTING if isinstance(self.choice, Automatic) else _in_turn(self.choice)
         drafters = {one.drafter for one in strategies if isinstance(one, DraftingStrategy)}
-        if state.batch == 1 and "text" in drafters:
+        if state.batch == 1 and TEXT in drafters:
             state.text = NGramIndex(self.prompt[0, :length].tolist())
         if not isinstance(self.choice, Automatic):
             return _Decoder(state, forwards, Preference(state, strategies))
         key = (state.batch, self.model.device, self.model.dtype)
         measurements = self.mixture.measurements.setdefault(key, Measurements())
-        return _Decoder(state, forwards, Scheduler(state, measurements, forwards.plain_head))
+        return _Decoder(state, forwards, Scheduler(state, forwards, measurements))
 
 
 def _in_turn(choice: Sequential | DraftingStrategy) -> Sequence[Strategy]:
@@ -181,7 +182,7 @@ class _Decoder:
             ahead = state.ahead = None
         state.rejected = []
         if ahead is not None:
-            state.rejected = state.verify(ahead.token, step.ids, Lockstep.drafter)
+            state.rejected = state.verify(ahead.token, step.ids, SCALING_PASS)
         strategy = Fixed() if state.fixed is not None else self.selector.select()
         state.report.rounds[strategy.name] += 1
         round = strategy.run(step, state, self.forwards)

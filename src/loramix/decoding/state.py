@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loramix.decoding.acceptance import Acceptance, Drafter
+from loramix.decoding.acceptance import Acceptance
 from loramix.decoding.ngrams import NGramIndex
 from loramix.decoding.report import LockstepReport
 from loramix.decoding.row_cache import RowCache
@@ -92,10 +92,6 @@ class RunningMean:
         return self.total / self.after if self.count == self.after else None
 
 
-def _acceptance() -> dict[Drafter, Acceptance]:
-    return {"scaling pass": Acceptance(), "text": Acceptance()}
-
-
 @dataclass
 class DecodingState:
     """One generation after its prompt.
@@ -124,7 +120,7 @@ class DecodingState:
     last_position: int | None
     finished: Tensor
     report: LockstepReport
-    acceptance: dict[Drafter, Acceptance] = field(default_factory=_acceptance)
+    acceptance: dict[str, Acceptance] = field(default_factory=dict[str, Acceptance])
     text: NGramIndex | None = None
     fixing: RunningMean | None = None
     fixed: TensorRouting | None = None
@@ -154,11 +150,15 @@ class DecodingState:
         ahead = 0 if self.ahead is None else self.batch - len(self.rejected)
         return self.report.row_forwards - 2 * self.batch * self.report.tokens - ahead
 
-    def verify(self, drafts: Int[Tensor, " B"], ids: Int[Tensor, "B 1"], drafter: Drafter) -> list[int]:
+    def acceptance_of(self, drafter: str) -> Acceptance:
+        """The acceptance of a drafter's drafts."""
+        return self.acceptance.setdefault(drafter, Acceptance())
+
+    def verify(self, drafts: Int[Tensor, " B"], ids: Int[Tensor, "B 1"], drafter: str) -> list[int]:
         """The rows whose draft is rejected: `generate` has chosen another token. Finished rows accept every draft."""
         rejected = ((drafts != ids[:, 0]) & ~self.finished).nonzero()[:, 0].tolist()
         verified = len(drafts) - int(self.finished.sum())
-        self.acceptance[drafter].add(not rejected)
+        self.acceptance_of(drafter).add(not rejected)
         self.report.drafts += verified
         self.report.accepted_drafts += verified - len(rejected)
         return rejected

@@ -11,7 +11,6 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loramix.decoding.acceptance import Drafter
 from loramix.passes.state import PassSettings
 
 
@@ -33,11 +32,10 @@ class Window:
         drafts: Int[Tensor, "B k"],
         out: Any,
         scalings: Float[Tensor, "B 1+k #L E"],
-        drafter: Drafter,
+        drafter: str,
         settings: PassSettings,
     ) -> None:
-        self.drafter: Drafter = drafter
-        self.settings = settings
+        self.drafter, self.settings = drafter, settings
         self._drafts, self._out, self._scalings = drafts, out, scalings
         self._next = 0  # the position to return next; 0 is the known token's
 

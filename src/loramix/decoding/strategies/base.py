@@ -9,7 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
-from loramix.decoding.acceptance import Drafter
+from jaxtyping import Int
+from torch import Tensor
+
 from loramix.decoding.forwards import Forwards
 from loramix.decoding.state import DecodingState, Step
 
@@ -48,7 +50,7 @@ class DraftingStrategy(Strategy):
     A forward over one token of each row is the unit: half of a token's two passes.
     """
 
-    drafter: ClassVar[Drafter]  # whose acceptance decides what a round yields
+    drafter: ClassVar[str]  # whose acceptance decides what a round yields; strategies may share one
 
     @property
     @abstractmethod
@@ -67,6 +69,16 @@ class DraftingStrategy(Strategy):
     def recoveries(self, acceptance: float) -> float:
         """Forwards of the scaling pass that rejected drafts make necessary, expected for each round."""
         return 0.0
+
+    def prior(self, forwards: Forwards) -> float | None:
+        """The share of right drafts to expect before anything is known; None where `compare` will tell."""
+        return 1.0
+
+    def compare(self, ids: Int[Tensor, "B 1"], state: DecodingState, forwards: Forwards) -> None:
+        """Tell the acceptance whether drafts that nothing was computed for would have been these tokens.
+
+        Called for every token. Of strategies with one drafter, one does it.
+        """
 
 
 def tokens_of_window(acceptance: float, drafts: int) -> float:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from loramix.decoding.acceptance import Drafter
+from loramix.decoding.acceptance import SCALING_PASS, would_draft
 from loramix.decoding.forwards import Forwards
 from loramix.decoding.state import Ahead, DecodingState, Step
 from loramix.decoding.strategies.base import DraftingStrategy, Round
@@ -29,7 +31,7 @@ class Lockstep(DraftingStrategy):
     """One draft of the scaling pass, read beside the mixture pass's token."""
 
     name: ClassVar[str] = "lockstep"
-    drafter: ClassVar[Drafter] = "scaling pass"
+    drafter: ClassVar[str] = SCALING_PASS
 
     @property
     def forwards(self) -> tuple[int, int]:
@@ -44,6 +46,15 @@ class Lockstep(DraftingStrategy):
 
     def recoveries(self, acceptance: float) -> float:
         return 1.0 - acceptance
+
+    def prior(self, forwards: Forwards) -> float | None:
+        return 1.0 if forwards.plain_head is None else None
+
+    def compare(self, ids: Int[Tensor, "B 1"], state: DecodingState, forwards: Forwards) -> None:
+        head, unscored = forwards.plain_head, state.unscored
+        if unscored is not None and head is not None and head.weight.device == unscored.hidden.device:
+            right = would_draft(head, unscored.hidden, unscored.logits, ids[:, 0]) | state.finished
+            state.acceptance_of(self.drafter).add(bool(right.all()))
 
     def is_ready(self, state: DecodingState) -> bool:
         return state.positions_left > 0

@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loramix.decoding.acceptance import Drafter
+from jaxtyping import Int
+from torch import Tensor
+
+from loramix.decoding.acceptance import TEXT
 from loramix.decoding.forwards import Forwards
 from loramix.decoding.state import DecodingState, Step
 from loramix.decoding.strategies.base import DraftingStrategy, Round, tokens_of_window
@@ -26,7 +29,7 @@ class PromptLookup(DraftingStrategy):
 
     drafts: int = DRAFTS
     name: ClassVar[str] = "prompt_lookup"
-    drafter: ClassVar[Drafter] = "text"
+    drafter: ClassVar[str] = TEXT
 
     @property
     def forwards(self) -> tuple[int, int]:
@@ -38,6 +41,15 @@ class PromptLookup(DraftingStrategy):
 
     def tokens(self, acceptance: float) -> float:
         return tokens_of_window(acceptance, self.drafts)
+
+    def prior(self, forwards: Forwards) -> float | None:
+        return None
+
+    def compare(self, ids: Int[Tensor, "B 1"], state: DecodingState, forwards: Forwards) -> None:
+        under_way = state.window is not None and state.window.drafter == self.drafter  # these are verified
+        drafts = [] if state.text is None or under_way else state.text.drafts(1)
+        if drafts:
+            state.acceptance_of(self.drafter).add(drafts == ids[0].tolist())
 
     def is_ready(self, state: DecodingState) -> bool:
         return bool(self._lookup(state))

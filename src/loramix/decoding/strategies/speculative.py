@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import torch
 
-from loramix.decoding.acceptance import Drafter
+from loramix.decoding.acceptance import SCALING_PASS
 from loramix.decoding.forwards import Forwards
 from loramix.decoding.state import DecodingState, Step
 from loramix.decoding.strategies.base import DraftingStrategy, Round, tokens_of_window
+from loramix.decoding.strategies.lockstep import Lockstep
 from loramix.decoding.window import Window
 
 DRAFTS = 7  # with the token before them, eight rows cost a matrix product little more than two (docs/benchmarks.md)
@@ -30,7 +31,7 @@ class Speculative(DraftingStrategy):
 
     drafts: int = DRAFTS
     name: ClassVar[str] = "speculative"
-    drafter: ClassVar[Drafter] = "scaling pass"
+    drafter: ClassVar[str] = SCALING_PASS
 
     @property
     def forwards(self) -> tuple[int, int]:
@@ -42,6 +43,9 @@ class Speculative(DraftingStrategy):
 
     def tokens(self, acceptance: float) -> float:
         return tokens_of_window(acceptance, self.drafts)
+
+    def prior(self, forwards: Forwards) -> float | None:
+        return Lockstep().prior(forwards)
 
     def is_ready(self, state: DecodingState) -> bool:
         return state.draft_limit(self.drafts) > 1  # one draft is lockstep's, in half the forwards
