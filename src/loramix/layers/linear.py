@@ -29,7 +29,7 @@ class LinearStack(ExpertStack):
         parameters = cast("dict[str, Tensor]", self._parameters)  # as attributes they are looked for, each time
         down, up = parameters["lora_A"], parameters["lora_B"]
         if x.is_cuda and not routing.reads_low_rank and usable(y, x, down, up):
-            return add_mixture(y, x, down, fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts), up)
+            return self.add_fused(y, x, routing)
         if x.dtype != down.dtype:
             return super().add_to(y, x, routing, base_layer, base_y)
         gathered = routing.gathered(self)
@@ -40,6 +40,11 @@ class LinearStack(ExpertStack):
         if columns.shape != low_rank.shape:
             columns = fit_tokens(columns, low_rank.shape[:-1], self.adapts)
         return add_up_projection(y, low_rank.mul_(columns), up, in_place=True)
+
+    def add_fused(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        """`y + Δ(x)` in two launches, into y itself; for a stack that is plain and a routing known before the pass."""
+        columns = fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts)
+        return add_mixture(y, x, self.lora_A, columns, self.lora_B)
 
     def _is_plain(self, base_layer: nn.Module) -> bool:
         """Whether the experts add two products and no more, to a y that nobody else holds."""
