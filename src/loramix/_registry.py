@@ -1,7 +1,8 @@
-"""What a configuration names by a text: routers, gatings. Other packages may add their own."""
+"""What users name by a text: routers, gatings, file formats. Other packages may add their own."""
 
 from __future__ import annotations
 
+from collections.abc import ValuesView
 from typing import Generic, TypeVar
 
 from loramix.errors import ConfigurationError
@@ -13,7 +14,7 @@ class Registry(Generic[T]):
     """Names and what they stand for.
 
     Args:
-        what: the configuration's field that holds such a name.
+        what: the field or argument that holds such a name.
         register: the function by which another package adds one, for messages.
     """
 
@@ -45,6 +46,11 @@ class Registry(Generic[T]):
             raise ConfigurationError(
                 f"{self.what} must be one of {', '.join(map(repr, self._entries))}.",
                 received=f"{self.what}={name!r}",
-                remedy=f"correct the name, or import the package that registers it with {self.register} before",
+                remedy=f"correct the name, import the package that registers it with {self.register}, or upgrade "
+                "loramix if a newer one saved it",
             )
         return entry
+
+    def values(self) -> ValuesView[T]:
+        """The entries, in the order of their registration."""
+        return self._entries.values()

@@ -21,11 +21,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+from loramix._registry import Registry
 from loramix.config.base import PeftConfig
 from loramix.config.folder import find_config
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import ConfigurationError, UnsupportedAdapterError, UnsupportedOperationError
+from loramix.errors import UnsupportedAdapterError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
 from loramix.files.atomic import Writer
 from loramix.files.location import Location
@@ -122,7 +123,8 @@ class MixtureFormat(Format[MixtureCheckpoint]):
         raise self._write_only(location)
 
 
-_FORMATS: dict[str, ExpertFormat | MixtureFormat] = {}
+_EXPERTS = Registry[ExpertFormat]("format", "loramix.formats.register_format")
+_MIXTURES = Registry[MixtureFormat]("format", "loramix.formats.register_format")
 
 
 def register_format(format: ExpertFormat | MixtureFormat) -> None:
@@ -131,13 +133,10 @@ def register_format(format: ExpertFormat | MixtureFormat) -> None:
     Raises:
         ConfigurationError: the name is taken.
     """
-    if format.name in _FORMATS:
-        raise ConfigurationError(
-            "Each format has its own name.",
-            received=f"{format.name!r}, which is {type(_FORMATS[format.name]).__qualname__}",
-            remedy="choose another name",
-        )
-    _FORMATS[format.name] = format
+    if isinstance(format, ExpertFormat):
+        _EXPERTS.add(format.name, format)
+    else:
+        _MIXTURES.add(format.name, format)
 
 
 def format_of(location: Location) -> ExpertFormat | MixtureFormat:
@@ -148,14 +147,16 @@ def format_of(location: Location) -> ExpertFormat | MixtureFormat:
         CorruptCheckpointError: a configuration that cannot be read.
         UnsupportedAdapterError: an adapter in no registered format.
     """
-    for format in _FORMATS.values():
+    formats = [*_EXPERTS.values(), *_MIXTURES.values()]
+    for format in formats:
         if format.matches(location):
             return format
     config = PeftConfig.from_json_file(find_config(location))  # raises an error that says what is there
+    known = ", ".join(repr(format.name) for format in formats)
     raise UnsupportedAdapterError(
         "Adapters are loaded from registered formats.",
         received=f"{str(location)!r}, a {type(config).__name__}",
-        remedy=f"register its format (loramix.formats.register_format); there are {', '.join(map(repr, _FORMATS))}",
+        remedy=f"register its format (loramix.formats.register_format); there are {known}",
     )
 
 
@@ -165,10 +166,7 @@ def expert_format(name: str) -> ExpertFormat:
     Raises:
         ConfigurationError: there is none.
     """
-    format = _FORMATS.get(name)
-    if not isinstance(format, ExpertFormat):
-        raise _no_format(name, "an expert", ExpertFormat)
-    return format
+    return _EXPERTS[name]
 
 
 def mixture_format(name: str) -> MixtureFormat:
@@ -177,16 +175,4 @@ def mixture_format(name: str) -> MixtureFormat:
     Raises:
         ConfigurationError: there is none.
     """
-    format = _FORMATS.get(name)
-    if not isinstance(format, MixtureFormat):
-        raise _no_format(name, "a mixture", MixtureFormat)
-    return format
-
-
-def _no_format(name: str, content: str, kind: type[object]) -> ConfigurationError:
-    names = [known for known, format in _FORMATS.items() if isinstance(format, kind)]
-    return ConfigurationError(
-        f"The format of {content} is one of {', '.join(map(repr, names))}.",
-        received=f"format={name!r}",
-        remedy="leave format= out, or first import the package that registers this format",
-    )
+    return _MIXTURES[name]

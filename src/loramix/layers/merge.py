@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramix.errors import UnsupportedOperationError
+from loramix.experts.base_model import text_config
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import Routing
 from loramix.layers.stack import ExpertStack
@@ -63,7 +64,7 @@ def put(model: PreTrainedModel, merged: Mapping[str, MergedWeights]) -> None:
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
         if tied:
-            model.config.get_text_config().tie_word_embeddings = False
+            text_config(model.config).tie_word_embeddings = False
             model.config.tie_word_embeddings = False
 
 

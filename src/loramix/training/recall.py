@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from loramix.errors import ConfigurationError, UnsupportedOperationError
+from loramix.experts.base_model import text_config
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.stack import ExpertStack
 from loramix.model.build import XLoraModel
@@ -185,7 +186,7 @@ def _dropout(model: XLoraModel, *, experts_count: bool) -> str | None:
     noise = getattr(model.get_input_embeddings(), "neftune_noise_alpha", None)
     if noise:
         return f"noise is added to the embeddings: neftune_noise_alpha={noise}"
-    settings = model.config.get_text_config().to_dict()
+    settings = text_config(model.config).to_dict()
     for name, value in settings.items():  # many models apply dropout as a function, without a module
         elsewhere = name.startswith(("classifier", "summary"))  # heads of other tasks
         if "drop" in name and not elsewhere and isinstance(value, float) and value > 0:

@@ -31,6 +31,7 @@ from loramix.analysis.record.slots import held_before, packed_starts, real_slots
 from loramix.analysis.record.stores import MemorySource, Reservoir, Source, SpillStore, Store
 from loramix.config.checks import require_integer
 from loramix.decoding.requests import Request, request
+from loramix.experts.base_model import text_config
 from loramix.passes.cache import FollowedCache
 from loramix.passes.call import cache_in
 from loramix.passes.hooks import CacheFollower, RouterOutput, RoutingHook, between_graphs
@@ -260,7 +261,7 @@ class Recorder(RoutingHook):
     def _makes_no_cache(self, inputs: Any) -> bool:
         """Whether the forward makes no cache either: only then do positions tell packed texts apart."""
         use = inputs.get("use_cache")
-        return not (getattr(self._model.config.get_text_config(), "use_cache", False) if use is None else use)
+        return not (getattr(text_config(self._model.config), "use_cache", False) if use is None else use)
 
     def _rows_of(self, cache: Any, batch: int, length: int, inputs: Any) -> CacheRows:
         """Where the rows of a forward stand before it."""
