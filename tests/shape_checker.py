@@ -3,7 +3,8 @@
 jaxtyping's own decorator binds the arguments of every call and has them checked twice, arrays in the signature or not:
 that was half of the suite's time. Here beartype checks each argument and each result once, and only a function with
 arrays in its signature has a context for their shapes. The other rules are jaxtyping's: an annotation that cannot be
-resolved at run time is not checked; of a dataclass, `__init__` is.
+resolved at run time is not checked; of a dataclass, `__init__` is. Protocols are left to the type checker: an
+`isinstance` of one is slow, and from Python 3.12 on does not see the buffers of a module.
 """
 
 from __future__ import annotations
@@ -64,11 +65,19 @@ def _resolved(function: Any) -> dict[str, Any]:
     def resolve(name: str, hint: object) -> object:
         alone = types.SimpleNamespace(__annotations__={name: hint})
         try:
-            return typing.get_type_hints(alone, function.__globals__, include_extras=True)[name]
+            found = typing.get_type_hints(alone, function.__globals__, include_extras=True)[name]
+            return Any if _has_protocol(found) else found
         except Exception:  # whatever an annotation raises when it is evaluated
             return Any
 
     return {name: resolve(name, hint) for name, hint in function.__annotations__.items()}
+
+
+def _has_protocol(hint: object) -> bool:
+    if isinstance(hint, list):
+        return any(map(_has_protocol, hint))
+    ours = isinstance(hint, type) and hint.__module__.startswith("loramix.")
+    return (ours and getattr(hint, "_is_protocol", False)) or any(map(_has_protocol, typing.get_args(hint)))
 
 
 def _has_arrays(hint: object) -> bool:

@@ -20,7 +20,10 @@ from loramix.evaluation.ablation import LeaveOneOut
 from support.browser import MISSING, chromium
 from support.records import random_record, record_of
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the report is tested in a browser; missing: {MISSING}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"the report is tested in a browser; missing: {MISSING}"),
+]
 
 EVIL = "</script><script>window.broken=1</script><img src=x onerror='window.broken=2'><!--"
 NAMES = ["math", "<b>code</b>" + EVIL, "prose"]

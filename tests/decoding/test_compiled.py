@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import copy
 import sys
@@ -22,6 +24,7 @@ from transformers import StaticCache
 
 from loramix import XLoraConfig, get_peft_model
 from support.tiny import HIDDEN, llama, tokens
+
 
 layerwise, *folders = sys.argv[1:]
 adapters = {str(number): folder for number, folder in enumerate(folders)}

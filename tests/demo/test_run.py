@@ -28,11 +28,13 @@ def tour(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, str]:
     return result, console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_the_reloaded_mixture_is_the_trained_one(tour: tuple[DemoResult, str]) -> None:
     assert tour[0].reload_is_exact
     assert (tour[0].mixture / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_it_prints_what_it_measured(tour: tuple[DemoResult, str]) -> None:
     result, text = tour
     for column in COLUMNS:
@@ -40,12 +42,14 @@ def test_it_prints_what_it_measured(tour: tuple[DemoResult, str]) -> None:
         assert f"{result.comparison.bits_per_byte[XLORA][column]:.3f}" in text
 
 
+@pytest.mark.slow
 def test_it_writes_for_every_domain(tour: tuple[DemoResult, str]) -> None:
     for domain, written in zip(DOMAINS, tour[0].written, strict=True):
         assert written.title == domain
         assert len(written.tokens) == TINY.tokens
 
 
+@pytest.mark.slow
 def test_it_draws(tour: tuple[DemoResult, str]) -> None:
     assert tour[0].picture is not None
     assert tour[0].picture.is_file()
@@ -53,6 +57,7 @@ def test_it_draws(tour: tuple[DemoResult, str]) -> None:
     assert set(tour[0].domains) == set(DOMAINS)
 
 
+@pytest.mark.slow
 def test_its_result_is_json(tour: tuple[DemoResult, str]) -> None:
     document: dict[str, Any] = json.loads(json.dumps(tour[0].to_dict()))
     assert document["succeeded"] == tour[0].succeeded
@@ -94,11 +99,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(
             run_demo(tmp_path / out, TINY)
 
 
+@pytest.mark.slow
 def test_the_trainer_leaves_nothing_beside_the_mixture(tour: tuple[DemoResult, str]) -> None:
     folder = tour[0].mixture.parent
     assert {path.name for path in folder.iterdir()} == {"mixture", "routing.png"}
 
 
+@pytest.mark.slow
 def test_every_sentence_of_the_verdict_is_a_line_of_its_own(tour: tuple[DemoResult, str]) -> None:
     lines = tour[1].splitlines()
     for text in (MIXED, SWITCHING):

@@ -15,6 +15,8 @@ import pytest
 
 from loramix import __all__ as public_names
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LOADING = {
