@@ -32,7 +32,7 @@ def measure(models: Models, rounds: int) -> list[Measurement]:
 
 
 def _measure(models: Models, new: int, rounds: int) -> Measurement:
-    mixture, texts = models.loramix, dict[str, Tensor]()
+    mixture, texts, reports = models.loramix, dict[str, Tensor](), dict[str, Any]()
     generator = torch.Generator().manual_seed(5)
     text = torch.randint(models.size.vocabulary, (models.size.prompt + new,), generator=generator).tolist()
 
@@ -44,6 +44,7 @@ def _measure(models: Models, new: int, rounds: int) -> Measurement:
             if first:
                 mixture._loramix.measurements.clear()
             texts[name] = write(net, models.prompt, new, logits_processor=[force], **how)
+            reports[name] = mixture.lockstep_report
 
         return Contender(name, call)
 
@@ -54,7 +55,7 @@ def _measure(models: Models, new: int, rounds: int) -> Measurement:
         contender("loramix", mixture),
     ]
     times = interleave(contenders, rounds, warm_ups=2)
-    report = mixture.lockstep_report
+    report = reports["loramix"]
     facts = {
         "new": new,
         "tokens in common": min(in_common(found, texts["two passes"]) for found in texts.values()),
