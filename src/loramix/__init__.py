@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loramix._lazy import loaded_at_first_use
+from loramix._versions import check_versions
 
 if TYPE_CHECKING:
     from loramix.config.base import PeftConfig, PeftType, TaskType
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         TrainingError,
         UnsupportedAdapterError,
         UnsupportedOperationError,
+        VersionError,
     )
     from loramix.layers.layer import XLoraLayer
     from loramix.model.auto import (
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from loramix.routers.classifier import XLoraClassifier
 
 __version__ = "0.1.0"
+
+check_versions()
 
 __all__ = [
     "AdapterError",
@@ -79,6 +83,7 @@ __all__ = [
     "TwoPassCache",
     "UnsupportedAdapterError",
     "UnsupportedOperationError",
+    "VersionError",
     "XLoraClassifier",
     "XLoraConfig",
     "XLoraLayer",

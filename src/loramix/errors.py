@@ -16,10 +16,13 @@ LoramixError
 ├── DataError (ValueError)                       text to train on or to evaluate with
 ├── TrainingError (RuntimeError)                 a training that cannot go on
 ├── CacheError (ValueError)                      a key-value cache that this mixture did not fill
-└── UnsupportedOperationError (NotImplementedError)  a call that has no meaning for a mixture
+├── UnsupportedOperationError (NotImplementedError)  a call that has no meaning for a mixture
+└── VersionError (ImportError)                   an installed torch or transformers that is too old
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 
 class LoramixError(Exception):
@@ -31,8 +34,10 @@ class LoramixError(Exception):
         remedy: what to change or to type.
     """
 
+    _separator: ClassVar[str] = "\n  "
+
     def __init__(self, rule: str, *, received: str, remedy: str) -> None:
-        super().__init__(f"{rule}\n  received: {received}\n  remedy: {remedy}")
+        super().__init__(self._separator.join((rule, f"received: {received}", f"remedy: {remedy}")))
         self.rule = rule
         self.received = received
         self.remedy = remedy
@@ -107,3 +112,9 @@ class CacheError(LoramixError, ValueError):
 
 class UnsupportedOperationError(LoramixError, NotImplementedError):
     """A call that has no meaning for a mixture."""
+
+
+class VersionError(LoramixError, ImportError):
+    """An installed torch or transformers that is too old; its message is one line."""
+
+    _separator = " "

@@ -15,12 +15,15 @@ from loramix.decoding.eligibility import MODELS
 from support.generation import DRAFTED, generated, report_of
 from support.mixtures import mixture
 from support.tiny import gpt2, save_expert, save_experts, tokens
+from support.versions import is_older
 
 LONG = 12
 
 
 @pytest.mark.parametrize("mode", DRAFTED)
 def test_the_tokens_are_those_of_two_passes(mode: str, drafts: Any) -> None:
+    if mode == "in chunks" and drafts.config.model_type == "gemma3_text" and is_older(5, 8):
+        pytest.skip("transformers before 5.8: windows of attention are wrong where a prompt is read in chunks")
     inputs = DRAFTED[mode]() | {"max_new_tokens": LONG}
     expected = generated(drafts, lockstep=False, **inputs)
     assert report_of(drafts).tokens == 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from support.generation import NEW, PADDING, generated, ids_with_padding, recomputed
 from support.tiny import gemma3, llama, save_expert, tokens
+from support.versions import is_older
 
 MODES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "greedy": lambda _: {"input_ids": tokens()},
@@ -44,6 +45,8 @@ MODES: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_cached_equals_recomputed(model: Any, base: Any, mode: str) -> None:
+    if mode == "prompt lookup" and is_older(5, 18):
+        pytest.skip("transformers before 5.18: prompt lookup needs an end token")
     inputs = MODES[mode](base)
     found = generated(model, **inputs)
     assert found.shape[1] in (NEW, NEW + inputs.get("input_ids", tokens()).shape[1])

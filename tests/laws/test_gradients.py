@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from loramix._compat import CHECKPOINTING, enable_checkpointing
 from loramix.errors import ConfigurationError
 from loramix.formats import load_adapter
 from loramix.layers.functional import lora_mixture_reference
@@ -149,7 +150,7 @@ def test_backward_keeps_the_low_rank_activation_of_a_layer_and_computes_nothing_
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_checkpointing_recomputes_and_gives_equal_gradients(architecture: str, experts: Experts) -> None:
     stored, checkpointed = (trained_mixture(experts, architecture) for _ in range(2))
-    checkpointed.activation_checkpointing_enable()
+    enable_checkpointing(checkpointed)
     calls = [count_calls(model) for model in (stored, checkpointed)]
     for model in (stored, checkpointed):
         loss_of(model(tokens()).logits).backward()
@@ -159,7 +160,7 @@ def test_checkpointing_recomputes_and_gives_equal_gradients(architecture: str, e
 
 def test_two_forwards_before_one_backward_recompute_each_with_its_own_routing(experts: Experts) -> None:
     stored, checkpointed = (trained_mixture(experts) for _ in range(2))
-    checkpointed.activation_checkpointing_enable()
+    enable_checkpointing(checkpointed)
     for model in (stored, checkpointed):
         first, second = (loss_of(model(tokens(seed=seed)).logits) for seed in (1, 5))
         (first + 2 * second).backward()
@@ -168,7 +169,7 @@ def test_two_forwards_before_one_backward_recompute_each_with_its_own_routing(ex
 
 def test_a_backward_in_another_thread_recomputes_with_the_routing_of_the_forward(experts: Experts) -> None:
     stored, checkpointed = (trained_mixture(experts) for _ in range(2))
-    checkpointed.activation_checkpointing_enable()
+    enable_checkpointing(checkpointed)
     for model in (stored, checkpointed):
         loss = loss_of(model(tokens()).logits)
         thread = threading.Thread(target=loss.backward)
@@ -179,7 +180,7 @@ def test_a_backward_in_another_thread_recomputes_with_the_routing_of_the_forward
 
 def test_checkpointing_under_fixed_scalings_survives_the_end_of_their_context(experts: Experts) -> None:
     stored, checkpointed = (trained_mixture(experts) for _ in range(2))
-    checkpointed.activation_checkpointing_enable()
+    enable_checkpointing(checkpointed)
     for model in (stored, checkpointed):
         with model.fixed_scalings([0.2, 0.3, 0.5]):
             loss = loss_of(model(tokens()).logits)
@@ -190,7 +191,7 @@ def test_checkpointing_under_fixed_scalings_survives_the_end_of_their_context(ex
 def test_checkpointing_can_be_switched_on_before_the_mixture_is_built(experts: Experts) -> None:
     """As `prepare_model_for_kbit_training` does."""
     base = llama()
-    base.activation_checkpointing_enable()
+    enable_checkpointing(base)
     early = trained_mixture(experts, base=base)
     stored = trained_mixture(experts)
     for model in (stored, early):
@@ -200,7 +201,7 @@ def test_checkpointing_can_be_switched_on_before_the_mixture_is_built(experts: E
 
 def test_a_base_model_with_reentrant_checkpointing_is_refused(experts: Experts) -> None:
     base = llama()
-    base.activation_checkpointing_enable({"use_reentrant": True})
+    enable_checkpointing(base, use_reentrant=True)
     with pytest.raises(ConfigurationError, match="use_reentrant"):
         mixture(experts("llama"), base=base)
     assert type(base) is type(llama())
@@ -209,9 +210,9 @@ def test_a_base_model_with_reentrant_checkpointing_is_refused(experts: Experts) 
 def test_reentrant_checkpointing_is_refused(experts: Experts) -> None:
     model = trained_mixture(experts)
     with pytest.raises(ConfigurationError, match="use_reentrant"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    model.activation_checkpointing_disable()
+        enable_checkpointing(model, use_reentrant=True)
+    enable_checkpointing(model, use_reentrant=False)
+    getattr(model, f"{CHECKPOINTING}_disable")()
     calls = count_calls(model)
     loss_of(model(tokens()).logits).backward()
     assert len(calls) == 2

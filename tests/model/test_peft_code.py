@@ -32,6 +32,7 @@ from loramix import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from loramix._compat import is_checkpointing
 from support.mixtures import logits_of
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import llama, tokens
@@ -242,9 +243,9 @@ def test_a_model_prepared_for_kbit_training_trains_its_router(adapters: Adapters
     assert prepared is base
     assert not any(parameter.requires_grad for parameter in base.parameters())
     assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
-    assert base.is_activation_checkpointing
+    assert is_checkpointing(base)
     plain: Any = prepare_model_for_kbit_training(llama(), use_gradient_checkpointing=False)
-    assert not plain.is_activation_checkpointing
+    assert not is_checkpointing(plain)
     model: Any = get_peft_model(llama(), XLoraConfig(hidden_size=64, adapters=adapters(2))).train()
     expected = gradients(model)
     prepared = prepare_model_for_kbit_training(llama())

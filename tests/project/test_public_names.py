@@ -42,6 +42,7 @@ PUBLIC = {
     "TwoPassCache": "passes.cache",
     "UnsupportedAdapterError": "errors",
     "UnsupportedOperationError": "errors",
+    "VersionError": "errors",
     "XLoraClassifier": "routers.classifier",
     "XLoraConfig": "config.xlora",
     "XLoraLayer": "layers.layer",

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import loramix
 from loramix import ConfigurationError, PeftModel, XLoraConfig, get_peft_model
+from loramix._compat import enable_checkpointing
 from loramix.analysis import record_routing
 from loramix.layers.slot import current
 from loramix.passes.hooks import RouterOutput, RoutingHook
@@ -129,7 +130,7 @@ def test_checkpointed_gradients_are_the_same(architecture: str, experts: Experts
         model = mixture(experts(architecture), ARCHITECTURES[architecture](), use_trainable_adapters=True)
         attach(model, Loss())
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         torch.manual_seed(5)
         model.train()
         model(tokens(), labels=tokens()).loss.backward()

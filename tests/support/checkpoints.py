@@ -61,7 +61,9 @@ def edit_tensors(folder, change):
     path = folder / "adapter_model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    save_file({key: tensor.clone() for key, tensor in change(load_file(path)).items()}, path, metadata)
+    changed = {key: tensor.clone() for key, tensor in change(load_file(path)).items()}
+    path.unlink()  # an expert that was read before may still map it
+    save_file(changed, path, metadata)
 
 
 def same_expert(one, two):

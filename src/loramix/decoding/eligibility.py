@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from loramix._compat import CACHE
 from loramix.decoding.choice import Choice
 from loramix.decoding.strategies import Sequential
+from loramix.experts.base_model import text_config
 from loramix.passes.cache import TwoPassCache
 from loramix.passes.state import MixtureState
 
@@ -25,7 +27,10 @@ MODELS = frozenset(
     }
 )
 INPUTS = frozenset(
-    {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+    {
+        *("input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict"),
+        *("logits_to_keep", "cache_position"),  # transformers before 5.4 counts its slots there: those of the cache
+    }
 )
 ATTENTION = frozenset({"full_attention", "sliding_attention"})
 
@@ -42,7 +47,7 @@ def why_not_this_generation(
         generation_config: transformers', complete.
         cache: the one that the generation will fill.
     """
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     settings = str(getattr(config, "rope_parameters", None)) + str(getattr(config, "rope_scaling", None))
     reasons = {
         "it was not wanted": isinstance(choice, Sequential) and mixture.fixed_after is None,
@@ -73,7 +78,7 @@ def why_not_this_token(model: Any, mixture: MixtureState, inputs: Mapping[str, A
         mixture: its state.
         inputs: the arguments of its forward.
     """
-    cache, positions = inputs["past_key_values"], inputs.get("position_ids")
+    cache, positions = inputs[CACHE], inputs.get("position_ids")
     unknown = sorted(name for name, value in inputs.items() if value is not None and name not in INPUTS)
     if unknown:
         return f"the model is given {', '.join(unknown)}"
@@ -84,7 +89,7 @@ def why_not_this_token(model: Any, mixture: MixtureState, inputs: Mapping[str, A
     kinds = {type(layer) for half in (cache, cache.base) for layer in half.layers}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return f"the cache is made of {', '.join(sorted(kind.__name__ for kind in kinds))}"
-    expected = _is_sliding(model.config.get_text_config(), len(cache.layers))
+    expected = _is_sliding(text_config(model.config), len(cache.layers))
     if [isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers] != expected:
         return "the cache does not know the windows of the model's attention"
     return None

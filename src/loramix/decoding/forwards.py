@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loramix._compat import CACHE
 from loramix.decoding.row_cache import Rows, Write
 from loramix.decoding.state import DecodingState, Step
 from loramix.decoding.window import Window
@@ -133,9 +134,9 @@ class Forwards:
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=store.masks(self.model.dtype, ids.device),
-                past_key_values=store,
                 use_cache=True,
                 return_dict=True,
+                **{CACHE: store},
             )
         report.forwards += 1
         report.row_forwards += ids.numel()

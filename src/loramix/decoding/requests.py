@@ -29,6 +29,7 @@ class Request:
         models: the states of the models whose calls are under way, each within the one before.
         drafts: whether its model is among the outer ones: then it drafts for the outer call, as an assistant.
         scoring: whether its logits processors are running: a forward that they make is of other texts.
+        cache: the one that the user passed in, and may look at afterwards.
     """
 
     choice: Choice = AUTOMATIC
@@ -38,6 +39,7 @@ class Request:
     models: tuple[MixtureState, ...] = ()
     drafts: bool = False
     scoring: bool = False
+    cache: object = None
 
 
 class RequestProcessors(LogitsProcessorList):
@@ -119,10 +121,11 @@ def no_session() -> Generator[None]:
 
 
 @contextmanager
-def new_request(choice: Choice, mixture: MixtureState) -> Generator[Request]:
+def new_request(choice: Choice, mixture: MixtureState, cache: object = None) -> Generator[Request]:
     """Inside, in this thread, a model's `generate` runs."""
     outer = _current.request
-    call = Request(choice, running=True, models=(*outer.models, mixture), drafts=mixture in outer.models)
+    models = (*outer.models, mixture)
+    call = Request(choice, running=True, models=models, drafts=mixture in outer.models, cache=cache)
     _current.request = call
     try:
         yield call

@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from loramix._compat import UnboundedCacheLayer
 from loramix.passes.cache import TwoPassCache
 
 CHUNK = 64  # slots by which a store grows at least; one in eight where it is long
@@ -58,7 +59,7 @@ class Plan:
         return layer.offset if layer.window is None else max(layer.offset, slot - layer.window + 1)
 
 
-class RowLayer(CacheLayerMixin):
+class RowLayer(UnboundedCacheLayer):
     """Keys and values of one block for all 2 B rows, grown in chunks and written in place.
 
     Args:
@@ -66,8 +67,6 @@ class RowLayer(CacheLayerMixin):
         mixed: the mixture pass's.
         plan: the store's.
     """
-
-    is_compileable = False
 
     def __init__(self, base: DynamicLayer, mixed: DynamicLayer, plan: Plan) -> None:
         super().__init__()
@@ -129,12 +128,9 @@ class RowLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.plan.stop - self.plan.tokens
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def mask_sizes(self) -> tuple[int, int]:
         start = self.plan.start(self)
         return self.plan.stop - start, start
-
-    def get_max_length(self) -> int:
-        return -1
 
     def hand_back(self, length: int) -> None:
         """Give the passes' own caches what they would hold had they been filled all along."""

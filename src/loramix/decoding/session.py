@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loramix._compat import CACHE
 from loramix.decoding.acceptance import SCALING_PASS, TEXT
 from loramix.decoding.choice import Automatic, Choice
 from loramix.decoding.eligibility import why_not_this_token
@@ -74,7 +75,7 @@ class Session:
             inputs: its arguments.
         """
         ids = inputs.get("input_ids")
-        if inputs.get("past_key_values") is not self.cache or not isinstance(ids, Tensor):
+        if inputs.get(CACHE) is not self.cache or not isinstance(ids, Tensor):
             return None
         switched = self._decoder is not None and self.mixture.single_pass() is not None
         if switched or ids.shape[1:] != (1,):
@@ -86,7 +87,7 @@ class Session:
             return None
         step = Step(call, inputs, ids, inputs["position_ids"].expand(len(ids), -1))
         out = self._decoder.step(step, self.ends)
-        out.past_key_values = self.cache
+        setattr(out, CACHE, self.cache)
         return out
 
     def end(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramix import formats
+from loramix._compat import enable_checkpointing
 from loramix.config.base import PeftConfig
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
@@ -198,7 +199,7 @@ def prepare_model_for_kbit_training(
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        enable_checkpointing(model, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
     return model
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from loramix._compat import CACHE, generation_cache
 from loramix.decoding.choice import Automatic, Choice, LockstepArgument, parse
 from loramix.decoding.eligibility import why_not_this_generation
 from loramix.decoding.report import LockstepReport
@@ -23,6 +24,7 @@ from loramix.decoding.session import Session
 from loramix.decoding.strategies import Sequential
 from loramix.errors import UnsupportedOperationError
 from loramix.model.peft_methods import MixtureMethods
+from loramix.passes.call import cache_in
 
 
 class LockstepMethods(MixtureMethods):
@@ -58,7 +60,7 @@ class LockstepMethods(MixtureMethods):
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         settings = given or cast(Any, self).generation_config
         choice = _choice(settings, parse(lockstep))
-        with new_request(choice, self._loramix) as call:
+        with new_request(choice, self._loramix, cache_in(kwargs)) as call:
             try:
                 out = super().generate(*args, **kwargs)  # pyright: ignore
             finally:
@@ -97,14 +99,17 @@ class LockstepMethods(MixtureMethods):
 
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         kwargs["stopping_criteria"] = RequestCriteria(kwargs["stopping_criteria"], request())
-        call, mixture, cache = super()._sample, self._loramix, kwargs.get("past_key_values")  # pyright: ignore
+        call, mixture = super()._sample, self._loramix  # pyright: ignore
+        cache = generation_cache(cast(Any, self), generation_config, kwargs.get(CACHE))
+        if cache is not None:
+            kwargs[CACHE] = cache
         choice = _choice(generation_config, request().choice)
         reason = why_not_this_generation(self, mixture, choice, generation_config, cache)
         if reason is not None:
             request().report = LockstepReport(reason=reason)
             with no_session():
                 return call(input_ids, *args, generation_config=generation_config, **kwargs)
-        seen = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        seen = generation_config.return_dict_in_generate or cache is request().cache
         seen = seen or mixture.hooks or mixture.log.enabled
         ends = None if seen else getattr(generation_config, "_eos_token_tensor", None)
         longest = getattr(generation_config, "max_length", None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from loramix._compat import finish_reset
 from loramix.errors import CacheError
 from loramix.passes.hooks import CacheFollower
 
@@ -31,13 +32,16 @@ class FollowedCache(Cache):
 
     def reset(self) -> None:
         super().reset()
+        finish_reset(self)
         for follower in self.followers:
             follower.emptied()
 
     def crop(self, tokens_to_remove: int) -> None:
+        """The base class's: less than 0 tokens to remove; before transformers 5.14 also the length to keep."""
+        before = tokens_in(self)
         super().crop(tokens_to_remove)
         for follower in self.followers:
-            follower.cropped(-tokens_to_remove)
+            follower.cropped(int(before - tokens_in(self)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
@@ -83,20 +87,26 @@ class TwoPassCache(FollowedCache):
     torn: bool
 
     @staticmethod
-    def pair(mixed: Cache, base: Cache, owner: str) -> TwoPassCache:
-        """Make `mixed` a two-pass cache, in place, with `base` as its twin."""
+    def pair(mixed: Any, base: Any, owner: str) -> TwoPassCache:
+        """Make `mixed` a two-pass cache, in place, with `base` as its twin.
+
+        Raises:
+            CacheError: it is none of transformers' `Cache`, as Mamba's was before transformers 5.5.
+        """
+        _check_kind(mixed)
         mixed.__class__ = _subclass(TwoPassCache, type(mixed))
         mixed.__dict__.update(base=base, owner=owner, torn=False)
         assert isinstance(mixed, TwoPassCache)
         return mixed
 
     @staticmethod
-    def adopt(cache: Cache, owner: str) -> TwoPassCache:
+    def adopt(cache: Any, owner: str) -> TwoPassCache:
         """`cache` itself as this mixture's two-pass cache; an empty one gains its twin now.
 
         Raises:
-            CacheError: it was filled by another model, or its two halves have come apart.
+            CacheError: it was filled by another model, its two halves have come apart, or it is of another kind.
         """
+        _check_kind(cache)
         if isinstance(cache, TwoPassCache) and cache.owner != owner and cache.is_empty:
             cache.owner = owner
         if not isinstance(cache, TwoPassCache):
@@ -106,11 +116,12 @@ class TwoPassCache(FollowedCache):
         if cache.owner != owner:
             raise _foreign("a cache that another mixture filled")
         if cache.torn or _lengths_differ(cache):
+            mixed, base = tokens_in(cache), tokens_in(cache.base)
             raise CacheError(
                 "Both halves of a two-pass cache hold the same tokens.",
                 received="a cache that an interrupted forward left half filled"
                 if cache.torn
-                else f"{tokens_in(cache)} tokens of the mixture pass, {tokens_in(cache.base)} of the scaling pass",
+                else f"{int(mixed)} tokens of the mixture pass, {int(base)} of the scaling pass",
                 remedy="reset() it or pass an empty one, and change it through its own methods, not through its layers",
             )
         return cache
@@ -135,6 +146,7 @@ class TwoPassCache(FollowedCache):
     def reset(self) -> None:
         super().reset()
         self.base.reset()
+        finish_reset(self.base)
         self.torn = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -181,6 +193,15 @@ def tokens_in(cache: Cache) -> int | Tensor:
         return int(cache.has_previous_state())
 
 
+def _check_kind(cache: object) -> None:
+    if not isinstance(cache, Cache):
+        raise CacheError(
+            "A mixture's two passes share one cache object, of transformers' class Cache.",
+            received=f"a {type(cache).__name__}",
+            remedy="pass use_cache=False, or install a newer transformers: pip install -U transformers",
+        )
+
+
 def _foreign(received: str) -> CacheError:
     return CacheError(
         "A mixture continues only what it has read itself.",
@@ -189,7 +210,7 @@ def _foreign(received: str) -> CacheError:
     )
 
 
-def refuse_two_pass_cache(cache: Cache | None) -> None:
+def refuse_two_pass_cache(cache: Any) -> None:
     """Refuse a cache of two passes where only one is made; an empty one becomes plain.
 
     Raises:

@@ -10,9 +10,12 @@ from typing import Any
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from loramix._compat import CACHE
 from loramix.passes.hooks import EXPERT_IDS
 
-CACHES = ("past_key_values", "cache_params")  # what models call the cache among the arguments and in the output
+CACHES = tuple(dict.fromkeys(("past_key_values", "cache_params", CACHE)))
+"""What models of this transformers call the cache among the arguments and in the output; before 5.24, `cache` is what
+continuous batching hands to the attention."""
 _QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
@@ -36,12 +39,16 @@ class ForwardSignature:
         parameters = inspect.signature(forward).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         quiet = {name: value for name, value in _QUIET.items() if takes_any or name in parameters}
-        cache = next((name for name in CACHES if name in parameters), CACHES[0])
+        cache = next((name for name in CACHES if name in parameters), CACHE)
         return ForwardSignature(tuple(parameters)[1:], cache, quiet)
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a call by name."""
-        return kwargs | dict(zip(self.names, args, strict=False))
+        """All arguments of a call by name; the cache by the model's own name, whichever it was given by."""
+        named = kwargs | dict(zip(self.names, args, strict=False))
+        for name in CACHES:  # a name that the model no longer has: its own forward renames it as well
+            if name not in self.names and named.get(name) is not None and named.get(self.cache) is None:
+                named[self.cache] = named.pop(name)
+        return named
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from loramix.layers.routing import LayerRouting
 from loramix.layers.slot import routed
@@ -27,7 +28,7 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
     """
     refuse_two_pass_cache(call.cache)
     state.check_settings()
-    if state.hooks and call.cache is not None:
+    if state.hooks and isinstance(call.cache, Cache):
         follow(call.cache)
     router = state.router
     assert isinstance(router, LayerRouter)

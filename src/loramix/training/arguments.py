@@ -8,16 +8,12 @@ from typing import Any
 
 import torch
 
+from loramix._compat import CHECKPOINTING, checkpointing_arguments
 from loramix.errors import ConfigurationError
 from loramix.evaluation.passages import window_size
 from loramix.experts.base_model import positions_of
 from loramix.files.base_models import one_line
 from loramix.training.settings import check_keys
-
-_RENAMED = {  # transformers' old names
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
 
 
 def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any) -> Any:
@@ -35,9 +31,11 @@ def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any)
 
     positions = positions_of(base_config)
     longest = window_size(base_config)
-    check_keys(trainer, [entry.name for entry in fields(SFTConfig)], "trainer")
+    known = {entry.name for entry in fields(SFTConfig)}
+    trainer = checkpointing_arguments(trainer)
+    check_keys(trainer, sorted(known), "trainer")
     defaults = {
-        "activation_checkpointing": False,
+        CHECKPOINTING: False,
         "bf16": False,
         "report_to": "none",
         "remove_unused_columns": False,
@@ -45,16 +43,12 @@ def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any)
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
-    known = {entry.name for entry in fields(SFTConfig)}
-    given: dict[str, Any] = {name: value for name, value in defaults.items() if name in known} | dict(trainer)
-    for old, new in _RENAMED.items():
-        if old in trainer:
-            given[new] = given.pop(old)
+    given: dict[str, Any] = {name: value for name, value in defaults.items() if name in known} | trainer
     _refuse_wrong_types(given, SFTConfig)
-    if (given.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
+    if (given.get(f"{CHECKPOINTING}_kwargs") or {}).get("use_reentrant"):
         raise ConfigurationError(
             "A mixture checkpoints gradients without re-entering autograd.",
-            received="trainer.activation_checkpointing_kwargs with use_reentrant: true",
+            received=f"trainer.{CHECKPOINTING}_kwargs with use_reentrant: true",
             remedy="Leave it out.",
         )
     length = given["max_length"]
@@ -69,7 +63,7 @@ def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigurationError(
             "trainer holds arguments that TRL's SFTConfig takes.",
-            received=f"{dict(trainer)!r}: {one_line(error)}",
+            received=f"{trainer!r}: {one_line(error)}",
             remedy="Correct them; https://huggingface.co/docs/trl/sft_trainer lists them.",
         ) from error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from loramix._compat import CHECKPOINTING
 from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter
 from loramix.training.data import Row, pieces
@@ -91,7 +92,7 @@ def make_plan(
         sizes,
         tokens=batch * longest,
         experts_train=config.use_trainable_adapters,
-        checkpointing=arguments.activation_checkpointing or arguments.gradient_checkpointing,
+        checkpointing=getattr(arguments, CHECKPOINTING),
     )
     steps = arguments.max_steps if arguments.max_steps > 0 else None
     if steps is None and not arguments.packing:

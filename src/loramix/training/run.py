@@ -135,7 +135,7 @@ def build_trainer(
         )
     except LoramixError:
         raise
-    except (ValueError, TypeError, KeyError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigurationError(
             "TRL's SFTTrainer takes the trainer's arguments, for this tokenizer and this data.",
             received=one_line(error),

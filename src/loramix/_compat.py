@@ -1,0 +1,93 @@
+"""What differs between the versions of transformers that loramix runs on; nothing else in loramix asks for a version.
+
+Each difference says which version brought it, and tests/project/test_compat.py holds both sides. The versions
+themselves are checked in `loramix._versions`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from loramix._versions import release_of
+
+
+class UnboundedCacheLayer(CacheLayerMixin):
+    """A layer of a key-value cache that grows as it is filled.
+
+    transformers 5.13 renamed `get_max_cache_shape`, which is abstract, to `get_max_length`.
+    """
+
+    is_compileable = False
+
+    @abstractmethod
+    def mask_sizes(self) -> tuple[int, int]:
+        """How many slots the next forward sees, and the first of them."""
+
+    def get_mask_sizes(self, query_length: object) -> tuple[int, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`mask_sizes`; given the number of the queries, and before transformers 5.4 their slots."""
+        return self.mask_sizes()
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+def generation_cache(model: Any, generation_config: Any, cache: Cache | None) -> Cache | None:
+    """The cache that a generation fills; transformers 5.0, and no other, leaves the default one to the forward.
+
+    Args:
+        model: what generates.
+        generation_config: complete.
+        cache: the one that `generate` has prepared, if any.
+    """
+    left_out = (
+        release_of(transformers.__version__) < (5, 1) and cache is None and generation_config.use_cache is not False
+    )
+    if left_out and model._supports_default_dynamic_cache():
+        return DynamicCache(config=model.config.get_text_config(decoder=True))
+    return cache
+
+
+def finish_reset(cache: Cache) -> None:
+    """Drop what growing layers still hold after `cache.reset()`: before transformers 5.18 zeros, as many as before."""
+    for layer in getattr(cache, "layers", ()):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+
+CACHE = "past_key_values" if release_of(transformers.__version__) < (5, 24) else "cache"
+"""What the key-value cache is called among a model's arguments and in its output; renamed in transformers 5.24."""
+
+_OLD, _NEW = "gradient_checkpointing", "activation_checkpointing"
+CHECKPOINTING = _NEW if hasattr(PreTrainedModel, f"{_NEW}_enable") else _OLD
+"""What gradient checkpointing is called, in models and in training arguments: transformers 5.23 renamed it."""
+
+
+def enable_checkpointing(model: PreTrainedModel, **options: Any) -> None:
+    """Switch gradient checkpointing on.
+
+    Args:
+        model: any model of transformers.
+        **options: for `torch.utils.checkpoint`; `use_reentrant` for instance.
+    """
+    getattr(model, f"{CHECKPOINTING}_enable")(options)
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on in any part of the model."""
+    return bool(getattr(model, f"is_{CHECKPOINTING}"))
+
+
+def checkpointing_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments in which gradient checkpointing has its present name, whichever it was given by."""
+    names = {f"{known}{end}": f"{CHECKPOINTING}{end}" for known in (_OLD, _NEW) for end in ("", "_kwargs")}
+    return {names.get(name, name): value for name, value in arguments.items()}
