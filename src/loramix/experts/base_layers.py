@@ -6,6 +6,7 @@ Only sizes are read, never `weight.shape`, so that quantised layers work.
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def device_of(layer: nn.Module) -> torch.device:
     """The device of a layer's tensors; the CPU if it has none."""
-    return next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+    return next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), torch.device("cpu"))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

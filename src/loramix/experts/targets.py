@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError
-from loramix.experts.base_layers import kind_of
+from loramix.experts.base_layers import Kind, kind_of
 
 ALL_LINEAR = "all-linear"
 
@@ -64,20 +65,25 @@ def _block_index(layers_pattern: list[str] | str | None, path: str) -> int | Non
     return next((int(match[match.re.groups]) for match in found if match), None)
 
 
-def targeted(model: PreTrainedModel, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+def adaptable(modules: Mapping[str, nn.Module]) -> dict[str, Kind]:
+    """The kinds of the modules that experts can adapt, by path."""
+    return {path: kind for path, module in modules.items() if (kind := kind_of(module)) is not None}
+
+
+def targeted(modules: Mapping[str, nn.Module], kinds: Mapping[str, Kind], config: LoraConfig) -> list[str]:
     """The paths of the modules that `target_modules` matches and experts can adapt.
 
     "all-linear" matches every linear layer but the head's; None matches nothing.
 
     Args:
-        model: the base model.
-        modules: its modules by path.
+        modules: the base model's modules by path.
+        kinds: those that experts can adapt, by `adaptable`.
         config: the expert's configuration.
     """
     if config.target_modules == ALL_LINEAR:
-        linear = [path for path, module in modules.items() if kind_of(module) == "linear"]
-        return [path for path in linear if not in_head(model, path) and not is_excluded(config, path)]
-    return [path for path, module in modules.items() if kind_of(module) is not None and is_target(config, path)]
+        linear = [path for path, kind in kinds.items() if kind == "linear"]
+        return [path for path in linear if not in_head(modules, path) and not is_excluded(config, path)]
+    return [path for path in kinds if is_target(config, path)]
 
 
 def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
@@ -86,7 +92,8 @@ def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     Raises:
         ConfigurationError: `target_modules` is missing, or matches no module of this model.
     """
-    paths = targeted(model, dict(model.named_modules()), config)
+    modules = dict(model.named_modules())
+    paths = targeted(modules, adaptable(modules), config)
     if not paths:
         raise ConfigurationError(
             "target_modules names at least one module of the base model.",
@@ -96,15 +103,20 @@ def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     return paths
 
 
-def carrier_path(model: PreTrainedModel, path: str) -> str:
-    """The path of the nearest `PreTrainedModel` above a module: the part of the model that runs the passes for it."""
+def carrier_path(modules: Mapping[str, nn.Module], path: str) -> str:
+    """The path of the nearest `PreTrainedModel` above a module: the part of the model that runs the passes for it.
+
+    Args:
+        modules: the base model's modules by path; the model itself at "".
+        path: the module's.
+    """
     while path:
         path = path.rpartition(".")[0]
-        if isinstance(model.get_submodule(path), PreTrainedModel):
+        if isinstance(modules[path], PreTrainedModel):
             return path
     return path
 
 
-def in_head(model: PreTrainedModel, path: str) -> bool:
-    """Whether a module belongs to the model's head, which runs after the passes."""
-    return carrier_path(model, path) == "" and model.base_model is not model
+def in_head(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether a module belongs to the model's head, which runs after the passes; arguments as for `carrier_path`."""
+    return carrier_path(modules, path) == "" and cast(PreTrainedModel, modules[""]).base_model is not modules[""]

@@ -1,7 +1,16 @@
-"""Files of tensors: safetensors, read and written; PyTorch pickles, read without executing code in them."""
+"""Files of tensors: safetensors, read and written; PyTorch pickles, read without executing code in them.
+
+Files that loramix writes say so in their metadata, which PEFT does not look at:
+
+    writer           "loramix"
+    loramix_version  the version that wrote the file
+    loramix_format   `FORMAT`: raised when a file is written that an older loramix would misread
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,10 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from loramix.errors import CorruptCheckpointError, SaveError
+from loramix import __version__
+from loramix.errors import CheckpointError, CorruptCheckpointError, SaveError
 
 WRITER = "loramix"
+FORMAT = 1
 _LFS_POINTER = b"version https://git-lfs"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OURS = {"format": "pt", "writer": WRITER, "loramix_version": __version__, "loramix_format": str(FORMAT)}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -23,13 +36,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         CorruptCheckpointError: an empty or truncated file, a Git LFS pointer, or other content than named tensors.
+        CheckpointError: a file of a newer loramix, in a format that this one does not know.
     """
     try:
         start = _start_of(path)
         if not start or start == _LFS_POINTER:
             raise _corrupt(path, "an empty file" if not start else "a Git LFS pointer instead of the file")
         return _read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
-    except CorruptCheckpointError:
+    except CheckpointError:
         raise
     # For a damaged file, torch.load raises exceptions of nearly any class.
     except Exception as error:
@@ -38,7 +52,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds an infinite number or NaN."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(_is_finite(tensor) for tensor in tensors)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A finite sum has finite terms, and is one pass over them; a sum may also overflow."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
@@ -56,7 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) ->
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(_own_storages(tensors), path, metadata=metadata | {"format": "pt", "writer": WRITER})
+        save_file(_own_storages(tensors), path, metadata=metadata | _OURS)
     except SafetensorError as error:
         raise OSError(str(error)) from error
     path.chmod(mode)  # safetensors makes the file readable for its owner only
@@ -82,8 +101,38 @@ def _start_of(path: Path) -> bytes:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor as a view of one memory map: safetensors checks the file, and makes what is of a rarer dtype.
+
+    Source: the format's description, https://github.com/huggingface/safetensors#format.
+    """
     with _open(path) as file:
-        return {key: file.get_tensor(key) for key in cast("list[str]", file.keys())}
+        _check_format(path, cast("dict[str, str] | None", file.metadata()) or {})
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header: dict[str, Any] = json.loads(raw.read(length))
+        header.pop("__metadata__", None)
+        storage = torch.UntypedStorage.from_file(os.fspath(path), False, path.stat().st_size)
+        found: dict[str, Tensor] = {}
+        for key, entry in header.items():
+            dtype = _DTYPES.get(entry["dtype"])
+            start = 8 + length + entry["data_offsets"][0]
+            if dtype is None or start % dtype.itemsize:
+                found[key] = file.get_tensor(key)
+            else:
+                empty: Any = torch.empty(0, dtype=dtype)
+                found[key] = empty.set_(storage, start // dtype.itemsize, entry["shape"])
+    return found
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    saved = metadata.get("loramix_format", "0")
+    if metadata.get("writer") == WRITER and saved.isdecimal() and int(saved) > FORMAT:
+        version = metadata.get("loramix_version", "newer than this one")
+        raise CheckpointError(
+            f"loramix {__version__} reads files up to format {FORMAT} of loramix.",
+            received=f"{path}: format {saved}, saved by loramix {version}",
+            remedy=f'pip install "loramix>={version}"',
+        )
 
 
 def _open(path: Path) -> Any:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights
-from loramix.experts.base_layers import device_of, expected_shapes, kind_of, refuse_module
-from loramix.experts.targets import carrier_path, in_head, targeted
+from loramix.experts.base_layers import Kind, device_of, expected_shapes, kind_of, refuse_module
+from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.layers.layer import XLoraLayer, adapted_layer
 from loramix.layers.stack import LayerExpert
 
@@ -43,8 +43,9 @@ def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
         UnsupportedAdapterError: an expert that reaches into a layer that no mixture can adapt.
     """
     modules = dict(model.named_modules())
+    base = _Base(modules, adaptable(modules))
     for adapter in adapters:
-        _check(adapter, model, modules)
+        _check(adapter, base)
     paths = [path for path in modules if any(path in adapter.weights for adapter in adapters)]
     return [Site(path, modules[path], tuple(_experts_at(path, adapters))) for path in paths]
 
@@ -55,7 +56,37 @@ def _experts_at(path: str, adapters: Sequence[Adapter]) -> Iterator[LayerExpert]
             yield LayerExpert(expert, adapter.weights[path], adapter.scaling(path), adapter.config.lora_dropout)
 
 
-def _check(adapter: Adapter, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> None:
+class _Base:
+    """A base model's modules, and what experts' tensors must be there; of many experts, most ask the same.
+
+    Args:
+        modules: by path.
+        kinds: of those that experts can adapt.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], kinds: Mapping[str, Kind]) -> None:
+        self.modules, self.kinds = modules, kinds
+        self._fitting: set[tuple[object, ...]] = set()
+
+    def check(self, adapter: Adapter, path: str, weights: LoraWeights) -> None:
+        """Raises UnsupportedAdapterError, AdapterMismatchError: the module takes no such tensors."""
+        bias, magnitude = weights.bias, weights.magnitude
+        asked = (
+            path,
+            weights.A.shape,
+            weights.B.shape,
+            None if bias is None else bias.numel(),
+            None if magnitude is None else magnitude.numel(),
+            weights.embedding,
+        )
+        if asked not in self._fitting:
+            refuse_module(self.modules[path], path, adapter.name, dora=magnitude is not None)
+            _check_shapes(adapter, path, self.modules[path], weights)
+            self._fitting.add(asked)
+
+
+def _check(adapter: Adapter, base: _Base) -> None:
+    modules = base.modules
     absent = [path for path in (*adapter.weights, *adapter.base_weights) if path not in modules]
     if absent:
         raise _mismatch(adapter, "the base model has no such module", absent)
@@ -63,9 +94,8 @@ def _check(adapter: Adapter, model: PreTrainedModel, modules: Mapping[str, nn.Mo
     if foreign:
         raise _mismatch(adapter, "the file holds the weight of its own base model, and it is another one", foreign)
     for path, weights in adapter.weights.items():
-        refuse_module(modules[path], path, adapter.name, dora=weights.magnitude is not None)
-        _check_shapes(adapter, path, modules[path], weights)
-    missing = [path for path in targeted(model, modules, adapter.config) if path not in adapter.weights]
+        base.check(adapter, path, weights)
+    missing = [path for path in targeted(modules, base.kinds, adapter.config) if path not in adapter.weights]
     if missing:
         raise _mismatch(
             adapter, "target_modules names it in this base model, and the file has no tensors for it", missing
@@ -128,15 +158,16 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
         UnsupportedAdapterError: an expert adapts the model's head.
         ModelError: the adapted layers have no such model, or several; or their weights are not in memory.
     """
+    modules = dict(model.named_modules())
     for site in sites:
-        if in_head(model, site.path):
+        if in_head(modules, site.path):
             experts = ", ".join(repr(names[e.expert]) for e in site.experts)
             raise UnsupportedAdapterError(
                 "The head of the model runs after both passes and cannot be routed.",
                 received=f"expert {experts} adapts {site.path!r}",
                 remedy=f"train the expert without {site.path.rpartition('.')[2]!r} in target_modules",
             )
-    paths = sorted({carrier_path(model, site.path) for site in sites})
+    paths = sorted({carrier_path(modules, site.path) for site in sites})
     if len(paths) != 1 or model.config.is_encoder_decoder:
         raise ModelError(
             "All adapted layers lie under one decoder.",
