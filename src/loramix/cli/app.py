@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loramix import __version__
-from loramix.cli import bench, demo, evaluation, generate, info, inspect, train, train_expert
+from loramix.cli import bench, demo, doctor, evaluation, generate, info, inspect, train, train_expert
 from loramix.cli.terminal import ends_where_stdout_ends, show_error, write_what_stdout_can
 from loramix.errors import LoramixError
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "info": info.info,
     "inspect": inspect.inspect,
     "bench": bench.bench,
+    "doctor": doctor.doctor,
 }
 
 
