@@ -3,28 +3,38 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 WORKERS ?= 2
+TESTS ?=
+CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
-INPUTS := pyproject.toml constraints.txt
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c constraints.txt
+INPUTS := pyproject.toml $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c $(CONSTRAINTS)
 export PYTHONUTF8 = 1
 
-.PHONY: help demo test slow check lint imports types documents site format docs readme repin clean
+.PHONY: help demo test test-lowest test-latest slow packages workflows check lint imports types documents site format docs readme repin clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## build, train, compare and use a mixture of four experts (2 minutes)
 	$(BIN)/loramix demo
 
-test: $(VENV)/.installed-dev ## the test suite, without what is slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+test: $(VENV)/.installed-test ## the test suite, without what is slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+
+test-lowest: ## the test suite with the lowest versions, those of constraints-lowest.txt
+	$(MAKE) test VENV=build/venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+test-latest: ## the test suite with the newest version of everything; if it fails, what is newer than constraints.txt
+	$(MAKE) test VENV=build/venv-latest CONSTRAINTS=/dev/null || { \
+	    echo "newer here than in constraints.txt:"; \
+	    build/venv-latest/bin/python -m pip freeze --exclude-editable | grep -vxFf constraints.txt; exit 1; }
 
 slow: $(VENV)/.installed-dev ## the slow tests: examples, kernels in an interpreter, processes that are killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
 
-check: lint imports types documents site ## all of the following, up to the site
+check: lint imports types documents site packages workflows ## all of the following, up to the workflows
 
 lint: $(VENV)/.installed-dev ## style
 	$(BIN)/ruff check
@@ -42,6 +52,17 @@ documents: $(VENV)/.installed-dev ## public names, code blocks, links and exampl
 
 site: $(VENV)/.installed-dev ## the documentation, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+packages: $(VENV)/.installed-dev ## the wheel and the source distribution, into dist, and whether an index would take them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
+
+workflows: $(VENV)/.installed-dev ## the files in .github and CITATION.cff, against the schemas that ship with the linter
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/.installed-dev ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix
@@ -80,7 +101,12 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	@$(PIP) -e '.[train,plot]'
 	@touch $@
 
+$(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
+	@echo "installing into $(VENV), once: a minute or two"
+	@$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 	@echo "installing into $(VENV), once: a minute or two"
 	@$(PIP) -e '.[dev]'
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed
