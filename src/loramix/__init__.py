@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loramix._lazy import loaded_at_first_use
-from loramix._versions import check_versions
+from loramix._versions import __version__, check_versions
 
 if TYPE_CHECKING:
     from loramix.config.base import PeftConfig, PeftType, TaskType
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from loramix.model.build import PeftModel, XLoraModel, get_peft_model, prepare_model_for_kbit_training
     from loramix.passes.cache import TwoPassCache
     from loramix.routers.classifier import XLoraClassifier
-
-__version__ = "0.1.0"
 
 check_versions()
 

@@ -1,6 +1,7 @@
-"""The oldest torch and transformers that loramix runs on, checked when it is imported; neither is loaded for that.
+"""loramix's own version, and the oldest torch and transformers that it runs on.
 
-What differs between the versions from there on is in `loramix._compat`.
+They are checked when loramix is imported, and neither is loaded for that. What differs between the versions from there
+on is in `loramix._compat`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 from collections.abc import Mapping
 
 from loramix.errors import VersionError
+
+__version__ = "0.1.0"
 
 LOWEST: Mapping[str, tuple[int, int]] = {"torch": (2, 8), "transformers": (5, 0)}
 """Package -> its oldest version; pyproject.toml declares the same bounds."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from loramix import __version__
+from loramix._versions import __version__
 from loramix.errors import CheckpointError, CorruptCheckpointError, SaveError
 
 WRITER = "loramix"
