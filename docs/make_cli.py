@@ -24,6 +24,7 @@ loramix train run.yaml                                          # train a router
 loramix eval mixture --data test.jsonl                          # base, experts, uniform mixture, X-LoRA, oracle
 loramix inspect demo --text "def f(x):"                         # the leading expert of each token, and the numbers
 loramix bench demo                                              # time per token, beside the base model
+loramix doctor                                                  # versions, devices, what is missing: for an issue
 ```
 
 MIXTURE is a folder, a Hub id, or `demo`, the mixture that ships with loramix. Its base model is the one that it names,

@@ -1,6 +1,6 @@
 """What makes scalings: routers, which make logits, and gatings, which make scalings of them.
 
-To add a kind of router or a gating, see docs/architecture.md, "Seams".
+To add a kind of router or a gating, see docs/architecture.md, "To add one, write this file".
 """
 
 from __future__ import annotations

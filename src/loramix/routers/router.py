@@ -1,4 +1,4 @@
-"""What makes logits: the contract of routers, and the registry of their kinds (docs/architecture.md, "Routers").
+"""What makes logits: the contract of routers, and the registry of their kinds (docs/architecture.md, "A router").
 
 A mixture is experts, a router and a gating. The router makes logits, the gating makes scalings of them, and the layers
 mix the experts by the scalings. There are two families:
