@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from loramix import _compat
 from loramix._compat import (
+    CACHE,
     CHECKPOINTING,
     UnboundedCacheLayer,
     checkpointing_arguments,
@@ -25,7 +27,8 @@ from loramix._compat import (
     is_checkpointing,
 )
 from loramix._versions import release_of
-from support.tiny import llama
+from loramix.passes.call import ForwardSignature
+from support.tiny import llama, tokens
 
 VERSION = release_of(transformers.__version__)
 SOURCES = Path(_compat.__file__).parent
@@ -74,6 +77,17 @@ def test_a_cache_that_is_reset_holds_nothing() -> None:
     assert cache.get_seq_length() == 0
     keys, _ = cache.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4), 0)
     assert keys.shape[-2] == 1
+
+
+def test_the_cache_has_the_name_of_this_version() -> None:
+    """The model's own forward and its output have it, and a backbone takes the old one too."""
+    model = llama()
+    assert CACHE in inspect.signature(model.forward).parameters
+    out = model(tokens(), use_cache=True)
+    assert out[CACHE].get_seq_length() == 9
+    signature = ForwardSignature.of(type(model.model).forward)
+    assert signature.cache == CACHE
+    assert signature.by_name((), {"past_key_values": out[CACHE]}) == {CACHE: out[CACHE]}
 
 
 def test_checkpointing_has_the_name_of_this_version() -> None:
