@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from loramix._versions import release_of
 
+_VERSION = release_of(transformers.__version__)
+
 
 class UnboundedCacheLayer(CacheLayerMixin):
     """A layer of a key-value cache that grows as it is filled.
@@ -48,9 +50,7 @@ def generation_cache(model: Any, generation_config: Any, cache: Cache | None) ->
         generation_config: complete.
         cache: the one that `generate` has prepared, if any.
     """
-    left_out = (
-        release_of(transformers.__version__) < (5, 1) and cache is None and generation_config.use_cache is not False
-    )
+    left_out = _VERSION < (5, 1) and cache is None and generation_config.use_cache is not False
     if left_out and model._supports_default_dynamic_cache():
         return DynamicCache(config=model.config.get_text_config(decoder=True))
     return cache
@@ -64,7 +64,7 @@ def finish_reset(cache: Cache) -> None:
             layer.is_initialized = False
 
 
-CACHE = "past_key_values" if release_of(transformers.__version__) < (5, 24) else "cache"
+CACHE = "past_key_values" if _VERSION < (5, 24) else "cache"
 """What the key-value cache is called among a model's arguments and in its output; renamed in transformers 5.24."""
 
 _OLD, _NEW = "gradient_checkpointing", "activation_checkpointing"

@@ -26,11 +26,8 @@ def check_versions(lowest: Mapping[str, tuple[int, int]] = LOWEST) -> None:
     """
     old: dict[str, str] = {}
     for package, bound in lowest.items():
-        try:
-            installed = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if release_of(installed) < bound:
+        installed = installed_version(package)
+        if installed is not None and release_of(installed) < bound:
             old[package] = installed
     if old:
         needed = {package: f"{package}>={'.'.join(map(str, lowest[package]))}" for package in old}
@@ -39,6 +36,14 @@ def check_versions(lowest: Mapping[str, tuple[int, int]] = LOWEST) -> None:
             received=" and ".join(f"{package} {installed}" for package, installed in old.items()) + ".",
             remedy="pip install " + " ".join(f'"{text}"' for text in needed.values()),
         )
+
+
+def installed_version(package: str) -> str | None:
+    """The version in a package's metadata; None if it is not installed, or has none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def release_of(version: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from loramix import __version__
+from loramix._versions import __version__, installed_version
 from loramix.layers import fused
 
 REQUIRED = ("torch", "transformers", "huggingface_hub", "tokenizers", "safetensors", "jaxtyping", "typer", "rich")
@@ -60,9 +60,9 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at this machine; on a GPU, small products are computed with the fused kernels."""
-    versions = {name: _version(name) for name in REQUIRED}
-    others = {name: found for name in BESIDE if (found := _version(name)) is not None}
-    wanted = {extra: {name: _version(name) for name in names} for extra, names in _extras().items()}
+    versions = {name: installed_version(name) for name in REQUIRED}
+    others = {name: found for name in BESIDE if (found := installed_version(name)) is not None}
+    wanted = {extra: {name: installed_version(name) for name in names} for extra, names in _extras().items()}
     return Diagnosis(
         loramix=__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}, {platform.platform()}",
@@ -73,13 +73,6 @@ def diagnose() -> Diagnosis:
         fused=_fused(),
         settings={name: os.environ[name] for name in SETTINGS if name in os.environ},
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _extras() -> Mapping[str, list[str]]:
