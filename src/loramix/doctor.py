@@ -108,7 +108,7 @@ def _fused() -> dict[str, str]:
         return {"all devices": "off, by LORAMIX_FUSED=0"}
     if not torch.cuda.is_available():
         return {"all devices": "off: there is no CUDA device"}
-    if not fused.WANTED:
+    if not fused.ENABLED:
         return {"all devices": "off: triton is not installed"}
     return {
         f"cuda:{number} {str(dtype).removeprefix('torch.')}": _proof(torch.device("cuda", number), dtype)

@@ -64,7 +64,7 @@ def test_a_gpu_and_whether_the_fused_kernels_work_there(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
-    monkeypatch.setattr(fused, "WANTED", True)
+    monkeypatch.setattr(fused, "ENABLED", True)
     monkeypatch.setattr(fused, "proven", proven)
     out = loramix("doctor").out
     assert "cuda:0  A GPU, 24 GiB, compute capability 7.5, " in out

@@ -6,6 +6,7 @@ Triton decides when it is imported whether it interprets, and the shape checker 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from loramix.experts.adapter import LoraWeights
 from loramix.layers.functional import lora_mixture
-from loramix.layers.fused import TOLERANCES, add_mixture, proven
-from loramix.layers.kernels import add_to, tiling
+from loramix.layers.fused import TOLERANCES, add_mixture, expand, proven, shrink
+from loramix.layers.kernels import add_expanded, add_to, low_rank, tiling
 from loramix.layers.layer import adapted_layer
 from loramix.layers.linear import LinearStack
-from loramix.layers.routing import TensorRouting
+from loramix.layers.routing import LayerRouting, Routing, TensorRouting
 from loramix.layers.slot import routed
 from loramix.layers.stack import LayerExpert
 
@@ -74,6 +75,17 @@ def test_the_kernels_equal_the_reference(size: tuple[int, int, int, int], dtype:
     wanted = expected(y, x, A, columns, B)
     assert add_mixture(y, x, A, columns, B) is y
     close(y, wanted)
+
+
+@dtypes
+@sizes
+def test_a_gate_between_the_kernels_equals_the_reference(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    y, x, A, columns, B = problem(size, dtype)
+    expected_y = expected(y, x, A, columns, B)
+    h = shrink(x, A)
+    assert_close(h.double(), x.double() @ A.double().T, atol=1e-5, rtol=1e-5)
+    assert expand(y, h * columns, B) is y
+    close(y, expected_y)
 
 
 def test_these_sizes_are_split_and_whole() -> None:
@@ -128,7 +140,10 @@ def test_tokens_of_several_dimensions_are_those_of_one() -> None:
 
 
 def test_no_tokens_are_nothing_to_do() -> None:
-    assert add_mixture(*problem((0, 4, 3, 5))).shape == (0, 5)
+    y, x, A, columns, B = problem((0, 4, 3, 5))
+    assert add_mixture(y, x, A, columns, B).shape == (0, 5)
+    assert shrink(x, A).shape == (0, 3)
+    assert expand(y, shrink(x, A), B).shape == (0, 5)
 
 
 @pytest.mark.parametrize("which", range(5), ids=["y", "x", "A", "columns", "B"])
@@ -141,8 +156,26 @@ def test_what_does_not_fit_is_refused(which: int) -> None:
             add_to(*fits[:which], bad, *fits[which + 1 :])
 
 
-def test_the_operator_is_what_its_schema_says() -> None:
-    torch.library.opcheck(add_to, problem((4, 6, 3, 5)))
+@pytest.mark.parametrize("bad", ["double", "lying", "wider"])
+def test_what_does_not_fit_half_of_the_work_is_refused(bad: str) -> None:
+    y, x, A, _, B = problem((4, 6, 3, 5))
+    change: Callable[[Tensor], Tensor] = {
+        "double": lambda t: t.double(),
+        "lying": lambda t: t.t().contiguous().t(),
+        "wider": lambda t: F.pad(t, (0, 1)),
+    }[bad]
+    with pytest.raises(ValueError, match="shrink takes x"):
+        low_rank(change(x), A)
+    for tensors in ((change(y), x @ A.T, B), (y, x @ A.T, change(B)), (y, change(x @ A.T), B)):
+        with pytest.raises(ValueError, match="expand takes"):
+            add_expanded(*tensors)
+
+
+def test_the_operators_are_what_their_schemas_say() -> None:
+    y, x, A, columns, B = problem((4, 6, 3, 5))
+    torch.library.opcheck(add_to, (y, x, A, columns, B))
+    torch.library.opcheck(low_rank, (x, A))
+    torch.library.opcheck(add_expanded, (y, columns, B))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -162,16 +195,22 @@ def test_small_products_come_out_right(dtype: torch.dtype) -> None:
     assert proven(torch.device("cpu"), dtype)
 
 
+@pytest.mark.parametrize("in_layer", [False, True], ids=["known before", "made in the layer"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_layer_computes_the_same_with_the_kernels(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_computes_the_same_with_the_kernels(
+    compiled: bool, in_layer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranks, scales = (2, 3, 1), (0.5, 2.0, 1.5)
     weights = [LoraWeights(torch.randn(r, 6), torch.randn(4, r)) for r in ranks]
     experts = [LayerExpert(e, w, c, 0.0) for e, w, c in zip((0, 1, 3), weights, scales, strict=True)]
     layer = adapted_layer(nn.Linear(6, 4), experts, 0).eval()
-    x, scalings = torch.randn(2, 5, 6), torch.randn(2, 5, 1, 4)
+    x, scalings, W = torch.randn(2, 5, 6), torch.randn(2, 5, 1, 4), torch.randn(6, 4)
+
+    def routing() -> Routing:
+        return LayerRouting(lambda _, h: torch.softmax(h @ W, -1), 0.7) if in_layer else TensorRouting(scalings, 0.7)
 
     def run(x: Tensor) -> Tensor:
-        return routed(TensorRouting(scalings, 0.7), layer, x)
+        return routed(routing(), layer, x)
 
     wanted = run(x)
     monkeypatch.setattr(LinearStack, "add_to", lambda stack, y, x, routing, *_: stack.add_fused(y, x, routing))

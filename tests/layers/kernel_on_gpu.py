@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from loramix.experts.adapter import LoraWeights
 from loramix.layers import fused
 from loramix.layers.layer import adapted_layer
-from loramix.layers.routing import TensorRouting
+from loramix.layers.routing import LayerRouting, TensorRouting
 from loramix.layers.slot import routed
 from loramix.layers.stack import LayerExpert
 
@@ -26,6 +26,7 @@ ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 IN, OUT, E = 1100, 70, 4
 dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 shapes = pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 150)], ids=str)
+routings = pytest.mark.parametrize("routing", ["known before", "made in the layer"])
 Call = Callable[[Tensor], Tensor]
 
 
@@ -35,19 +36,25 @@ def _without_gradients() -> object:
         yield
 
 
-def build(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Call, Tensor]:
+def build(shape: tuple[int, int], dtype: torch.dtype, routing: str) -> tuple[Call, Tensor]:
     """A layer under a routing of its tokens, and an input."""
     torch.manual_seed(0)
     weights = [LoraWeights(torch.randn(r, IN) / IN**0.5, torch.randn(OUT, r) / r**0.5) for r in (8, 16, 40)]
     experts = [LayerExpert(e, w, c, 0.0) for e, w, c in zip((0, 1, 3), weights, (0.5, 2.0, 1.5), strict=True)]
     layer = adapted_layer(nn.Linear(IN, OUT), experts, 0).eval().to("cuda", dtype)
-    scalings = torch.randn(*shape, 1, E, device="cuda")
-    return lambda x: routed(TensorRouting(scalings, 0.7), layer, x), torch.randn(*shape, IN).to("cuda", dtype)
+    scalings, W = torch.randn(*shape, 1, E, device="cuda"), torch.randn(64, E, device="cuda")
+
+    def call(x: Tensor) -> Tensor:
+        if routing == "made in the layer":
+            return routed(LayerRouting(lambda _, h: torch.softmax(h.float() @ W, -1), 0.7), layer, x)
+        return routed(TensorRouting(scalings, 0.7), layer, x)
+
+    return call, torch.randn(*shape, IN).to("cuda", dtype)
 
 
 def without_the_kernels(call: Call, x: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "WANTED", False)
+        patch.setattr(fused, "ENABLED", False)
         return call(x)
 
 
@@ -60,17 +67,19 @@ def test_small_products_come_out_right(dtype: torch.dtype) -> None:
     assert fused.proven(torch.device("cuda", torch.cuda.current_device()), dtype)
 
 
+@routings
 @shapes
 @dtypes
-def test_eager(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    call, x = build(shape, dtype)
+def test_eager(shape: tuple[int, int], dtype: torch.dtype, routing: str) -> None:
+    call, x = build(shape, dtype, routing)
     close(call(x), without_the_kernels(call, x))
 
 
+@routings
 @shapes
 @dtypes
-def test_graph(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    call, x = build(shape, dtype)
+def test_graph(shape: tuple[int, int], dtype: torch.dtype, routing: str) -> None:
+    call, x = build(shape, dtype, routing)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -85,8 +94,9 @@ def test_graph(shape: tuple[int, int], dtype: torch.dtype) -> None:
         close(out, without_the_kernels(call, x))
 
 
+@routings
 @shapes
 @dtypes
-def test_compiled(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    call, x = build(shape, dtype)
+def test_compiled(shape: tuple[int, int], dtype: torch.dtype, routing: str) -> None:
+    call, x = build(shape, dtype, routing)
     close(torch.compile(call, fullgraph=True)(x), without_the_kernels(call, x))

@@ -7,7 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from loramix.experts.adapter import LoraWeights
 from loramix.layers import fused, linear
 from loramix.layers.layer import adapted_layer
-from loramix.layers.routing import ConstantRouting
+from loramix.layers.routing import ConstantRouting, LayerRouting
 from loramix.layers.slot import routed
 from loramix.layers.stack import LayerExpert
 
@@ -102,19 +102,19 @@ def test_triton_compiles_the_kernels_and_they_fit(
 
     for tokens, inputs in ((1, 14336), (129, 14336)):  # both ways in which the work is cut, with the most shares
         cut = tiling(tokens, inputs, 64, wide=dtype == "fp32")
-        tile = {"TOKENS": cut.tokens, "RANKS": cut.ranks, "INPUTS": cut.inputs}
+        tile = {"GATED": 1, "TOKENS": cut.tokens, "RANKS": cut.ranks, "INPUTS": cut.inputs}
         types = dict.fromkeys(("y", "x", "A", "B", "columns"), f"*{dtype}") | {"shares": "*fp32"}
-        first = compiled(shrink, tile, types)
+        first, ungated = compiled(shrink, tile, types), compiled(shrink, tile | {"GATED": 0}, types)
         tile = {"SPLITS": cut.splits, "TOKENS": cut.tokens, "OUTPUTS": cut.outputs, "RANKS": cut.depth}
         second = compiled(expand, tile, types, num_stages=2)
-        assert all(kernel.asm["cubin"] and kernel.metadata.shared <= 99 * 1024 for kernel in (first, second))
-        assert "tf32" not in first.asm["ptx"] + second.asm["ptx"]
+        assert all(kernel.asm["cubin"] and kernel.metadata.shared <= 99 * 1024 for kernel in (first, ungated, second))
+        assert "tf32" not in first.asm["ptx"] + ungated.asm["ptx"] + second.asm["ptx"]
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
     """y, x, A and B as tensors without data on a GPU where the kernels are proven."""
-    monkeypatch.setattr(fused, "WANTED", True)
+    monkeypatch.setattr(fused, "ENABLED", True)
     monkeypatch.setattr(fused, "PLAIN", (*fused.PLAIN, FakeTensor))
     monkeypatch.setattr(fused, "_proven", {(GPU, torch.float32): True, (GPU, torch.bfloat16): False})
     sizes = {"y": (2, 3, 5), "x": (2, 3, 4), "A": (7, 4), "B": (5, 7)}
@@ -144,7 +144,7 @@ def test_the_kernels_are_for_whole_rows_of_the_same_tokens(gpu: dict[str, Tensor
     assert not fused.usable(**gpu | {"y": gpu["y"].flatten(0, 1)})
 
 
-def test_the_kernels_are_only_where_they_are_wanted_and_proven(
+def test_the_kernels_are_only_where_they_are_enabled_and_proven(
     gpu: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not fused.usable(**{name: tensor.bfloat16() for name, tensor in gpu.items()})
@@ -152,20 +152,20 @@ def test_the_kernels_are_only_where_they_are_wanted_and_proven(
     assert not fused.usable(**gpu), "a tensor of another kind"
     monkeypatch.setattr(fused, "PLAIN", (FakeTensor,))
     assert fused.usable(**gpu)
-    monkeypatch.setattr(fused, "WANTED", False)
+    monkeypatch.setattr(fused, "ENABLED", False)
     assert not fused.usable(**gpu)
 
 
 def test_a_cpu_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "WANTED", True)
+    monkeypatch.setattr(fused, "ENABLED", True)
     monkeypatch.setattr(fused, "_proven", {(torch.device("cpu"), torch.float32): True})
     with torch.no_grad():
         assert not fused.usable(torch.ones(3, 5), torch.ones(3, 4), torch.ones(7, 4), torch.ones(5, 7))
 
 
 @pytest.fixture(scope="module")
-def wanted() -> dict[str, bool]:
-    """Whether the kernels are wanted by a module that is imported under each value of LORAMIX_FUSED, "" for none."""
+def enabled() -> dict[str, bool]:
+    """Whether the kernels are enabled in a module that is imported under each value of LORAMIX_FUSED, "" for none."""
     code = (
         "import importlib, importlib.util, os; found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *more: name if name == 'triton' else found(name, *more)\n"
@@ -173,7 +173,7 @@ def wanted() -> dict[str, bool]:
         "for switch in ('0', '1', ''):\n"
         "    os.environ['LORAMIX_FUSED'] = switch\n"
         "    if not switch: del os.environ['LORAMIX_FUSED']\n"
-        "    print(switch, importlib.reload(fused).WANTED, sep='=')"
+        "    print(switch, importlib.reload(fused).ENABLED, sep='=')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     told = (line.split("=") for line in done.stdout.splitlines())
@@ -181,8 +181,8 @@ def wanted() -> dict[str, bool]:
 
 
 @pytest.mark.parametrize(("switch", "expected"), [("0", False), ("1", True), ("", True)], ids=["0", "1", "unset"])
-def test_the_environment_turns_the_kernels_off(switch: str, expected: bool, wanted: dict[str, bool]) -> None:
-    assert wanted[switch] == expected
+def test_the_environment_turns_the_kernels_off(switch: str, expected: bool, enabled: dict[str, bool]) -> None:
+    assert enabled[switch] == expected
 
 
 def test_small_products_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,11 +223,17 @@ class OnGpu(Tensor):
     is_cuda = True
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = True, train: bool = False, **changes: Any) -> bool:
-    """Whether a layer of two experts takes the kernels, where their own conditions hold."""
-    calls: list[Tensor] = []
+def chosen(monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = True, train: bool = False, **changes: Any) -> list[str]:
+    """The kernels' operators that a layer of two experts calls, where their own conditions hold."""
+    calls: list[str] = []
+
+    def called(name: str, result: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *tensors: calls.append(name) or result(*tensors)
+
     monkeypatch.setattr(linear, "usable", lambda *tensors: True)
-    monkeypatch.setattr(linear, "add_mixture", lambda y, *more: calls.append(y) or y)
+    monkeypatch.setattr(linear, "add_mixture", called("add_mixture", lambda y, *more: y))
+    monkeypatch.setattr(linear, "shrink", called("shrink", torch.nn.functional.linear))
+    monkeypatch.setattr(linear, "expand", called("expand", lambda y, *more: y))
     extra = {name: changes.get(name) for name in ("bias", "magnitude")}
     experts = [
         LayerExpert(0, LoraWeights(torch.ones(2, 6), torch.ones(4, 2)), 1.0, 0.0),
@@ -238,14 +244,22 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = True, train: bool 
         layer.base_layer.register_forward_hook(lambda *call: None)
     x = torch.ones(2, 3, 6)
     with torch.no_grad():
-        routed(ConstantRouting(0.5), layer, x.as_subclass(OnGpu) if on_gpu else x)
-    return bool(calls)
+        routed(changes.get("routing", ConstantRouting(0.5)), layer, x.as_subclass(OnGpu) if on_gpu else x)
+    return calls
 
 
 def test_a_plain_linear_layer_on_a_gpu_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen(monkeypatch)
-    assert chosen(monkeypatch, dropout=0.1)
-    assert chosen(monkeypatch, train=True)
+    assert chosen(monkeypatch) == ["add_mixture"]
+    assert chosen(monkeypatch, dropout=0.1) == ["add_mixture"]
+    assert chosen(monkeypatch, train=True) == ["add_mixture"]
+
+
+def test_a_router_in_the_layer_stands_between_shrinking_and_expanding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scalings(layer: int, low_rank: Tensor) -> Tensor:
+        assert low_rank.shape == (2, 3, 3)
+        return torch.ones(2, 3, 2)
+
+    assert chosen(monkeypatch, routing=LayerRouting(scalings)) == ["shrink", "expand"]
 
 
 @pytest.mark.parametrize(

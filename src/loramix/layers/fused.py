@@ -1,10 +1,12 @@
-"""What a layer's experts add, in two launches on a GPU: shrink and scale, then expand and add.
+"""What a layer's experts add, by Triton kernels on a GPU.
 
-    y += ((x Aᵀ) ∘ columns) Bᵀ
+    y += ((x Aᵀ) ∘ columns) Bᵀ             two launches: shrink and gate, expand and add     `add_mixture`
+    h = x Aᵀ;  y += (h ∘ columns(h)) Bᵀ    a router that reads h stands between the two      `shrink`, `expand`
 
-The operator is `loramix::add_mixture`; `functional.lora_mixture` computes the same anywhere and is what tests compare
-with. Sums are float32, and float32 products are exact ones (no TF32). How the work is cut follows from the sizes alone:
-nothing is tuned and nothing waits for the device, as the capture of a CUDA graph asks, once the kernels are compiled.
+The operators are `loramix::add_mixture`, `loramix::shrink` and `loramix::expand`; `functional.lora_mixture` computes
+the same anywhere and is what tests compare with. Sums are float32, and float32 products are exact ones (no TF32). How
+the work is cut follows from the sizes alone: nothing is tuned and nothing waits for the device, as the capture of a
+CUDA graph asks, once the kernels are compiled.
 
 Checked so far: the numbers in Triton's interpreter on a CPU, and that Triton compiles every tiling for compute
 capability 8.0 and 9.0. Neither the numbers nor the speed have been seen on a GPU. A layer uses the kernels on a device
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from loramix.layers.functional import lora_mixture
 
-WANTED = os.environ.get("LORAMIX_FUSED") != "0" and importlib.util.find_spec("triton") is not None
+ENABLED = os.environ.get("LORAMIX_FUSED") != "0" and importlib.util.find_spec("triton") is not None
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 FEW_AND_MANY = (3, 150)  # tokens of the products that are tried: both ways in which `tiling` goes
 PLAIN = (Tensor, nn.Parameter)
@@ -56,10 +58,37 @@ def add_mixture(
     """
     from loramix.layers.kernels import add_to
 
-    rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
-    columns = columns if columns.dim() == 1 else columns.reshape(-1, columns.shape[-1])
-    add_to(rows, x.reshape(-1, x.shape[-1]), A, columns, B)
+    add_to(_rows(y), x.reshape(-1, x.shape[-1]), A, columns if columns.dim() == 1 else columns.flatten(0, -2), B)
     return y
+
+
+def shrink(x: Float[Tensor, "*tokens in"], A: Float[Tensor, "R in"]) -> Float[Tensor, "*tokens R"]:
+    """`x Aᵀ`, in float32.
+
+    Raises:
+        ValueError: as `add_mixture`.
+    """
+    from loramix.layers.kernels import low_rank
+
+    return low_rank(x.reshape(-1, x.shape[-1]), A).view(*x.shape[:-1], len(A))
+
+
+def expand(
+    y: Float[Tensor, "*tokens out"], gated: Float[Tensor, "*tokens R"], B: Float[Tensor, "out R"]
+) -> Float[Tensor, "*tokens out"]:
+    """`y += gated Bᵀ`, into `y` itself, which is returned; `gated` is float32.
+
+    Raises:
+        ValueError: as `add_mixture`.
+    """
+    from loramix.layers.kernels import add_expanded
+
+    add_expanded(_rows(y), gated.flatten(0, -2), B)
+    return y
+
+
+def _rows(y: Tensor) -> Tensor:
+    return y if y.dim() == 2 else y.view(-1, y.shape[-1])
 
 
 def usable(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -68,7 +97,7 @@ def usable(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     `y` must be one that may be overwritten; that is for the caller to know.
     """
     return (
-        WANTED
+        ENABLED
         and x.is_cuda
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")
@@ -125,4 +154,5 @@ def _error(device: torch.device, dtype: torch.dtype, tokens: int) -> float:
     y, x, A, columns, B = waves(tokens, 50), waves(tokens, 1100), waves(70, 1100), waves(tokens, 70), waves(50, 70)
     exact = y.double() + lora_mixture(x.double(), A.double(), B.double(), columns.double())
     terms = y.double().abs() + F.linear(F.linear(x.double(), A.double()).mul_(columns).abs(), B.double().abs())
-    return float((add_mixture(y, x, A, columns, B) - exact).abs().max() / terms.max())
+    results = add_mixture(y.clone(), x, A, columns, B), expand(y, shrink(x, A).mul_(columns), B)
+    return float(torch.stack([(result - exact).abs().max() for result in results]).max() / terms.max())

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
-"""The Triton kernels behind `fused`, and the operator that launches them; importing this module needs triton.
+"""The Triton kernels behind `fused`, and the operators that launch them; importing this module needs triton.
 
 A low-rank activation is made in shares, each the sum over a part of the inputs, so that few tokens still give many
 programs. The shares are added in a fixed order by whoever reads them, without atomics: a result repeats bit by bit.
@@ -9,7 +9,7 @@ R: total rank of the layer.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -38,6 +38,7 @@ def shrink(
     A_row,
     columns_row,
     share,
+    GATED: tl.constexpr,
     TOKENS: tl.constexpr,
     RANKS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -48,7 +49,7 @@ def shrink(
         shares: (splits, tokens, R), float32, contiguous; written.
         x: (tokens, inputs), its rows `x_row` apart.
         A: (R, inputs), its rows `A_row` apart.
-        columns: (tokens, R), its rows `columns_row` apart, or (R,) for all tokens with 0.
+        columns: (tokens, R), its rows `columns_row` apart, or (R,) for all tokens with 0; not read without GATED.
         tokens: how many.
         inputs: how many.
         R: how many ranks.
@@ -56,6 +57,7 @@ def shrink(
         A_row: stride.
         columns_row: stride.
         share: inputs of one share, a multiple of INPUTS.
+        GATED: whether to multiply by the columns.
         TOKENS: of a tile.
         RANKS: of a tile.
         INPUTS: of a step.
@@ -79,8 +81,9 @@ def shrink(
             right = right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision="ieee")
     inside = (token < tokens) & (rank < R)
-    weight = tl.load(columns + token * columns_row + rank, mask=inside, other=0.0).to(tl.float32)
-    tl.store(shares + (part.to(tl.int64) * tokens + token) * R + rank, total * weight, mask=inside)
+    if GATED:
+        total *= tl.load(columns + token * columns_row + rank, mask=inside, other=0.0).to(tl.float32)
+    tl.store(shares + (part.to(tl.int64) * tokens + token) * R + rank, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -182,49 +185,109 @@ def _parts(whole: int, size: int) -> int:
     return -(-whole // size)
 
 
-# Defined by its schema: what `custom_op` wraps around a call takes more than ten times as long.
+# Defined by their schemas: what `custom_op` wraps around a call takes more than ten times as long.
 torch.library.define("loramix::add_mixture", "(Tensor(a!) y, Tensor x, Tensor A, Tensor columns, Tensor B) -> ()")
+torch.library.define("loramix::shrink", "(Tensor x, Tensor A) -> Tensor")
+torch.library.define("loramix::expand", "(Tensor(a!) y, Tensor gated, Tensor B) -> ()")
 
 
 @torch.library.register_fake("loramix::add_mixture")
-def _fake(y: Tensor, x: Tensor, A: Tensor, columns: Tensor, B: Tensor) -> None:
+def _fake_mixture(y: Tensor, x: Tensor, A: Tensor, columns: Tensor, B: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("loramix::shrink")
+def _fake_shrink(x: Tensor, A: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], A.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("loramix::expand")
+def _fake_expand(y: Tensor, gated: Tensor, B: Tensor) -> None:
     return None
 
 
 @torch.library.impl("loramix::add_mixture", "CompositeExplicitAutograd")
-def _launch(y: Tensor, x: Tensor, A: Tensor, columns: Tensor, B: Tensor) -> None:
-    _check(y, x, A, columns, B)
+def _add_mixture(y: Tensor, x: Tensor, A: Tensor, columns: Tensor, B: Tensor) -> None:
     (tokens, inputs), (outputs, R) = x.shape, B.shape
-    if 0 in (tokens, inputs, outputs, R):
-        return
-    t = tiling(tokens, inputs, R, wide=x.element_size() > 2)
-    tiles = _parts(tokens, t.tokens)
-    per_token = columns.stride(0) if columns.dim() == 2 else 0
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        shares = torch.empty(t.splits, tokens, R, dtype=torch.float32, device=x.device)
-        shrink[(tiles * _parts(R, t.ranks), t.splits)](
-            shares, x, A, columns, tokens, inputs, R, x.stride(0), A.stride(0), per_token, t.share,
-            TOKENS=t.tokens, RANKS=t.ranks, INPUTS=t.inputs,
-        )  # fmt: skip
-        expand[(tiles * _parts(outputs, t.outputs),)](
-            y, shares, B, tokens, outputs, R, y.stride(0), B.stride(0),
-            SPLITS=t.splits, TOKENS=t.tokens, OUTPUTS=t.outputs, RANKS=t.depth, num_stages=2,
-        )  # fmt: skip
+    per_token = (tokens, R)[2 - columns.dim() :]
+    _check("add_mixture", y=(y, (tokens, outputs)), x=(x, (tokens, inputs)), A=(A, (R, inputs)),
+           columns=(columns, per_token), B=(B, (outputs, R)))  # fmt: skip
+    if 0 not in (tokens, inputs, outputs, R):
+        with _on(x):
+            _expand(y, _shrink(x, A, columns), B)
 
 
-def _check(y: Tensor, x: Tensor, A: Tensor, columns: Tensor, B: Tensor) -> None:
-    """A pointer knows no sizes: what does not fit would be read beyond its end."""
-    tensors = (y, x, A, columns, B)
-    (tokens, inputs), (outputs, R) = x.shape, B.shape
-    sizes = ((tokens, outputs), (tokens, inputs), (R, inputs), (tokens, R)[2 - columns.dim() :], (outputs, R))
-    alike = all(t.dtype == x.dtype and t.device == x.device for t in tensors) and x.dtype in DTYPES
-    whole = all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors)
-    if not (alike and whole and all(t.shape == size for t, size in zip(tensors, sizes, strict=True))):
-        received = ", ".join(f"{tuple(t.shape)} {t.dtype} strides {t.stride()}" for t in tensors)
+@torch.library.impl("loramix::shrink", "CompositeExplicitAutograd")
+def _low_rank(x: Tensor, A: Tensor) -> Tensor:
+    (tokens, inputs), R = x.shape, A.shape[0]
+    _check("shrink", x=(x, (tokens, inputs)), A=(A, (R, inputs)))
+    if 0 in (tokens, inputs, R):
+        return x.new_zeros(tokens, R, dtype=torch.float32)
+    with _on(x):
+        shares = _shrink(x, A, None)
+        return shares[0] if len(shares) == 1 else shares.sum(0)
+
+
+@torch.library.impl("loramix::expand", "CompositeExplicitAutograd")
+def _add_expanded(y: Tensor, gated: Tensor, B: Tensor) -> None:
+    (tokens, R), outputs = gated.shape, B.shape[0]
+    _check("expand", y=(y, (tokens, outputs)), B=(B, (outputs, R)))
+    if not (gated.dtype == torch.float32 and gated.device == y.device and gated.is_contiguous()):
         raise ValueError(
-            "add_mixture takes y (tokens, out), x (tokens, in), A (R, in), columns (tokens, R) or (R,) and B (out, R), "
-            f"of one device and one of {DTYPES}, the elements of each row side by side; received {received}."
+            "expand takes a low-rank activation of contiguous float32 on the device of y; received "
+            f"{gated.dtype}, strides {gated.stride()}, on {gated.device}."
+        )
+    if 0 not in (tokens, outputs, R):
+        with _on(y):
+            _expand(y, gated.unsqueeze(0), B)
+
+
+def _shrink(x: Tensor, A: Tensor, columns: Tensor | None) -> Tensor:
+    """(splits, tokens, R), float32: the shares of `(x Aᵀ) ∘ columns`."""
+    (tokens, inputs), R = x.shape, A.shape[0]
+    t = tiling(tokens, inputs, R, wide=x.element_size() > 2)
+    shares = torch.empty(t.splits, tokens, R, dtype=torch.float32, device=x.device)
+    per_token = columns.stride(0) if columns is not None and columns.dim() == 2 else 0
+    shrink[(_parts(tokens, t.tokens) * _parts(R, t.ranks), t.splits)](
+        shares, x, A, x if columns is None else columns, tokens, inputs, R, x.stride(0), A.stride(0), per_token,
+        t.share, GATED=columns is not None, TOKENS=t.tokens, RANKS=t.ranks, INPUTS=t.inputs,
+    )  # fmt: skip
+    return shares
+
+
+def _expand(y: Tensor, shares: Tensor, B: Tensor) -> None:
+    """`y += (Σ shares) Bᵀ`."""
+    (splits, tokens, R), outputs = shares.shape, B.shape[0]
+    t = tiling(tokens, outputs, R, wide=y.element_size() > 2)  # of it, what the second product needs
+    expand[(_parts(tokens, t.tokens) * _parts(outputs, t.outputs),)](
+        y, shares, B, tokens, outputs, R, y.stride(0), B.stride(0),
+        SPLITS=splits, TOKENS=t.tokens, OUTPUTS=t.outputs, RANKS=t.depth, num_stages=2,
+    )  # fmt: skip
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _check(operator: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """A pointer knows no sizes: what does not fit would be read beyond its end."""
+    first = next(iter(tensors.values()))[0]
+    fits = first.dtype in DTYPES and all(
+        t.dtype == first.dtype
+        and t.device == first.device
+        and t.shape == size
+        and (t.stride(-1) == 1 or t.shape[-1] == 1)
+        for t, size in tensors.values()
+    )
+    if not fits:
+        expected = ", ".join(f"{name} {size}" for name, (_, size) in tensors.items())
+        received = ", ".join(f"{tuple(t.shape)} {t.dtype} strides {t.stride()}" for t, _ in tensors.values())
+        raise ValueError(
+            f"{operator} takes {expected} of one device and one of {DTYPES}, the elements of each row side by side; "
+            f"received {received}."
         )
 
 
 add_to = torch.ops.loramix.add_mixture.default
+low_rank = torch.ops.loramix.shrink.default
+add_expanded = torch.ops.loramix.expand.default

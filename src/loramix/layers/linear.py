@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loramix.layers.functional import add_up_projection
-from loramix.layers.fused import add_mixture, usable
+from loramix.layers.fused import add_mixture, expand, shrink, usable
 from loramix.layers.routing import Routing
 from loramix.layers.stack import ExpertStack, fit_tokens, has_hooks
 
 
 class LinearStack(ExpertStack):
-    """`((x Aᵀ) ∘ columns) Bᵀ`. Without gradients it is added to y itself, on a GPU in two launches (`fused`)."""
+    """`((x Aᵀ) ∘ columns) Bᵀ`. Without gradients it is added to y itself, on a GPU by kernels (`fused`)."""
 
     adapts = "linear layer"
 
@@ -28,7 +28,7 @@ class LinearStack(ExpertStack):
             return super().add_to(y, x, routing, base_layer, base_y)
         parameters = cast("dict[str, Tensor]", self._parameters)  # as attributes they are looked for, each time
         down, up = parameters["lora_A"], parameters["lora_B"]
-        if x.is_cuda and not routing.reads_low_rank and usable(y, x, down, up):
+        if x.is_cuda and usable(y, x, down, up):
             return self.add_fused(y, x, routing)
         if x.dtype != down.dtype:
             return super().add_to(y, x, routing, base_layer, base_y)
@@ -42,9 +42,16 @@ class LinearStack(ExpertStack):
         return add_up_projection(y, low_rank.mul_(columns), up, in_place=True)
 
     def add_fused(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
-        """`y + Δ(x)` in two launches, into y itself; for a stack that is plain and a routing known before the pass."""
-        columns = fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts)
-        return add_mixture(y, x, self.lora_A, columns, self.lora_B)
+        """`y + Δ(x)` into y itself, for a stack that is plain.
+
+        Two launches with a routing that is known before the layer runs; with one that reads the low-rank activation,
+        shrink, route, gate and expand.
+        """
+        if not routing.reads_low_rank:
+            columns = fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts)
+            return add_mixture(y, x, self.lora_A, columns, self.lora_B)
+        h = shrink(x, self.lora_A)
+        return expand(y, h.mul_(fit_tokens(routing.columns(self, h), h.shape[:-1], self.adapts)), self.lora_B)
 
     def _is_plain(self, base_layer: nn.Module) -> bool:
         """Whether the experts add two products and no more, to a y that nobody else holds."""
