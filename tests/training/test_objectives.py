@@ -54,7 +54,7 @@ def router_gradient(model: Any, **inputs: Any) -> Tensor:
 
 
 def hooked(model: Any, objectives: RouterObjectives, scale: float = 1.0) -> RouterObjective:
-    hook = RouterObjective(objectives, model.peft_config["default"], scale)
+    hook = RouterObjective(objectives, scale)
     attach(model, hook)
     return hook
 

@@ -16,14 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loramix.config.checks import require_integer
-from loramix.config.xlora import XLoraConfig
 from loramix.errors import DataError, RoutingError
 from loramix.evaluation.losses import text_nats
 from loramix.experts.base_model import positions_of
 from loramix.experts.selection import as_python, select
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import RoutingHook
-from loramix.passes.state import attach, require_routing
+from loramix.passes.state import MixtureState, attach, require_routing, state_of
 
 
 @dataclass(frozen=True)
@@ -141,10 +140,11 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
     if not can_leave_out(model):
         raise RoutingError(
             "An expert can be left out where the router can give it no weight.",
-            received="enable_softmax and enable_softmax_topk without a top_k_lora below the number of experts",
-            remedy="set one of the two softmaxes to False, as is better anyway, or top_k_lora",
+            received=f"{state_of(model).gating} with {len(model.expert_names)} experts",
+            remedy="with enable_softmax and enable_softmax_topk, set one of the two to False, as is better anyway, or "
+            "top_k_lora below the number of experts",
         )
-    detach = attach(model, _ExpertLeftOut(model.active_peft_config, place, not recorded))
+    detach = attach(model, _ExpertLeftOut(state_of(model), place, not recorded))
     try:
         yield
     finally:
@@ -153,19 +153,21 @@ def without_expert(model: XLoraModel, expert: str, *, recorded: bool = True) -> 
 
 def can_leave_out(model: XLoraModel) -> bool:
     """Whether an expert can be left out: not where a softmax of a softmax gives every expert a weight."""
-    config = model.active_peft_config
-    kept = config.top_k_lora is not None and config.top_k_lora < len(model.expert_names)
-    return kept or not (config.enable_softmax and config.enable_softmax_topk)
+    return state_of(model).gating.exclusion(len(model.expert_names)) is not None
 
 
 class _ExpertLeftOut(RoutingHook):
-    def __init__(self, config: XLoraConfig, expert: int, unrecorded: bool) -> None:
-        self.config = config
+    def __init__(self, state: MixtureState, expert: int, unrecorded: bool) -> None:
+        self.state = state
         self.expert = expert
         self.unrecorded = unrecorded
 
     def logits(self, logits: Tensor, training: bool) -> Tensor:
-        config, index = self.config, torch.tensor([self.expert], device=logits.device)
-        chosen_by_rank = config.top_k_lora is not None and config.top_k_lora < logits.shape[-1]
-        never = config.enable_softmax or config.enable_softmax_topk or chosen_by_rank
-        return logits.index_fill(-1, index, -torch.inf if never else 0.0)
+        value = self.state.gating.exclusion(logits.shape[-1])
+        if value is None:
+            raise RoutingError(
+                "An expert can be left out where the router can give it no weight.",
+                received=f"{self.state.gating}, since a setting was changed",
+                remedy="do not change the gating while an expert is left out",
+            )
+        return logits.index_fill(-1, torch.tensor([self.expert], device=logits.device), value)

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loramix.routers.gating import Gating
+
 EXPERT_IDS = "expert_ids"
 """The argument of a mixture's forward that says which expert a text belongs to: (B,) or (B, S), -1 where unknown."""
 
@@ -30,6 +32,7 @@ class RouterOutput:
         final: s, what the layers mix by.
         inputs: the arguments of the backbone's forward by name, `expert_ids` among them where they were given.
         training: whether the model is in training mode.
+        gating: what made the scalings of the logits.
     """
 
     logits: Float[Tensor, "B S L E"]
@@ -37,6 +40,7 @@ class RouterOutput:
     final: Float[Tensor, "B S L E"]
     inputs: Mapping[str, Any]
     training: bool
+    gating: Gating
 
 
 class RoutingHook:

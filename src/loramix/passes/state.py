@@ -196,7 +196,7 @@ class MixtureState(AdaptedState):
         """The scalings of these logits."""
         gating = self.gating
         activated = gating.activate(logits)
-        return RouterOutput(logits, activated, gating.select(activated), inputs, training)
+        return RouterOutput(logits, activated, gating.select(activated), inputs, training, gating)
 
     def publish(self, output: RouterOutput) -> list[Tensor]:
         """Make these the latest scalings, log them and show them to the hooks; the losses that these return."""

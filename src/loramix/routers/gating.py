@@ -5,6 +5,7 @@ L: adapted layers, 1 where they share their scalings. E: experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -24,8 +25,8 @@ class Gating:
         2. with `top_k`, all but the k largest entries of a become 0
         3. with `renormalise`, s = softmax of a over the entries that were kept, 0 elsewhere; else s = a
 
-    Another gating is a subclass that overrides `activate`, `select` or both, and is registered by name
-    (`register_gating`); `XLoraConfig.gating` names it.
+    Another gating is a subclass that overrides `activate`, `select` or both, and what `uniform` and `exclusion` say
+    where they are then wrong; it is registered by name (`register_gating`), which `XLoraConfig.gating` gives.
 
     Args:
         softmax: whether step 1 is a softmax (`enable_softmax`).
@@ -61,6 +62,28 @@ class Gating:
         if self.renormalise:
             return torch.softmax(activated.masked_fill(~kept, -torch.inf), dim=-1)
         return activated.masked_fill(~kept, 0.0)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether a softmax makes the scalings: they are positive and sum to 1."""
+        return self.softmax or self.renormalise
+
+    def shares(
+        self, logits: Float[Tensor, "*tokens L E"], activated: Float[Tensor, "*tokens L E"]
+    ) -> Float[Tensor, "*tokens L E"]:
+        """What step 1 made of these logits, as probabilities over the experts."""
+        return activated if self.softmax else torch.softmax(logits, dim=-1)
+
+    def uniform(self, experts: int) -> float:
+        """The logit that, given to each of so many experts, gives each the scaling 1 / E."""
+        return 0.0 if self.normalised else 1 / experts
+
+    def exclusion(self, experts: int) -> float | None:
+        """The logit that gives one of so many experts the scaling 0; None where each has a positive one."""
+        by_rank = self.top_k is not None and self.top_k < experts
+        if self.softmax and self.renormalise and not by_rank:
+            return None
+        return -math.inf if self.normalised or by_rank else 0.0
 
 
 def largest(scalings: Float[Tensor, "*tokens E"], k: int) -> Bool[Tensor, "*tokens E"]:

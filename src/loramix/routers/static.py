@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import RoutingError
+from loramix.routers.gating import gating_of
 from loramix.routers.router import ConstantRouter, RouterSizes, Shapes, register_router
 
 
@@ -20,8 +21,7 @@ from loramix.routers.router import ConstantRouter, RouterSizes, Shapes, register
 class StaticRouter(ConstantRouter):
     """z = b, with b (E), or (L, E) with `layerwise_scalings`; given (`assign`) or trained.
 
-    Without softmax, b are the scalings themselves. It starts at the uniform mixture: b = 0 with `enable_softmax` or
-    `enable_softmax_topk`, else 1 / E.
+    Without softmax, b are the scalings themselves. It starts at the uniform mixture (`Gating.uniform`).
 
     Args:
         distinct: 1, or L.
@@ -39,8 +39,7 @@ class StaticRouter(ConstantRouter):
 
     @classmethod
     def build(cls, config: XLoraConfig, sizes: RouterSizes) -> Self:
-        normalised = config.enable_softmax or config.enable_softmax_topk
-        return cls(*cls.shapes(config, sizes)["logits"], start=0.0 if normalised else 1 / sizes.experts)
+        return cls(*cls.shapes(config, sizes)["logits"], start=gating_of(config).uniform(sizes.experts))
 
     @classmethod
     def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:

@@ -28,6 +28,7 @@ from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
 from loramix.passes.state import observing
 from loramix.routers.classifier import XLoraClassifier
+from loramix.routers.gating import gating_of
 from loramix.training.data import check_expert_ids, read_text
 from loramix.training.losses import IGNORED
 
@@ -141,12 +142,10 @@ def check_width(config: XLoraConfig, experts: int) -> None:
 
 def _write_constant(classifier: XLoraClassifier) -> None:
     """Zero logits; where logits are the scalings themselves, 1 / E."""
-    config = classifier.config
     last = [module for module in classifier.layers if isinstance(module, nn.Linear)][-1]
-    uniform = 0.0 if config.enable_softmax or config.enable_softmax_topk else 1 / classifier.n_classes
     with torch.no_grad():
         last.weight.zero_()
-        last.bias.fill_(uniform)
+        last.bias.fill_(gating_of(classifier.config).uniform(classifier.n_classes))
 
 
 def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
@@ -247,11 +246,9 @@ class _Moments:
         h, e = (torch.cat(parts)[:_SAMPLE] for parts in zip(*self._sample, strict=True))
         logits = h @ weight.float().T + bias.float()
         accuracy = float((logits.argmax(-1) == e).float().mean())
-        if self.config.enable_softmax or self.config.enable_softmax_topk:
-            temperature = self.config.softmax_temperature if self.config.enable_softmax else 1.0
-            scale = temperature * _best_scale(logits, e)
-        else:
-            scale = 1.0
+        gating = gating_of(self.config)
+        temperature = gating.temperature if gating.softmax else 1.0
+        scale = temperature * _best_scale(logits, e) if gating.normalised else 1.0
         return LinearRouter(weight.float(), bias.float(), scale, accuracy)
 
 

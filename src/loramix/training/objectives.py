@@ -92,13 +92,11 @@ class RouterObjective(RoutingHook):
 
     Args:
         objectives: the objectives.
-        config: the model's live configuration.
         scale: the factor on the losses' gradients: 1 / n with n batches in an optimizer step.
     """
 
-    def __init__(self, objectives: RouterObjectives, config: XLoraConfig, scale: float = 1.0) -> None:
+    def __init__(self, objectives: RouterObjectives, scale: float = 1.0) -> None:
         self.objectives = objectives
-        self.config = config
         self.scale = scale
         self.meter = RoutingMeter()
         self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -119,18 +117,15 @@ class RouterObjective(RoutingHook):
         if aims.z_loss:
             terms["z_loss"] = aims.z_loss, losses.z_loss(output.logits, real)
         if aims.load_balance:
-            chosen = largest(output.activated, self.config.top_k_lora or 1)
-            terms["load_balance"] = aims.load_balance, losses.load_balance(self._shares(output), chosen, real)
+            chosen = largest(output.activated, output.gating.top_k or 1)
+            terms["load_balance"] = aims.load_balance, losses.load_balance(_shares(output), chosen, real)
         if aims.entropy_floor:
-            value = losses.entropy_floor(self._shares(output), aims.least_entropy, real)
+            value = losses.entropy_floor(_shares(output), aims.least_entropy, real)
             terms["entropy_floor"] = aims.entropy_floor, value
         ids = output.inputs.get(EXPERT_IDS)
         if aims.supervised and ids is not None:
             terms["supervised"] = aims.supervised, losses.supervised(output.logits, self._checked(ids, output), real)
         return terms
-
-    def _shares(self, output: RouterOutput) -> Tensor:
-        return output.activated if self.config.enable_softmax else torch.softmax(output.logits, dim=-1)
 
     def _checked(self, ids: Tensor, output: RouterOutput) -> Tensor:
         batch, length = output.logits.shape[:2]
@@ -150,6 +145,10 @@ class RouterObjective(RoutingHook):
         metrics = self.meter.result()
         self.meter.clear()
         return values | ({} if metrics is None else metrics.scalars())
+
+
+def _shares(output: RouterOutput) -> Tensor:
+    return output.gating.shares(output.logits, output.activated)
 
 
 def real_tokens(output: RouterOutput) -> Bool[Tensor, "B S"] | None:
@@ -206,7 +205,7 @@ class RouterCallback(FiniteGradients):
                 received=f"fp16=True with {self.objectives}",
                 remedy="Train with bf16=True, or in float32.",
             )
-        self._hook = RouterObjective(self.objectives, model.active_peft_config)
+        self._hook = RouterObjective(self.objectives)
         self._detach = attach(model, self._hook, alone=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

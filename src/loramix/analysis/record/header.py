@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loramix.config.base import PeftConfig
 from loramix.passes.state import MixtureState
 
 ALL_LAYERS = "all layers"
-_SETTINGS = (
-    *("enable_softmax", "enable_softmax_topk", "top_k_lora", "softmax_temperature", "scaling_pass_value"),
-    "global_scaling_weight",
-)
 
 
 def without_shared_part(names: Sequence[str]) -> list[str]:
@@ -88,8 +83,12 @@ class Header:
             text += "; the mixture's settings changed meanwhile"
         return text[0].upper() + text[1:] + "."
 
-    def note_settings(self, config: PeftConfig) -> None:
+    def note_settings(self, state: MixtureState) -> None:
         """Remember the settings of a forward that is recorded."""
-        settings = {name: getattr(config, name) for name in _SETTINGS}
+        given = state.settings()
+        settings = asdict(given.gating) | {
+            "scaling_pass_value": given.scaling_pass_value,
+            "global_scaling_weight": given.global_scaling_weight,
+        }
         self.changed |= bool(self.settings) and settings != self.settings
         self.settings = self.settings or settings

@@ -209,7 +209,7 @@ class Recorder(RoutingHook):
             if state is None:
                 return
             self._keep(reader)
-            self.header.note_settings(state.config)
+            self.header.note_settings(state)
             self._last[reader] = _LastForward(*self._read(output, reader), request())
 
     def _recorded(self) -> MixtureState | None:

@@ -70,7 +70,7 @@ class RecordedTokens:
     @property
     def top_k(self) -> int | None:
         """The mixture's top-k; None where all experts have a scaling."""
-        return self.header.settings.get("top_k_lora")
+        return self.header.settings.get("top_k")
 
     @property
     def seen(self) -> int:
