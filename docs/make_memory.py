@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramix import XLoraConfig
+from loramix.routers import RouterSizes
 from loramix.training.memory import Sizes, sizes_of, training_memory
 
 PAGE = Path(__file__).with_name("distributed.md")
@@ -42,7 +43,7 @@ def sizes(name: str) -> Sizes:
     return sizes_of(
         base,
         config,
-        layers=len(linears),
+        RouterSizes(base.config.hidden_size, len(linears), EXPERTS),
         experts=EXPERTS * RANK * sum(m.in_features + m.out_features for m in linears),
         ranks=EXPERTS * RANK * len(linears),
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 import loramix
@@ -20,54 +20,18 @@ from loramix.analysis import record_routing
 from loramix.layers.slot import current
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.state import attach
-from loramix.routers import Gating, LayerRouter, RouterSizes, register_gating, register_router
+from loramix.routers import Gating, register_gating
 from support.convolution import tiny_convolution
+from support.routers import EnergyRouter, Seen
 from support.tiny import ARCHITECTURES, llama, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
 KINDS = ["llama", "gpt2", "opt"]
 
 
-@register_router
-class EnergyRouter(LayerRouter):
-    """z_{l,e} = w_e · log(1 + ‖h_{l,e}‖²): how much of x each expert's A takes in."""
-
-    kind = "test-energy"
-
-    def __init__(self, expert_of_rank: tuple[tuple[int, ...], ...], experts: int) -> None:
-        super().__init__()
-        self.expert_of_rank, self.experts = expert_of_rank, experts
-        self.scale = nn.Parameter(torch.linspace(0.5, 2.0, experts))
-
-    @classmethod
-    def build(cls, config: XLoraConfig, sizes: RouterSizes) -> Self:
-        return cls(sizes.expert_of_rank, sizes.experts)
-
-    @classmethod
-    def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> dict[str, tuple[int, ...]]:
-        return {"scale": (sizes.experts,)}
-
-    @classmethod
-    def describe(cls, config: XLoraConfig) -> Mapping[str, Any]:
-        return {"reads": "energy"}
-
-    def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
-        expert = torch.tensor(self.expert_of_rank[layer])
-        energy = low_rank.new_zeros(*low_rank.shape[:-1], self.experts).index_add(-1, expert, low_rank.square())
-        return self.scale * torch.log1p(energy)
-
-
 def mixture(folders: Mapping[str, str], base: Any = None, **config: Any) -> Any:
-    settings = XLoraConfig(adapters=dict(folders), router="test-energy", **config)
+    settings = XLoraConfig(adapters=dict(folders), router=EnergyRouter.kind, **config)
     return get_peft_model(base or llama(), settings).eval()
-
-
-class Seen(RoutingHook):
-    def __init__(self) -> None:
-        self.outputs: list[RouterOutput] = []
-
-    def routed(self, output: RouterOutput) -> None:
-        self.outputs.append(output)
 
 
 @torch.no_grad()
@@ -107,16 +71,6 @@ def test_cached_equals_uncached_with_the_base_models_cache(architecture: str, ex
     assert_close(rest, logits(model)[:, 5:], atol=1e-5, rtol=1e-5)
     greedy: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(tokens(), **greedy), model.generate(tokens(), use_cache=False, **greedy))
-
-
-def test_permuting_experts_permutes_scalings(experts: Experts) -> None:
-    folders, order = experts("llama"), [2, 0, 1]
-    names = list(folders)
-    one, other = mixture(folders), mixture({names[i]: folders[names[i]] for i in order})
-    with torch.no_grad():
-        other.router.scale.copy_(one.router.scale[order])
-    assert_close(logits(other), logits(one), atol=1e-5, rtol=1e-5)
-    assert_close(other.get_latest_scalings(), one.get_latest_scalings()[..., order], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", KINDS)

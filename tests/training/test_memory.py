@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from docs import make_memory
 from loramix import XLoraConfig, XLoraLayer, get_peft_model
 from loramix._compat import enable_checkpointing
+from loramix.routers import RouterSizes
 from loramix.timing import peak_bytes
 from loramix.training.memory import sizes_of, training_memory
 from support.tiny import save_expert
@@ -35,7 +36,7 @@ def test_the_estimate_is_near_what_a_step_holds(checkpointing: bool, tmp_path: P
     layers = [module for module in model.modules() if isinstance(module, XLoraLayer)]
     experts = sum(p.numel() for layer in layers for p in layer.stack.parameters())
     ranks = sum(layer.stack.rank for layer in layers)
-    sizes = sizes_of(wide(), config, layers=len(layers), experts=experts, ranks=ranks)
+    sizes = sizes_of(wide(), config, RouterSizes(128, len(layers), 1), experts=experts, ranks=ranks)
     assert sizes.router == sum(p.numel() for p in model.internal_xlora_classifier.parameters())
     assert sizes.base + sizes.router + experts == sum(p.numel() for p in model.parameters())
     ids = torch.randint(512, (2, 256))

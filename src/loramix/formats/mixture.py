@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loramix.config.base import PeftType
 from loramix.config.xlora import XLoraConfig, as_adapters
 from loramix.errors import (
     AdapterMismatchError,
@@ -22,7 +23,7 @@ from loramix.errors import (
 from loramix.experts.adapter import Adapter
 from loramix.files.hub import from_anywhere
 from loramix.files.tensors import all_finite
-from loramix.routers import RouterSizes, XLoraClassifier, router_class
+from loramix.routers import RouterSizes, router_class
 from loramix.routers.router import Shapes
 
 
@@ -46,15 +47,20 @@ class MixtureCheckpoint:
         return len({path for expert in self.experts for path in expert.weights})
 
     def router_shapes(self) -> Shapes | None:
-        """The names and shapes of the router's tensors, by the configuration and the experts.
+        """The names and shapes of the router's tensors, by the configuration and the experts; None as `_shapes`."""
+        return _shapes(self.config, self.num_layers, len(self.experts))
 
-        None for a router that reads the low-rank activation: its shapes follow from the order of the layers, which the
-        base model knows.
-        """
-        kind = router_class(self.config)
-        if kind.reads == "low-rank activation":
-            return None
-        return kind.shapes(self.config, RouterSizes(self.config.hidden_size, self.num_layers, len(self.experts)))
+
+def _shapes(config: XLoraConfig, layers: int, experts: int) -> Shapes | None:
+    """The router's tensors, as far as files tell.
+
+    None for a router that reads the low-rank activation: its shapes follow from the order of the layers, which the base
+    model knows.
+    """
+    kind = router_class(config)
+    if kind.reads == "low-rank activation":
+        return None
+    return kind.shapes(config, RouterSizes(config.hidden_size, layers, experts))
 
 
 def select_experts(
@@ -114,7 +120,7 @@ def check_before_experts(config: XLoraConfig, router: Mapping[str, Tensor], sour
     """Check what does not depend on the experts, before they are read and perhaps downloaded.
 
     Raises:
-        IncompleteCheckpointError: a tensor of a classifier is missing.
+        IncompleteCheckpointError: a tensor of the router is missing.
         CorruptCheckpointError: tensors that are not floating-point, or numbers that are not finite.
     """
     strange = [name for name, tensor in router.items() if not tensor.is_floating_point()]
@@ -124,9 +130,8 @@ def check_before_experts(config: XLoraConfig, router: Mapping[str, Tensor], sour
             received=f"{source}: {', '.join(strange) + ' of another dtype' if strange else 'infinite ones, or NaN'}",
             remedy="Download the mixture again, or train it again.",
         )
-    if config.router == XLoraClassifier.kind:  # whose tensors have the same names for every L
-        sizes = RouterSizes(config.hidden_size, 1, len(config.adapters))
-        _require_all(XLoraClassifier.shapes(config, sizes), config, router, source)
+    any_layers = _shapes(config, 1, len(config.adapters))  # the names are the same for every L
+    _require_all(any_layers or (), config, router, source)
 
 
 def check_router(checkpoint: MixtureCheckpoint, source: str, replaced: Collection[str] = ()) -> None:
@@ -172,7 +177,7 @@ def _require_all(names: Iterable[str], config: XLoraConfig, router: Mapping[str,
         return
     dropped = "; PEFT 0.20 to 0.21.2 drop such tensors when they save an X-LoRA model"
     older = ", or save it again with PEFT 0.19.1 or older"
-    by_peft = config.router == XLoraClassifier.kind
+    by_peft = config.peft_type is PeftType.XLORA
     raise IncompleteCheckpointError(
         "A mixture's file holds every tensor of its router.",
         received=f"{source} without {', '.join(missing)}{dropped if by_peft else ''}",

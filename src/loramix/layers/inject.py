@@ -19,6 +19,7 @@ from loramix.experts.base_layers import Kind, device_of, expected_shapes, kind_o
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.layers.layer import XLoraLayer, adapted_layer
 from loramix.layers.stack import LayerExpert
+from loramix.routers.router import RouterSizes
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
         _check(adapter, base)
     paths = [path for path in modules if any(path in adapter.weights for adapter in adapters)]
     return [Site(path, modules[path], tuple(_experts_at(path, adapters))) for path in paths]
+
+
+def router_sizes(sites: Sequence[Site], hidden_size: int, experts: int) -> RouterSizes:
+    """What the router of a mixture on these layers is built for."""
+    return RouterSizes(hidden_size, len(sites), experts, tuple(site.expert_of_rank for site in sites))
 
 
 def _experts_at(path: str, adapters: Sequence[Adapter]) -> Iterator[LayerExpert]:

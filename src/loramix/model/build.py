@@ -26,7 +26,7 @@ from loramix.experts.adapter import Adapter
 from loramix.experts.base_model import hidden_size_of, identifier_of
 from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
-from loramix.layers.inject import adapt, find_carrier, plan, replace
+from loramix.layers.inject import adapt, find_carrier, plan, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
@@ -34,7 +34,7 @@ from loramix.passes.checkpointing import route_checkpoints
 from loramix.passes.specialise import rebind_forward, specialise
 from loramix.passes.state import AdaptedState, MixtureState
 from loramix.routers.gating import gating_of
-from loramix.routers.router import RouterSizes, router_class
+from loramix.routers.router import Router, router_class
 
 _Config = TypeVar("_Config", bound=PeftConfig)
 
@@ -157,7 +157,7 @@ def get_peft_model(
         config.base_model_name_or_path = identifier_of(model)
     if isinstance(config, LoraConfig):
         return _build_lora(model, new_adapter(adapter_name, model, config), trainable=True)
-    config.validate_for(len(config.adapters), hidden_size_of(model))
+    _check(config, len(config.adapters), hidden_size_of(model))
     config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
     experts = [formats.load_adapter(name, source, options) for name, source in config.adapters.items()]
     return _build_mixture(model, config, experts, None, trainable=not config.inference_mode)
@@ -232,13 +232,10 @@ def _build_mixture(
     trainable: bool,
 ) -> PeftModel:
     hidden_size = hidden_size_of(model)
-    config.validate_for(len(experts), hidden_size)
-    kind = router_class(config)
-    gating_of(config)
+    kind = _check(config, len(experts), hidden_size)
     config.hidden_size = hidden_size
     sites = plan(model, experts)
-    sizes = RouterSizes(hidden_size, len(sites), len(experts), tuple(site.expert_of_rank for site in sites))
-    router = kind.build(config, sizes)
+    router = kind.build(config, router_sizes(sites, hidden_size, len(experts)))
     if saved is not None:
         router.load(saved)
     router.requires_grad_(trainable).train(model.training)
@@ -249,6 +246,13 @@ def _build_mixture(
     _commit(model, carrier, layers, state, XLoraMethods)
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
+
+
+def _check(config: XLoraConfig, num_experts: int, hidden_size: int) -> type[Router]:
+    """The router's kind, once the configuration is known to fit and to name what is registered."""
+    config.validate_for(num_experts, hidden_size)
+    gating_of(config)
+    return router_class(config)
 
 
 def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:

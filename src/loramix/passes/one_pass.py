@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from loramix.errors import RoutingError
 from loramix.layers.routing import LayerRouting
 from loramix.layers.slot import routed
 from loramix.passes.cache import follow, refuse_two_pass_cache
@@ -68,8 +69,18 @@ class _LayerScalings:
         return self._gating.select(self._gating.activate(logits)).squeeze(-2)
 
     def logits(self, tokens: torch.Size) -> Tensor:
-        """(B, S, L, E), of all layers; NaN for a layer that did not run, or that saw other tokens."""
+        """(B, S, L, E), of all layers; NaN for a layer that did not run, or that saw other tokens.
+
+        Raises:
+            RoutingError: no layer ran.
+        """
         made, self._logits = self._logits or {}, None
+        if not made:
+            raise RoutingError(
+                "An adapted layer is called in the forward of its model.",
+                received=f"a forward in which none of {', '.join(self._state.paths)} was called",
+                remedy="adapt layers that the base model calls, not layers whose weight it reads",
+            )
         missing = next(iter(made.values())).new_full((*tokens, 1, len(self._state.names)), float("nan"))
         layers = range(len(self._state.paths))
         return torch.cat([_as_tokens(made.get(layer), tokens, missing) for layer in layers], dim=-2)

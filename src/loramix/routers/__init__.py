@@ -16,6 +16,7 @@ from loramix.routers.router import (
     RouterSizes,
     register_router,
     router_class,
+    router_kinds,
 )
 from loramix.routers.static import StaticRouter
 
@@ -32,4 +33,5 @@ __all__ = [
     "register_gating",
     "register_router",
     "router_class",
+    "router_kinds",
 ]

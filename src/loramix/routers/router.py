@@ -70,7 +70,10 @@ class Router(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
-        """Its tensors by name, with their shapes: what is saved, loaded, checked and counted."""
+        """Its tensors by name, with their shapes: what is saved, loaded, checked and counted.
+
+        The names are the same for every number of layers.
+        """
 
     @classmethod
     def check(cls, config: XLoraConfig) -> None:
@@ -175,6 +178,11 @@ def register_router(kind: type[R]) -> type[R]:
     """
     _ROUTERS.add(kind.kind, kind)
     return kind
+
+
+def router_kinds() -> list[type[Router]]:
+    """All registered kinds of router, in the order of their registration."""
+    return list(_ROUTERS.values())
 
 
 def router_class(config: XLoraConfig) -> type[Router]:

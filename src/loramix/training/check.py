@@ -81,7 +81,7 @@ def check(settings: TrainSettings) -> CheckedRun:
         if place is not None:
             check_writable(Path(place))
     return CheckedRun(
-        make_plan(base, config, experts, arguments, tokenizer, rows, layers=len(sites), eval_rows=len(eval_rows)),
+        make_plan(base, config, experts, arguments, tokenizer, rows, sites, eval_rows=len(eval_rows)),
         config,
         objectives,
         arguments,

@@ -46,24 +46,23 @@ class Sizes:
     itemsize: int
 
 
-def sizes_of(base: PreTrainedModel, config: XLoraConfig, *, layers: int, experts: int, ranks: int) -> Sizes:
+def sizes_of(base: PreTrainedModel, config: XLoraConfig, router: RouterSizes, *, experts: int, ranks: int) -> Sizes:
     """The sizes of a base model and a mixture.
 
     Args:
         base: the base model, which may be without weights (on the meta device).
         config: the mixture's, complete.
-        layers: L.
+        router: what its router is built for.
         experts: parameters of all experts.
         ranks: ΣR over the adapted layers.
     """
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     root = {id(p): p.numel() for module in ends if module is not None for p in module.parameters()}
-    router = router_class(config).shapes(config, RouterSizes(config.hidden_size, layers, len(config.adapters)))
     return Sizes(
         base=base.num_parameters(),
         root=sum(root.values()),
         experts=experts,
-        router=sum(map(math.prod, router.values())),
+        router=sum(map(math.prod, router_class(config).shapes(config, router).values())),
         ranks=ranks,
         hidden=config.hidden_size,
         blocks=blocks_of(base.config),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from loramix._compat import CHECKPOINTING
 from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter
+from loramix.layers.inject import Site, router_sizes
 from loramix.training.data import Row, pieces
 from loramix.training.memory import sizes_of, training_memory
 
@@ -60,8 +61,8 @@ def make_plan(
     arguments: Any,
     tokenizer: Any,
     rows: Sequence[Row],
+    sites: Sequence[Site],
     *,
-    layers: int,
     eval_rows: int,
 ) -> Plan:
     """Count and estimate.
@@ -73,14 +74,14 @@ def make_plan(
         arguments: the trainer's.
         tokenizer: the base model's.
         rows: texts to train on.
-        layers: L.
+        sites: the layers that are adapted.
         eval_rows: the number of texts to evaluate with.
     """
     weights = [module for expert in experts for module in expert.weights.values()]
     sizes = sizes_of(
         base,
         config,
-        layers=layers,
+        router_sizes(sites, config.hidden_size, len(experts)),
         experts=sum(module.num_parameters for module in weights),
         ranks=sum(module.A.shape[0] for module in weights),
     )
@@ -101,7 +102,7 @@ def make_plan(
         steps = int(-(-count // a_step) * arguments.num_train_epochs)
     return Plan(
         experts=list(config.adapters),
-        layers=layers,
+        layers=len(sites),
         router_parameters=sizes.router,
         base_parameters=sizes.base,
         rows=len(rows),
