@@ -135,18 +135,6 @@ def test_columns_are_weight_times_scale_times_scaling(tokens: tuple[int, ...], l
         assert routing.columns(stack, torch.zeros(1, dtype=torch.float16)).dtype == torch.float16
 
 
-def test_many_layouts_are_expanded_layer_by_layer() -> None:
-    """Together, each layout's columns are computed for all layers: that pays for a few layouts."""
-    stacks = [FakeStack(number=i, layout=i) for i in range(5)]
-    scalings = torch.rand(1, 2, 5, 3)
-    with torch.no_grad():
-        few, many = TensorRouting(scalings, 1.0, stacks[:2]), TensorRouting(scalings, 1.0, stacks)
-        low_rank = torch.zeros(1, 2, 3)
-        assert_close(few.columns(stacks[1], low_rank), many.columns(stacks[1], low_rank))
-    assert few._of_layouts
-    assert not many._of_layouts
-
-
 def test_layers_of_one_layout_share_their_columns() -> None:
     stack, other = FakeStack(number=0), FakeStack(number=1, layout=1, rank_scale=torch.ones(3))
     routing = TensorRouting(torch.randn(2, 3, 1, 3), 1.0, [stack, other])

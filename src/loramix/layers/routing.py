@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-FEW_TOKENS, FEW_LAYOUTS = 64, 4
 GATHERED_SHARE = 32  # gather, in float32, only if at most 1/32 of the rank columns count (docs/products.md)
 GATHERED_TOKENS = 8  # more tokens seldom share the few experts that each of them uses
 GATHERED_RANKS = 128  # fewer columns are multiplied as fast as they are gathered
@@ -99,9 +98,7 @@ class TensorRouting:
     """Scalings as a tensor: (B, S, L, E) for each token, or (L, E) for all tokens alike.
 
     Where all layers share their scalings, the columns of each layout are computed once, at the beginning of the pass
-    and so outside the blocks, which gradient checkpointing runs again. Where each layer has its own and the tokens are
-    few, as in decoding, the columns of all layers of a layout are computed in one call: layer by layer, the calls cost
-    half as much as a small layer itself.
+    and so outside the blocks, which gradient checkpointing runs again.
 
     Args:
         scalings: final scalings s. Their L may be 1 where all layers share them.
@@ -118,9 +115,6 @@ class TensorRouting:
         self._shared = scalings.shape[-2] == 1
         self._by_layer = self._weighted.unbind(-2)  # one stack in backward, not a zero-filled tensor for each layer
         self._columns = [self._expand(stack).to(stack.lora_A.dtype) for stack in layouts] if self._shared else []
-        few = scalings.shape[:-2].numel() <= FEW_TOKENS and 0 < len(layouts) <= FEW_LAYOUTS
-        self._together = few and not self._shared and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        self._of_layouts: dict[int, Sequence[Tensor]] = {}
         self._gathered: dict[int, GatheredColumns | None] = {}
         self._sparse = self._is_sparse()
 
@@ -128,7 +122,7 @@ class TensorRouting:
         if self._columns:
             made = self._columns[stack.layout]
             return made if made.dtype == low_rank.dtype and made.device == low_rank.device else made.to(low_rank)
-        return (self._of_all_layers(stack)[stack.number] if self._together else self._expand(stack)).to(low_rank)
+        return self._expand(stack).to(low_rank)
 
     def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
         return self._of(stack).index_select(-1, chosen)
@@ -163,15 +157,6 @@ class TensorRouting:
             return None
         columns = weighted.index_select(-1, of_rank[ranks]) * stack.rank_scale[ranks]
         return GatheredColumns(ranks, columns.to(stack.lora_A.dtype))
-
-    def _of_all_layers(self, stack: Stack) -> Sequence[Tensor]:
-        """The columns of all layers, as if all had this one's layout."""
-        found = self._of_layouts.get(stack.layout)
-        if found is None:
-            weighted = self._weighted.to(stack.rank_scale.device)
-            expanded = weighted.index_select(-1, stack.expert_of_rank) * stack.rank_scale
-            found = self._of_layouts[stack.layout] = expanded.to(stack.lora_A.dtype).unbind(-2)
-        return found
 
     def _expand(self, stack: Stack) -> Tensor:
         return self._of(stack).index_select(-1, stack.expert_of_rank) * stack.rank_scale
