@@ -67,6 +67,12 @@ REFUSED: dict[str, tuple[str, list[str], type[errors.LoramixError], str]] = {
     "a decoder beside an encoder": ("t5", [r"decoder.*\.q"], errors.ModelError, "decoder"),
     "both under one model": ("bart", ["q_proj"], errors.ModelError, "model.decoder, model.encoder"),
     "a head that classifies": ("llama, classification", ["q_proj", "score"], errors.UnsupportedAdapterError, "'score'"),
+    "a pooler": (
+        "bert, classification",
+        ["query", "pooler.dense"],
+        errors.UnsupportedAdapterError,
+        "pooler.dense' sees",
+    ),
     "BERT's head": ("bert, classification", ["query", "classifier"], errors.UnsupportedAdapterError, "'classifier'"),
 }
 
@@ -122,16 +128,6 @@ def test_what_is_not_supported_is_named_and_the_base_stays(case: str, tmp_path: 
     base = make(name)
     config = XLoraConfig(hidden_size=64, adapters=experts)
     assert named in refused(error, base, tmp_path, lambda: get_peft_model(base, config)).received
-
-
-def test_a_pooler_is_refused_when_it_runs(tmp_path: Path) -> None:
-    """It sees one vector for each sequence; that shows only in the forward."""
-    name = "bert, classification"
-    config = XLoraConfig(hidden_size=64, adapters=folders(tmp_path, name, ["query", "pooler.dense"]))
-    model: Any = get_peft_model(make(name), config).eval()
-    with pytest.raises(errors.RoutingError, match="poolers"):
-        model(tokens())
-    assert_close(logits(model.unload()), logits(make(name)))
 
 
 @needs_transformers(5, 5, "the cache of Mamba is none of the class Cache")

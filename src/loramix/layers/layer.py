@@ -16,7 +16,7 @@ from loramix.layers.convolution import ConvolutionStack
 from loramix.layers.dora import DoraStack
 from loramix.layers.embedding import EmbeddingStack
 from loramix.layers.linear import LinearStack
-from loramix.layers.slot import current
+from loramix.layers.slot import called, current, weight_read
 from loramix.layers.stack import ExpertStack, LayerExpert
 
 _STACKS: dict[Kind, type[ExpertStack]] = {
@@ -54,7 +54,8 @@ class XLoraLayer(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The base layer's weight, for code of the base model that looks at it."""
+        """The base layer's weight, for code of the base model that looks at it and calls the layer."""
+        weight_read(self)
         return self.base_layer.weight
 
     @property
@@ -67,6 +68,7 @@ class XLoraLayer(nn.Module):
         modules = cast("dict[str, nn.Module]", self._modules)  # as attributes they are looked for, each time
         base_layer = modules["base_layer"]
         base_y: Tensor = base_layer(x, *args, **kwargs)
+        called(self)
         if routing.silent:
             return base_y
         stacks = cast("dict[str, ExpertStack]", modules["stacks"]._modules)

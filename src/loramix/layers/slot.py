@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loramix.errors import RoutingError
@@ -44,6 +45,7 @@ Override = Callable[[], Routing | ObservedPass]
 class _Slot(threading.local):
     def __init__(self) -> None:  # set here, not on the class: compiled code guards on the instance's own dictionary
         self.routing: Routing | None = None
+        self.bypassed: dict[int, object] = {}
         self.overrides: tuple[tuple[object, Override], ...] = ()
 
 
@@ -73,6 +75,26 @@ def routed(routing: Routing, call: Callable[..., Any], *args: Any, **kwargs: Any
         return call(*args, **kwargs)
     finally:
         _slot.routing = outer
+
+
+def weight_read(layer: object) -> None:
+    """Note that the base model reads the weight of an adapted layer while a pass runs."""
+    if _slot.routing is not None and not _slot.routing.silent and not torch.compiler.is_compiling():
+        _slot.bypassed[id(layer)] = layer
+
+
+def called(layer: object) -> None:
+    """Note that an adapted layer is called; then it does not matter that its weight is read too."""
+    if _slot.bypassed:
+        _slot.bypassed.pop(id(layer), None)
+
+
+def take_bypassed() -> list[Any]:
+    """The adapted layers whose weight was read in this thread since the last call, and that were not called then."""
+    if not _slot.bypassed:
+        return []
+    found, _slot.bypassed = list(_slot.bypassed.values()), {}
+    return found
 
 
 @contextmanager

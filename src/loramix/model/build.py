@@ -28,13 +28,14 @@ from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.layers.inject import adapt, find_carrier, plan, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
+from loramix.layers.tokens import check_uses
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
 from loramix.passes.checkpointing import route_checkpoints
 from loramix.passes.specialise import rebind_forward, specialise
 from loramix.passes.state import AdaptedState, MixtureState
 from loramix.routers.gating import gating_of
-from loramix.routers.router import Router, router_class
+from loramix.routers.router import HiddenStateRouter, Router, router_class
 
 _Config = TypeVar("_Config", bound=PeftConfig)
 
@@ -239,10 +240,12 @@ def _build_mixture(
     if saved is not None:
         router.load(saved)
     router.requires_grad_(trainable).train(model.training)
-    carrier = find_carrier(model, sites, [expert.name for expert in experts])
+    names = [expert.name for expert in experts]
+    carrier = find_carrier(model, sites, names)
+    told = check_uses(carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
     layers = adapt(sites, precise=config.use_trainable_adapters, dtype=model.dtype)
     router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
-    state = MixtureState(config, experts, layers, router, hidden_size)
+    state = MixtureState(config, experts, layers, router, hidden_size, tokens_told=told)
     _commit(model, carrier, layers, state, XLoraMethods)
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
@@ -259,6 +262,7 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
     carrier = find_carrier(model, sites, [adapter.name])
+    check_uses(carrier, sites, [adapter.name], routed=False)
     layers = adapt(sites, precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
     _commit(model, carrier, layers, state, PeftMethods)

@@ -14,8 +14,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from loramix.errors import RoutingError
 from loramix.layers.routing import Routing
-from loramix.layers.slot import ObservedPass, routed
+from loramix.layers.slot import ObservedPass, routed, take_bypassed
 from loramix.passes.cache import refuse_two_pass_cache
 from loramix.passes.call import BackboneCall, ForwardSignature
 from loramix.passes.hooks import EXPERT_IDS, given_expert_ids
@@ -29,7 +30,7 @@ def mixture_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises (the result):
         CacheError: a cache that this mixture did not fill.
-        RoutingError: a layer that sees other tokens than the scalings were made for.
+        RoutingError: a layer that sees other tokens than the scalings were made for, or whose weight is read instead.
     """
     signature = ForwardSignature.of(forward)
 
@@ -41,12 +42,27 @@ def mixture_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         given = state.single_pass()
         if given is None and isinstance(state, MixtureState):
             call = BackboneCall(self, forward, signature, arguments, expert_ids)
-            return two_passes(state, call) if state.needs_scaling_pass else one_pass(state, call)
-        assert given is not None
-        refuse_two_pass_cache(arguments.get(signature.cache))
-        return single_pass(given, functools.partial(forward, self, **arguments))
+            out = two_passes(state, call) if state.needs_scaling_pass else one_pass(state, call)
+        else:
+            assert given is not None
+            refuse_two_pass_cache(arguments.get(signature.cache))
+            out = single_pass(given, functools.partial(forward, self, **arguments))
+        _refuse_bypassed(state)
+        return out
 
     return run
+
+
+def _refuse_bypassed(state: AdaptedState) -> None:
+    paths = [state.paths[layer.stack.number] for layer in take_bypassed()]
+    if paths:
+        raise RoutingError(
+            "Experts act in a layer that the base model calls.",
+            received=f"a forward that read the weight of {', '.join(map(repr, paths[:3]))} without calling the layer "
+            f"({len(paths)} such layers)",
+            remedy="train the experts without them in target_modules; fused kernels, such as those of Mamba 2 in "
+            "training on a GPU, read weights like this",
+        )
 
 
 def single_pass(given: Routing | ObservedPass, call: Callable[[], Any]) -> Any:

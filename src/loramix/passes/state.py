@@ -23,6 +23,7 @@ from loramix.experts.adapter import Adapter
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import ConstantRouting, Routing, TensorRouting
 from loramix.layers.slot import ObservedPass, overriding
+from loramix.layers.tokens import refuse_ambiguous
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.scalings_log import ScalingsLog
 from loramix.routers.gating import Gating, gating_of
@@ -104,6 +105,7 @@ class MixtureState(AdaptedState):
         layers: the adapted layers by their paths, in order.
         router: what makes the logits.
         hidden_size: H of the base model.
+        tokens_told: whether a dry run has told which tokens the adapted layers see.
     """
 
     config: XLoraConfig  # pyright: ignore[reportIncompatibleVariableOverride] - set once, here
@@ -115,10 +117,13 @@ class MixtureState(AdaptedState):
         layers: Mapping[str, XLoraLayer],
         router: Router,
         hidden_size: int,
+        *,
+        tokens_told: bool = True,
     ) -> None:
         super().__init__(config, experts, layers)
         self.router = router
         self.hidden_size = hidden_size
+        self.tokens_told = tokens_told
         self.log = ScalingsLog()
         self.measurements: dict[object, Any] = {}  # of decoding, by batch, device and dtype; see `decoding.scheduler`
         self.report: Any = None  # of the last generation
@@ -179,8 +184,11 @@ class MixtureState(AdaptedState):
 
         Raises:
             ConfigurationError: settings that cannot work, or hidden states of another width.
+            RoutingError: sizes that do not tell whose tokens a layer sees.
         """
         self.check_settings()
+        if not self.tokens_told:
+            refuse_ambiguous(hidden.shape[:2], inputs)
         assert isinstance(self.router, HiddenStateRouter)
         logits = self.changed_logits(self.router.distinct(hidden), training)
         output = self.gated(logits, inputs, training)

@@ -1,0 +1,258 @@
+"""Which tokens each layer of a base model sees: its forward, run once on a copy whose weights take no memory.
+
+Scalings belong to tokens. Whether a layer sees those of the backbone, in their order, cannot be told from the sizes of
+one call: a sequence-first block looks the same where there are as many texts as tokens, cross-attention where both
+texts are of one length, a table of positions where the batch is that long. So the sizes are chosen here: no two are
+equal.
+
+B, S: batch, sequence. H: hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loramix.experts.base_layers import kind_of, linear_sizes
+from loramix.experts.base_model import text_config
+
+TEXTS, TOKENS, OTHERS = 3, 7, 11
+"""B, S, and the tokens of another stream: of an encoder, or of images."""
+
+Sees = Literal["tokens", "other tokens", "nothing"]
+
+
+@dataclass
+class LayerUse:
+    """What the dry run showed of one layer.
+
+    Attributes:
+        sees: the backbone's tokens, as (B, S) or flattened as (B · S,), in every call; other ones in some call; or
+            nothing, where it was not called.
+        tokens: the sizes of what it sees, without the features, call by call.
+        weight_read: whether its weight was read from outside.
+        returns_tuple: whether it returned more than a tensor.
+    """
+
+    sees: Sees = "nothing"
+    tokens: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
+    weight_read: bool = False
+    returns_tuple: bool = False
+
+    def clear(self) -> None:
+        """Forget what a forward that failed has shown."""
+        self.sees, self.tokens, self.weight_read, self.returns_tuple = "nothing", [], False, False
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether the model computes with the layer's weight and never calls the layer."""
+        return self.sees == "nothing" and self.weight_read
+
+
+def dry_run(backbone: PreTrainedModel) -> dict[str, LayerUse] | None:
+    """What each layer that experts could adapt sees in a forward of the backbone, by path.
+
+    The backbone is not touched: a copy of its structure is run on the CPU, in evaluation mode, on a batch of texts. In
+    it a large weight is one number seen many times, and linear layers give zeros without multiplying. Cross-attention
+    gets states of as many tokens as nothing else has.
+
+    Backbones of one structure are run once.
+
+    Returns:
+        None where the backbone could not be run so: it takes inputs that are not known here, or its code needs a device
+        or numbers that the copy does not have.
+    """
+    structure = _structure(backbone)
+    if structure not in _known:
+        while len(_known) >= _MOST_KNOWN:
+            del _known[next(iter(_known))]
+        with torch.random.fork_rng(devices=[]):
+            _known[structure] = _dry_run(backbone)
+    return _known[structure]
+
+
+_known: dict[object, dict[str, LayerUse] | None] = {}
+_MOST_KNOWN = 32
+
+
+def _structure(backbone: PreTrainedModel) -> object:
+    """What the dry run depends on: modules, sizes and configuration, but no weight."""
+    return (
+        tuple((path, type(m), vars(m).get("forward")) for path, m in backbone.named_modules(remove_duplicate=False)),
+        tuple((name, p.shape, p.dtype) for name, p in backbone.named_parameters(remove_duplicate=False)),
+        backbone.config.to_json_string(),
+        getattr(backbone.config, "_attn_implementation", None),
+    )
+
+
+def _dry_run(backbone: PreTrainedModel) -> dict[str, LayerUse] | None:
+    try:
+        hollow = _hollow_copy(backbone)
+    except Exception:  # whatever a module's own way of being copied comes up with
+        return None
+    seen = {path: LayerUse() for path, module in hollow.named_modules() if kind_of(module) is not None}
+    for path, use in seen.items():
+        _watch(hollow.get_submodule(path), use)
+    for inputs in _attempts(hollow):
+        for use in seen.values():
+            use.clear()
+        try:
+            with torch.no_grad():
+                out = type(hollow).forward(hollow, **inputs)
+            batch, length = out.last_hidden_state.shape[:2]
+        except Exception:  # the model refuses these inputs in a way of its own: on to the next
+            continue
+        for use in seen.values():
+            use.sees = _judged(use.tokens, batch, length)
+        return seen
+    return None
+
+
+def _judged(inputs: list[tuple[int, ...]], batch: int, length: int) -> Sees:
+    if not inputs:
+        return "nothing"
+    return "tokens" if all(each in ((batch, length), (batch * length,)) for each in inputs) else "other tokens"
+
+
+def _attempts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Arguments of a forward, the fullest first: states of another stream are left out where there is none."""
+    names = inspect.signature(type(model).forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    quiet = {"use_cache": False, "return_dict": True}
+    common = {name: value for name, value in quiet.items() if takes_any or name in names}
+    config = text_config(model.config)
+    mask = {"attention_mask": torch.ones(TEXTS, TOKENS, dtype=torch.long)} if "attention_mask" in names else {}
+    main: list[dict[str, Any]] = []
+    if "input_ids" in names:
+        main.append({"input_ids": torch.arange(TEXTS * TOKENS).view(TEXTS, TOKENS) % _entries(model)})
+    if "inputs_embeds" in names:
+        main.append({"inputs_embeds": torch.rand(TEXTS, TOKENS, _width(config))})
+    if "hidden_states" in names:
+        main.append({"hidden_states": torch.rand(TEXTS, TOKENS, _width(config))})
+    if "pixel_values" in names and "input_ids" not in names:
+        main.append({"pixel_values": torch.rand(TEXTS, *_image(model.config))})
+    others: list[dict[str, Any]] = [{}]
+    for name in ("encoder_hidden_states", "cross_attention_states"):
+        if name in names:
+            widths = dict.fromkeys((*_widths(model.config), _width(config)))
+            others = [{name: torch.rand(TEXTS, OTHERS, width)} for width in widths] + others
+    for inputs in main:
+        for other in others:
+            yield common | inputs | other
+            if mask:
+                yield common | inputs | mask | other
+
+
+def _entries(model: PreTrainedModel) -> int:
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    vocabulary = getattr(text_config(model.config), "vocab_size", None)
+    return max(1, min(vocabulary or 2**30, max(sizes, default=1)))
+
+
+def _width(config: Any) -> int:
+    return next(
+        (w for name in ("hidden_size", "d_model", "n_embd") if isinstance(w := getattr(config, name, None), int)), 1
+    )
+
+
+def _widths(config: Any) -> list[int]:
+    """Of an encoder's states, where a configuration says them."""
+    names = ("encoder_hidden_size", "cross_attention_hidden_size", "vision_output_dim")
+    return [width for name in names if isinstance(width := getattr(config, name, None), int)]
+
+
+def _image(config: Any) -> tuple[int, int, int]:
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return getattr(config, "num_channels", None) or 3, height, width
+
+
+_SMALL = 2**16
+_PLAIN = (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _hollow_copy(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the structure: buffers are real, large parameters take no memory, quantised layers are plain ones."""
+    known: dict[int, Any] = {}
+    for module in backbone.modules():
+        if kind_of(module) == "linear" and not _is_plain(module, backbone):
+            inputs, outputs = linear_sizes(module)
+            with torch.device("meta"):
+                stub = nn.Linear(inputs, outputs, bias=getattr(module, "bias", None) is not None)
+            for name, parameter in stub.named_parameters():
+                setattr(stub, name, nn.Parameter(_hollow(parameter), requires_grad=False))
+            known[id(module)] = stub
+    for parameter in backbone.parameters():
+        known[id(parameter)] = nn.Parameter(_hollow(parameter), requires_grad=False)
+    for buffer in backbone.buffers():
+        known[id(buffer)] = (
+            _hollow(buffer) if buffer.is_meta or buffer.numel() > 2**22 else buffer.detach().cpu().clone()
+        )
+    made = copy.deepcopy(backbone, known)
+    for module in made.modules():
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, hooks).clear()
+        module.__dict__.pop("_hf_hook", None)
+        module.__dict__.pop("_old_forward", None)
+        module.__dict__.pop("forward", None)
+        config: Any = getattr(module, "config", None)
+        if "flash" in str(getattr(config, "_attn_implementation", "")):
+            config._attn_implementation = "sdpa"
+    return made.eval()
+
+
+def _is_plain(module: nn.Module, backbone: nn.Module) -> bool:
+    """Whether a layer can be copied: of torch or transformers, or of the same package as the backbone."""
+    own = type(backbone).__module__.rpartition(".")[0]
+    return type(module) in _PLAIN or type(module).__module__.startswith(("transformers.models.", own))
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """One number, seen as often as the tensor is large; small ones are real, so that they can be written to."""
+    dtype = torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
+    one = torch.full((), 0.02 if dtype.is_floating_point else 0, dtype=dtype).expand(tensor.shape)
+    return one.clone() if tensor.numel() <= _SMALL else one
+
+
+def _watch(layer: nn.Module, use: LayerUse) -> None:
+    """Let a layer of the copy note what it sees, and whether its weight is read."""
+    kind = type(layer)
+    forward = _zeros_of(layer) if kind.forward is nn.Linear.forward else layer.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        out: Any = forward(*args, **kwargs)
+        use.tokens.append(_tokens(layer, args[0] if args else next(iter(kwargs.values())), out))
+        use.returns_tuple |= not isinstance(out, Tensor)
+        return out
+
+    def read(self: nn.Module, name: str) -> Any:
+        use.weight_read |= name == "weight"
+        return kind.__getattr__(self, name)
+
+    layer.__class__ = type(kind.__name__, (kind,), {"__getattr__": read})
+    layer.__dict__["forward"] = watched
+
+
+def _zeros_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    width = linear_sizes(layer)[1]
+    return lambda x: x.new_zeros(*x.shape[:-1], width)
+
+
+def _tokens(layer: nn.Module, x: Any, out: Any) -> tuple[int, ...]:
+    """The sizes of what a layer's scalings must be made for; a convolution's tokens are the positions of its output."""
+    if not isinstance(x, Tensor):  # sinusoidal positions are asked for by the sizes of the text
+        return ()
+    if isinstance(layer, nn.Embedding):
+        return tuple(x.shape)
+    if isinstance(layer, _ConvNd):
+        return (out.shape[0], out.shape[2:].numel())
+    return tuple(x.shape[:-1])
