@@ -155,10 +155,10 @@ def test_a_record_that_begins_within_a_generation_counts_from_its_prompt(routed:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("wanted", [5, "lookup"])
-def test_nothing_is_read_ahead_of_a_record(routed: Any, direct: Direct, wanted: Any) -> None:
+@pytest.mark.parametrize("lockstep", [5, "lookup"])
+def test_nothing_is_read_ahead_of_a_record(routed: Any, direct: Direct, lockstep: Any) -> None:
     with record_routing(routed) as record, record_routing(routed) as other:
-        out = routed.generate(tokens(1), max_new_tokens=12, do_sample=False, lockstep=wanted)
+        out = routed.generate(tokens(1), max_new_tokens=12, do_sample=False, lockstep=lockstep)
     assert set(routed.lockstep_report.rounds) == {"lockstep"}
     for found in (record, other):
         assert_holds(found, routed, [out[0, :-1]], direct)

@@ -14,40 +14,40 @@ from support.generation import generated, report_of
 from support.tiny import tokens
 
 
-@pytest.mark.parametrize("wanted", [0, False])
-def test_no_drafts_are_two_passes(wanted: Any, of_llama: Any) -> None:
-    generated(of_llama, input_ids=tokens(1), max_new_tokens=4, lockstep=wanted)
-    assert report_of(of_llama).reason == "it was not wanted"
+@pytest.mark.parametrize("lockstep", [0, False])
+def test_no_drafts_are_two_passes(lockstep: Any, of_llama: Any) -> None:
+    generated(of_llama, input_ids=tokens(1), max_new_tokens=4, lockstep=lockstep)
+    assert report_of(of_llama).reason == "sequential decoding was requested"
 
 
-@pytest.mark.parametrize("wanted", [-1, "always", 2.5])
-def test_what_lockstep_cannot_be_is_refused(wanted: Any, of_llama: Any) -> None:
-    if isinstance(wanted, int):  # the tests check types before the package does
+@pytest.mark.parametrize("lockstep", [-1, "always", 2.5])
+def test_what_lockstep_cannot_be_is_refused(lockstep: Any, of_llama: Any) -> None:
+    if isinstance(lockstep, int):  # the tests check types before the package does
         with pytest.raises(ConfigurationError, match="number of drafts"):
-            generated(of_llama, input_ids=tokens(1), max_new_tokens=2, lockstep=wanted)
+            generated(of_llama, input_ids=tokens(1), max_new_tokens=2, lockstep=lockstep)
     settings = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
-    settings.lockstep = wanted
+    settings.lockstep = lockstep
     with pytest.raises(ConfigurationError, match="number of drafts"):
         of_llama.generate(tokens(1), generation_config=settings)
 
 
-def test_what_is_wanted_may_stand_in_the_configuration(of_llama: Any) -> None:
+def test_the_configuration_may_choose_lockstep(of_llama: Any) -> None:
     plain = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    wanted = copy.deepcopy(plain)
-    wanted.lockstep = True
+    drafting = copy.deepcopy(plain)
+    drafting.lockstep = True
     expected = of_llama.generate(tokens(), generation_config=plain, lockstep=False)
-    assert torch.equal(of_llama.generate(tokens(), generation_config=wanted), expected)
+    assert torch.equal(of_llama.generate(tokens(), generation_config=drafting), expected)
     assert report_of(of_llama).forwards < 2 * report_of(of_llama).tokens + 8
     assert report_of(of_llama).drafts
-    of_llama.generate(tokens(), generation_config=wanted, lockstep=False)
-    assert report_of(of_llama).reason == "it was not wanted"
+    of_llama.generate(tokens(), generation_config=drafting, lockstep=False)
+    assert report_of(of_llama).reason == "sequential decoding was requested"
 
 
 FALLBACKS: dict[str, dict[str, Any]] = {
     "only greedy decoding and sampling": {"num_beams": 2},
     "there is no cache": {"use_cache": False},
-    "the cache is a static one": {"cache_implementation": "static"},
-    "hidden states are asked for": {"output_hidden_states": True, "return_dict_in_generate": True},
+    "the cache is static": {"cache_implementation": "static"},
+    "hidden states are requested": {"output_hidden_states": True, "return_dict_in_generate": True},
 }
 
 
@@ -63,7 +63,7 @@ def test_what_cannot_run_in_lockstep_runs_without_and_says_so_once(
     assert torch.equal(getattr(found, "sequences", found), getattr(expected, "sequences", expected))
 
 
-def test_beams_say_so_where_the_configuration_wanted_lockstep(of_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beams_say_so_where_the_configuration_chooses_lockstep(of_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramix.model.generation._warned", set())
     settings = GenerationConfig(max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
     settings.lockstep = True

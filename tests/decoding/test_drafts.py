@@ -36,11 +36,11 @@ def test_the_tokens_are_those_of_two_passes(mode: str, drafts: Any) -> None:
     wrong, rows = report.drafts - report.accepted_drafts, len(expected)
     assert report.tokens + 1 + wrong / rows <= report.forwards <= report.tokens + 1 + wrong
     assert report.drafts == rows * (report.tokens - 1) or (mode == "an end" and report.drafts > 0)
-    for wanted in (3, "lookup") if rows == 1 or mode == "batch" else (3,):  # only a row alone looks its text up
-        assert torch.equal(generated(drafts, lockstep=wanted, **inputs), expected)
+    for lockstep in (3, "lookup") if rows == 1 or mode == "batch" else (3,):  # only a row alone looks its text up
+        assert torch.equal(generated(drafts, lockstep=lockstep, **inputs), expected)
         report = report_of(drafts)
         assert report.tokens == new - 1
-        assert report.rounds["speculative" if wanted == 3 else "lockstep"]
+        assert report.rounds["speculative" if lockstep == 3 else "lockstep"]
 
 
 def test_an_end_of_text_within_the_prompt_finishes_no_row(of_llama: Any) -> None:
@@ -49,8 +49,8 @@ def test_an_end_of_text_within_the_prompt_finishes_no_row(of_llama: Any) -> None
     ids[0, -1] = 1
     inputs = {"input_ids": ids, "prefill_chunk_size": 4, "eos_token_id": 1, "pad_token_id": 1, "max_new_tokens": LONG}
     expected = generated(of_llama, lockstep=False, **inputs)
-    for wanted in (True, 5, "lookup"):
-        assert torch.equal(generated(of_llama, lockstep=wanted, **inputs), expected)
+    for lockstep in (True, 5, "lookup"):
+        assert torch.equal(generated(of_llama, lockstep=lockstep, **inputs), expected)
         assert report_of(of_llama).tokens == expected.shape[1] - 9 - 1
 
 
@@ -70,8 +70,8 @@ def test_stores_grow_and_windows_slide(architecture: str, tmp_path: Any, monkeyp
     model.set_global_scaling_weight(0.1)
     inputs = {"input_ids": tokens(2), "max_new_tokens": 28}
     expected = generated(model, lockstep=False, **inputs)
-    for wanted in (True, 5):
-        assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
+    for lockstep in (True, 5):
+        assert torch.equal(generated(model, lockstep=lockstep, **inputs), expected)
 
 
 def mistral(**changes: Any) -> Any:
@@ -90,8 +90,8 @@ def test_a_window_in_every_block(mode: str, attention: str, experts: Any) -> Non
     model = mixture(experts("llama"), base=mistral(attention=attention), layerwise_scalings=True)
     inputs = DRAFTED[mode]() | {"max_new_tokens": LONG}
     expected = generated(model, lockstep=False, **inputs)
-    for wanted in (True, 3):
-        assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
+    for lockstep in (True, 3):
+        assert torch.equal(generated(model, lockstep=lockstep, **inputs), expected)
         assert report_of(model).reason is None
 
 
@@ -132,8 +132,8 @@ def test_model_classes_that_are_said_to_be_exact_are(kind: str, tmp_path: Any) -
     for mode in ("greedy", "left padding"):
         inputs = DRAFTED[mode]() | {"max_new_tokens": LONG}
         expected = generated(model, lockstep=False, **inputs)
-        for wanted in (True, 3):
-            assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
+        for lockstep in (True, 3):
+            assert torch.equal(generated(model, lockstep=lockstep, **inputs), expected)
             assert report_of(model).reason is None
 
 
@@ -145,8 +145,8 @@ def test_the_last_position_is_reached(experts: Any) -> None:
     model = mixture(experts("gpt2"), base=gpt2(n_positions=32))
     inputs = {"input_ids": tokens(1, 9), "max_new_tokens": 32 - 9 + 1}
     expected = generated(model, lockstep=False, **inputs)
-    for wanted in (True, 5):
-        assert torch.equal(generated(model, lockstep=wanted, **inputs), expected)
+    for lockstep in (True, 5):
+        assert torch.equal(generated(model, lockstep=lockstep, **inputs), expected)
 
 
 def test_what_finished_rows_leave_behind_is_that_of_two_passes(of_llama: Any) -> None:
@@ -156,8 +156,8 @@ def test_what_finished_rows_leave_behind_is_that_of_two_passes(of_llama: Any) ->
     inputs = {"input_ids": ids, "max_new_tokens": 12, "eos_token_id": end, "pad_token_id": 0}
     inputs |= {"return_dict_in_generate": True, "output_logits": True}
     expected = generated(of_llama, lockstep=False, **inputs)
-    for wanted in (True, 4):
-        found = generated(of_llama, lockstep=wanted, **inputs)
+    for lockstep in (True, 4):
+        found = generated(of_llama, lockstep=lockstep, **inputs)
         assert torch.equal(found.sequences, expected.sequences)
         for one, other in zip(found.logits, expected.logits, strict=True):
             assert_close(one, other, atol=2e-5, rtol=1e-4)
@@ -172,14 +172,14 @@ def test_a_model_of_inference_tensors(experts: Any) -> None:
         assert torch.equal(found, generated(model, input_ids=tokens(1), max_new_tokens=8, lockstep=False))
 
 
-@pytest.mark.parametrize("wanted", [True, 2])
-def test_the_distribution_is_that_of_two_passes(wanted: Any, of_llama: Any) -> None:
+@pytest.mark.parametrize("lockstep", [True, 2])
+def test_the_distribution_is_that_of_two_passes(lockstep: Any, of_llama: Any) -> None:
     """400 samples of three tokens: the frequencies of the first two letters agree within what chance allows."""
     ids = tokens(1).repeat(400, 1)
     counts: list[Tensor] = []
-    for lockstep, seed in ((False, 1), (wanted, 2)):
+    for setting, seed in ((False, 1), (lockstep, 2)):
         torch.manual_seed(seed)
-        out = of_llama.generate(ids, max_new_tokens=3, do_sample=True, top_k=4, temperature=2.0, lockstep=lockstep)
+        out = of_llama.generate(ids, max_new_tokens=3, do_sample=True, top_k=4, temperature=2.0, lockstep=setting)
         counts.append(torch.bincount(out[:, -1], minlength=96).double())
     one, other = counts
     seen = (one + other) > 0

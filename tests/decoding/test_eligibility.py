@@ -33,8 +33,8 @@ def test_a_model_in_training_mode_draws_for_each_pass(experts: Any) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "frequencies": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary"),
     "another kind": ({"model_type": "gpt_neo"}, "gpt_neo"),
-    "the router's logits": ({"output_router_logits": True}, "router's logits"),
-    "other attention": ({"layer_types": ["chunked_attention", "full_attention"]}, "other kinds"),
+    "router logits": ({"output_router_logits": True}, "router logits"),
+    "other attention": ({"layer_types": ["chunked_attention", "full_attention"]}, "other than full"),
     "flash attention": ({"_attn_implementation": "flash_attention_2"}, "takes no masks"),
 }
 

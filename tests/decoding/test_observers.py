@@ -28,7 +28,7 @@ def test_a_hook_that_comes_meanwhile_sees_each_token_from_then_on(of_llama: Any)
             self.tokens += output.final.shape[1]
 
     found = []
-    for wanted in (False, True, 5):
+    for lockstep in (False, True, 5):
         hook, detach = Seen(), []
 
         def put_on(ids: Tensor, scores: Tensor, hook: Seen = hook, detach: list[Any] = detach) -> Tensor:
@@ -37,7 +37,7 @@ def test_a_hook_that_comes_meanwhile_sees_each_token_from_then_on(of_llama: Any)
             return scores
 
         of_llama.set_global_scaling_weight(0.0)
-        generated(of_llama, input_ids=tokens(1), max_new_tokens=12, logits_processor=[put_on], lockstep=wanted)
+        generated(of_llama, input_ids=tokens(1), max_new_tokens=12, logits_processor=[put_on], lockstep=lockstep)
         of_llama.set_global_scaling_weight(1.0)
         detach[0]()
         found.append(hook.tokens)
@@ -46,14 +46,14 @@ def test_a_hook_that_comes_meanwhile_sees_each_token_from_then_on(of_llama: Any)
 
 def test_the_scalings_of_tokens_that_were_read_ahead_are_served_one_by_one(of_llama: Any) -> None:
     seen: list[list[Tensor]] = []
-    for wanted in (False, 5):
+    for lockstep in (False, 5):
         latest: list[Tensor] = []
 
         def look(ids: Tensor, scores: Tensor, latest: list[Tensor] = latest) -> Tensor:
             latest.append(of_llama.get_latest_scalings()[:, -1])
             return scores
 
-        generated(of_llama, input_ids=tokens(2), max_new_tokens=12, logits_processor=[look], lockstep=wanted)
+        generated(of_llama, input_ids=tokens(2), max_new_tokens=12, logits_processor=[look], lockstep=lockstep)
         seen.append(latest)
     for one, other in zip(*seen, strict=True):
         assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -67,11 +67,11 @@ def test_tokens_are_not_read_ahead_while_somebody_watches(of_llama: Any) -> None
     assert "speculative" not in report_of(of_llama).rounds
 
 
-@pytest.mark.parametrize("wanted", [True, 5])
-def test_what_is_recorded_is_that_of_two_passes(wanted: Any, drafts: Any) -> None:
+@pytest.mark.parametrize("lockstep", [True, 5])
+def test_what_is_recorded_is_that_of_two_passes(lockstep: Any, drafts: Any) -> None:
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     inputs = {"input_ids": tokens(2), "max_new_tokens": LONG, **asked}
-    expected, found = generated(drafts, lockstep=False, **inputs), generated(drafts, lockstep=wanted, **inputs)
+    expected, found = generated(drafts, lockstep=False, **inputs), generated(drafts, lockstep=lockstep, **inputs)
     for name in ("scores", "logits"):
         assert len(found[name]) == LONG
         for one, other in zip(found[name], expected[name], strict=True):

@@ -19,16 +19,16 @@ from support.generation import generated, report_of
 from support.tiny import tokens
 
 
-@pytest.mark.parametrize("wanted", [True, 5])
-def test_what_is_switched_meanwhile_is_refused_as_between_two_passes(wanted: Any, of_llama: Any) -> None:
+@pytest.mark.parametrize("lockstep", [True, 5])
+def test_what_is_switched_meanwhile_is_refused_as_between_two_passes(lockstep: Any, of_llama: Any) -> None:
     def switch(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] == 12:
             of_llama.disable_adapter_layers()
         return scores
 
-    for how in (False, wanted):
+    for setting in (False, lockstep):
         with pytest.raises(CacheError, match="continued the way it was filled"):
-            generated(of_llama, input_ids=tokens(1), max_new_tokens=12, logits_processor=[switch], lockstep=how)
+            generated(of_llama, input_ids=tokens(1), max_new_tokens=12, logits_processor=[switch], lockstep=setting)
         of_llama.enable_adapter_layers()
 
 
@@ -57,10 +57,10 @@ CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("wanted", [True, 4])
+@pytest.mark.parametrize("lockstep", [True, 4])
 @pytest.mark.parametrize("weight", [0.02, 1.0])
 def test_whoever_calls_the_model_meanwhile_is_answered_as_ever(
-    call: str, weight: float, wanted: Any, of_llama: Any
+    call: str, weight: float, lockstep: Any, of_llama: Any
 ) -> None:
     answers: list[Any] = []
 
@@ -72,16 +72,16 @@ def test_whoever_calls_the_model_meanwhile_is_answered_as_ever(
     inputs = {"input_ids": tokens(2), "max_new_tokens": 7, "logits_processor": [processor]}
     expected = generated(of_llama, lockstep=False, **inputs)
     right, answers = answers, []
-    assert torch.equal(generated(of_llama, lockstep=wanted, **inputs), expected)
+    assert torch.equal(generated(of_llama, lockstep=lockstep, **inputs), expected)
     assert report_of(of_llama).tokens == 6
     of_llama.set_global_scaling_weight(1.0)
     for one, other in zip(answers, right, strict=True):
         assert_close(getattr(one, "logits", one), getattr(other, "logits", other), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wanted", [True, 5])
-def test_a_setting_that_changes_meanwhile_counts_from_the_next_token(wanted: Any, of_llama: Any) -> None:
-    def run(lockstep: Any) -> Any:
+@pytest.mark.parametrize("lockstep", [True, 5])
+def test_a_setting_that_changes_meanwhile_counts_from_the_next_token(lockstep: Any, of_llama: Any) -> None:
+    def run(setting: Any) -> Any:
         class Change(BaseStreamer):
             count = 0
 
@@ -94,12 +94,10 @@ def test_a_setting_that_changes_meanwhile_counts_from_the_next_token(wanted: Any
                 of_llama.set_scaling_pass_value(0.2)
 
         asked = {"return_dict_in_generate": True, "output_logits": True}
-        return generated(
-            of_llama, input_ids=tokens(1), max_new_tokens=12, streamer=Change(), lockstep=lockstep, **asked
-        )
+        return generated(of_llama, input_ids=tokens(1), max_new_tokens=12, streamer=Change(), lockstep=setting, **asked)
 
     of_llama.set_global_scaling_weight(0.02)
-    found, expected = run(wanted), run(False)
+    found, expected = run(lockstep), run(False)
     of_llama.set_global_scaling_weight(1.0)
     for one, other in zip(found.logits, expected.logits, strict=True):
         assert_close(one, other, atol=2e-5, rtol=1e-4)
@@ -125,14 +123,14 @@ def test_keys_and_values_are_held_once(of_llama: Any) -> None:
     assert all(shared)
 
 
-@pytest.mark.parametrize("wanted", [True, 4])
-def test_threads_decode_on_their_own(wanted: Any, of_llama: Any) -> None:
+@pytest.mark.parametrize("lockstep", [True, 4])
+def test_threads_decode_on_their_own(lockstep: Any, of_llama: Any) -> None:
     expected = [generated(of_llama, input_ids=tokens(1, seed=i), max_new_tokens=10, lockstep=False) for i in range(3)]
     found: dict[int, Tensor] = {}
 
     def run(number: int) -> None:
         ids = tokens(1, seed=number)
-        found[number] = of_llama.generate(ids, max_new_tokens=10, do_sample=False, lockstep=wanted)
+        found[number] = of_llama.generate(ids, max_new_tokens=10, do_sample=False, lockstep=lockstep)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
     for thread in threads:

@@ -1,9 +1,9 @@
 """How often drafts are right, estimated from those that were verified and from those that were only compared.
 
-A comparison costs no forward. What the text's own repetition would have drafted is known for every token. And whether
-the scaling pass would have drafted the token that was chosen follows from its hidden states, which sequential decoding
-has anyway: the token's logit must be the largest. A shortlist of tokens is enough to see that it is not, so that the
-product with the whole head, which may be the largest matrix of a model, is left out.
+A comparison costs no forward. The drafts of prompt lookup are known for every token. Whether the scaling pass would
+have drafted the chosen token follows from its hidden states, which sequential decoding computes anyway: the token's
+logit must be the largest. To rule that out, the logits of a few tokens suffice. This saves the product with the whole
+head, which may be the largest matrix of the model.
 
 B: batch. H: hidden size. V: vocabulary.
 """
@@ -70,7 +70,7 @@ def would_draft(
         chosen: the token that followed.
 
     Returns:
-        False is certain; True may be wrong, where a token outside the shortlist has the largest logit.
+        False is certain; True is wrong if a token outside the shortlist has the largest logit.
     """
     rivals = logits.topk(min(SHORTLIST, logits.shape[-1])).indices
     tokens = torch.cat([chosen[:, None], rivals], 1)

@@ -16,16 +16,16 @@ class Automatic:
 
 AUTOMATIC = Automatic()
 Choice = Automatic | Sequential | DraftingStrategy
-"""How to decode. A strategy that cannot compute a token leaves it to lockstep, and that to the two passes in turn."""
+"""How to decode. A strategy that cannot compute a token falls back to lockstep, and lockstep to sequential decoding."""
 LockstepArgument = bool | int | Literal["lookup"] | Choice | None
-"""The same as a user writes it: see `LockstepMethods.generate`."""
+"""A choice as a user writes it: see `LockstepMethods.generate`."""
 
 
 def parse(value: object) -> Choice:
-    """The choice that an argument, or an entry of a generation's configuration, stands for.
+    """The choice that an argument, or an entry of a generation configuration, names.
 
     Raises:
-        ConfigurationError: it stands for none.
+        ConfigurationError: it names none.
     """
     match value:
         case None:

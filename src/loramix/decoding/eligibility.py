@@ -1,8 +1,8 @@
-"""Where drafts leave every token as it is, and the reason where they might not.
+"""Whether a generation may use drafts, and the reason if it may not.
 
-A row that is one token ahead must change nothing for the other rows, and what a layer attends to must follow from the
-mask it is given. That holds for the model classes below, each of which the tests decode with and without drafts, but
-for the cases that are excepted here.
+Drafts are exact if a row that is one token ahead changes nothing in the other rows, and if the mask alone decides what
+a layer attends to. That holds for the model types below, which the tests decode with and without drafts, except in the
+cases excluded here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODELS = frozenset(
 INPUTS = frozenset(
     {
         *("input_ids", "attention_mask", "position_ids", CACHE, "use_cache", "return_dict"),
-        *("logits_to_keep", "cache_position"),  # transformers before 5.4 counts its slots there: those of the cache
+        *("logits_to_keep", "cache_position"),  # transformers before 5.4 passes the slots of the cache
     }
 )
 ATTENTION = frozenset({"full_attention", "sliding_attention"})
@@ -38,40 +38,40 @@ ATTENTION = frozenset({"full_attention", "sliding_attention"})
 def why_not_this_generation(
     model: Any, mixture: MixtureState, choice: Choice, generation_config: Any, cache: Any
 ) -> str | None:
-    """The reason against a session that holds for a whole generation; None where there is none.
+    """The reason why a generation cannot have a session; None if it can.
 
     Args:
         model: the mixture.
         mixture: its state.
         choice: how to decode.
-        generation_config: transformers', complete.
-        cache: the one that the generation will fill.
+        generation_config: the complete generation configuration.
+        cache: the cache that the generation will fill.
     """
     config = text_config(model.config)
     settings = str(getattr(config, "rope_parameters", None)) + str(getattr(config, "rope_scaling", None))
     reasons = {
-        "it was not wanted": isinstance(choice, Sequential) and mixture.fixed_after is None,
+        "sequential decoding was requested": isinstance(choice, Sequential) and mixture.fixed_after is None,
         "there is only one pass": mixture.single_pass() is not None or not mixture.needs_scaling_pass,
         "the model is in training mode, where dropout draws for each pass": model.training,
         f"{config.model_type} models have not been shown to be exact": config.model_type not in MODELS,
         "rotary frequencies depend on the longest text of a batch": "dynamic" in settings or "longrope" in settings,
-        "the router's logits of a mixture of experts are asked for": getattr(config, "output_router_logits", False),
-        "attentions or hidden states are asked for": generation_config.output_attentions
+        "router logits of a sparse base model are requested": getattr(config, "output_router_logits", False),
+        "attentions or hidden states are requested": generation_config.output_attentions
         or generation_config.output_hidden_states,
         "there is no cache": not generation_config.use_cache or cache is None,
-        "the cache is a static one": getattr(cache, "is_compileable", False),
+        "the cache is static": getattr(cache, "is_compileable", False),
         "the cache is offloaded": getattr(cache, "offloading", False),
-        "an assistant, or a device that stops late, decodes": generation_config.is_assistant
-        or model.device.type == "mps",
+        "the model decodes as an assistant": generation_config.is_assistant,
+        "on mps, transformers checks for the end of the text one token late": model.device.type == "mps",
         "a module of the model has a forward hook, which would see both passes' rows": _has_foreign_hooks(model),
         "the attention takes no masks": getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"),
-        "the model has attention of other kinds than full and sliding": not _attention_kinds(config) <= ATTENTION,
+        "the model has attention other than full and sliding-window": not _attention_kinds(config) <= ATTENTION,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def why_not_this_token(model: Any, mixture: MixtureState, inputs: Mapping[str, Any]) -> str | None:
-    """The reason against a session that the first token after the prompt gives; None where there is none.
+    """The reason, seen at the first token after the prompt, why there can be no session; None if there can.
 
     Args:
         model: the mixture.
@@ -83,15 +83,15 @@ def why_not_this_token(model: Any, mixture: MixtureState, inputs: Mapping[str, A
     if unknown:
         return f"the model is given {', '.join(unknown)}"
     if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return "positions are not one number for each token"
+        return "position_ids is not one number for each token"
     if not isinstance(cache, TwoPassCache) or cache.owner != mixture.owner or cache.torn:
-        return "there is no cache of both passes"
+        return "the cache does not hold both passes"
     kinds = {type(layer) for half in (cache, cache.base) for layer in half.layers}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        return f"the cache is made of {', '.join(sorted(kind.__name__ for kind in kinds))}"
+        return f"the cache has layers of {', '.join(sorted(kind.__name__ for kind in kinds))}"
     expected = _is_sliding(text_config(model.config), len(cache.layers))
     if [isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers] != expected:
-        return "the cache does not know the windows of the model's attention"
+        return "the cache's layers do not match the model's sliding windows"
     return None
 
 
@@ -108,7 +108,7 @@ def _is_sliding(config: Any, blocks: int) -> list[bool]:
 
 
 def _has_foreign_hooks(model: nn.Module) -> bool:
-    """Whether somebody's hook would see the rows; transformers leaves some of its own, which record nothing here."""
+    """Whether a hook would see the rows, other than those that transformers leaves behind: they record nothing here."""
     hooks = (
         hook
         for module in model.modules()

@@ -22,7 +22,7 @@ from loramix.passes.state import MixtureState, RoutedPass
 
 
 class Forwards:
-    """What strategies compute with.
+    """The forwards that strategies run.
 
     Args:
         model: the mixture.
@@ -47,14 +47,14 @@ class Forwards:
     def scale_and_draft(
         self, step: Step, ids: Tensor, positions: Tensor, slot: int, rows: Rows | None = None
     ) -> tuple[Float[Tensor, "rows 1 H"], Int[Tensor, " rows"]]:
-        """The same for one token of each row, and the scaling pass's draft of the token after it.
+        """The scaling pass's hidden states at one token of each row, and its draft of the token after it.
 
         Args:
             step: the token to compute next.
             ids: (rows, 1).
             positions: of each.
             slot: theirs.
-            rows: of the batch, those that are read; all of them if None.
+            rows: the rows of the batch to run; None runs all.
         """
         rows = slice(0, self.state.batch) if rows is None else rows
         hidden, out = self._run(step.call, ids, positions, (rows, slot))
@@ -88,7 +88,7 @@ class Forwards:
         return hidden[:batch], logits[:, -1].argmax(-1), out
 
     def route(self, hidden: Float[Tensor, "B tokens H"], inputs: Mapping[str, Any]) -> RoutedPass:
-        """The scalings of the mixture pass. They count for the mean to which the routing is to be fixed."""
+        """The scalings of the mixture pass. If the routing is to be fixed to their mean, they are added to it."""
         made = self.mixture.route(hidden, inputs, False)
         if self.state.fixing is not None:
             mean = self.state.fixing.add(made.routing.scalings)
@@ -97,7 +97,7 @@ class Forwards:
         return made
 
     def take(self, window: Window) -> Any:
-        """The model's output for the next token of a window, which is kept while it holds more."""
+        """The model's output for the next token of a window; an exhausted window is dropped."""
         out, scalings = window.pop()
         self.mixture.set_latest(scalings)
         self.state.window = None if window.is_exhausted else window
@@ -105,7 +105,7 @@ class Forwards:
 
     @property
     def plain_head(self) -> nn.Linear | None:
-        """The language model's head; None where it is more than one product."""
+        """The language model's head; None if it is more than one matrix product."""
         head = self.model.get_output_embeddings()
         return head if type(head) is nn.Linear else None
 
@@ -128,8 +128,8 @@ class Forwards:
         """
         store, report = self.state.store, self.state.report
         store.write(self.state.length, ids.shape[1], *writes)
-        watched = ObservedPass(routing or self.mixture.scaling_pass())
-        with override(self.mixture, lambda: watched):
+        observed = ObservedPass(routing or self.mixture.scaling_pass())
+        with override(self.mixture, lambda: observed):
             out = call(
                 input_ids=ids,
                 position_ids=positions,
@@ -140,5 +140,5 @@ class Forwards:
             )
         report.forwards += 1
         report.row_forwards += ids.numel()
-        assert watched.hidden is not None
-        return watched.hidden, out
+        assert observed.hidden is not None
+        return observed.hidden, out

@@ -27,9 +27,9 @@ class NGramIndex:
         self._tokens.append(token)
 
     def drafts(self, count: int) -> list[int]:
-        """The `count` tokens that followed the last n-gram when it occurred before; none where it is new.
+        """The `count` tokens that followed the last n-gram at its previous occurrence; none if there is none.
 
-        Where fewer followed, the text is taken to repeat itself with that period.
+        If fewer tokens followed, the text is assumed to repeat with that period.
         """
         place = self._after.get(tuple(self._tokens[-GRAM:]))
         if place is None:

@@ -1,4 +1,4 @@
-"""What one generation did after its prompt, counted."""
+"""The counts of one generation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ class LockstepReport:
     """Counts of one generation, its prompt left out.
 
     Attributes:
-        tokens: decoded in each row.
-        forwards: of the backbone: one for a pass alone, one for both passes together.
-        row_forwards: the same weighted by size: a forward over n rows of t tokens counts n · t. Two passes without
-            drafts have 2 per row and token.
-        drafts: draft tokens that were verified, in all rows.
-        accepted_drafts: of them, those that were equal to the token that was chosen.
+        tokens: the number of tokens decoded in each row.
+        forwards: forwards of the backbone: one for a pass alone, one for both passes together.
+        row_forwards: the same weighted by size: a forward over n rows of t tokens counts n · t. Sequential decoding
+            has 2 per row and token.
+        drafts: the number of drafted tokens that were verified, in all rows.
+        accepted_drafts: how many of them were accepted: they are the tokens that were chosen.
         rounds: how often each strategy ran, by its name: "sequential", "lockstep", "speculative", "prompt_lookup", or
             "fixed" once the routing is fixed.
-        reason: why drafts were not used at all; None where they could be.
+        reason: why no drafts were used; None if they could be.
     """
 
     tokens: int = 0

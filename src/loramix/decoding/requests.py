@@ -1,4 +1,4 @@
-"""Which call of `generate` a thread is in, and which session decodes in its model's place."""
+"""The call of `generate` that a thread is in, and the session that decodes in place of its model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Request:
     """One call of `generate`.
 
     Attributes:
-        choice: how it is to decode.
-        report: how it decodes; None where transformers takes a loop of its own, such as beam search.
-        running: whether it is under way; False for the object that stands in outside of all calls.
-        finished: (B,), True for rows that are only padded any more; None before the first token.
-        models: the states of the models whose calls are under way, each within the one before.
-        drafts: whether its model is among the outer ones: then it drafts for the outer call, as an assistant.
-        scoring: whether its logits processors are running: a forward that they make is of other texts.
-        cache: the one that the user passed in, and may look at afterwards.
+        choice: how to decode.
+        report: its counts; None if transformers decodes otherwise, as in beam search.
+        running: whether it is running; False for the placeholder outside all calls.
+        finished: (B,), True for rows that have ended and are only padded from now on; None before the first token.
+        models: the states of the models whose calls are running, the outermost first.
+        drafts: whether its model is also that of an outer call: then it drafts for that call, as an assistant.
+        scoring: whether its logits processors are running: their forwards read other texts.
+        cache: the cache that the user passed in, and may read afterwards.
     """
 
     choice: Choice = AUTOMATIC
@@ -101,7 +101,7 @@ def session_of(mixture: MixtureState) -> Session | None:
 
 @contextmanager
 def decoding(session: Session) -> Generator[None]:
-    """Inside, in this thread, the session computes single tokens in its model's place."""
+    """Inside, in this thread, the session computes single tokens in place of its model."""
     outer, _current.session = _current.session, session
     try:
         yield
@@ -112,7 +112,7 @@ def decoding(session: Session) -> Generator[None]:
 
 @contextmanager
 def no_session() -> Generator[None]:
-    """Inside, in this thread, the model's forward is its own."""
+    """Inside, in this thread, no session decodes in place of a model."""
     outer, _current.session = _current.session, None
     try:
         yield

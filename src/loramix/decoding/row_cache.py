@@ -29,7 +29,7 @@ Write = tuple[Rows, int]
 
 
 def count_of(rows: Rows) -> int:
-    """How many they are."""
+    """The number of rows."""
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
@@ -64,27 +64,27 @@ class RowLayer(UnboundedCacheLayer):
 
     Args:
         base: the scaling pass's own layer.
-        mixed: the mixture pass's.
+        mixture: the mixture pass's.
         plan: the store's.
     """
 
-    def __init__(self, base: DynamicLayer, mixed: DynamicLayer, plan: Plan) -> None:
+    def __init__(self, base: DynamicLayer, mixture: DynamicLayer, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.window: int | None = getattr(mixed, "sliding_window", None)
+        self.window: int | None = getattr(mixture, "sliding_window", None)
         self.is_sliding = self.window is not None
-        self.sources = base, mixed
-        (keys, values), (mixed_keys, mixed_values) = _tensors(base), _tensors(mixed)
+        self.sources = base, mixture
+        (keys, values), (mixture_keys, mixture_values) = _tensors(base), _tensors(mixture)
         kept = keys.shape[-2]
-        self.offset = mixed.get_seq_length() - kept
-        self.own_keys = self._grown(torch.cat([keys, mixed_keys]))
-        self.own_values = self._grown(torch.cat([values, mixed_values]))
+        self.offset = mixture.get_seq_length() - kept
+        self.own_keys = self._grown(torch.cat([keys, mixture_keys]))
+        self.own_values = self._grown(torch.cat([values, mixture_values]))
         self._share(kept)
         self.is_initialized = True
 
     @staticmethod
     def _grown(tensor: Tensor) -> Tensor:
-        """Room for a chunk more; the rest is zeros: a mask hides those, but it does not hide a NaN."""
+        """Room for one more chunk, filled with zeros: the mask hides them, but would not hide a NaN."""
         slots = tensor.shape[2]
         more = max(CHUNK, slots // 8)
         grown = tensor.new_zeros(*tensor.shape[:2], slots + more, tensor.shape[3])
@@ -93,16 +93,16 @@ class RowLayer(UnboundedCacheLayer):
 
     def _halves(self) -> tuple[tuple[DynamicLayer, slice], ...]:
         """Each pass's own layer, and its rows here."""
-        (base, mixed), batch = self.sources, len(self.own_keys) // 2
-        return (base, slice(0, batch)), (mixed, slice(batch, 2 * batch))
+        (base, mixture), batch = self.sources, len(self.own_keys) // 2
+        return (base, slice(0, batch)), (mixture, slice(batch, 2 * batch))
 
     def _share(self, slots: int) -> None:
-        """Let the passes' own caches hold views of this store while it stands in for them: nothing is held twice."""
+        """Let the passes' own caches hold views of this store, so that nothing is held twice."""
         for layer, rows in self._halves():
             layer.keys, layer.values = self.own_keys[rows, :, :slots], self.own_values[rows, :, :slots]
 
     def _grow(self) -> None:
-        """A chunk more; slots that have left the window of both passes are dropped."""
+        """Add a chunk, and drop the slots that have left the window of both passes."""
         first = self.plan.start(self, self.plan.length)
         old = slice(first - self.offset, None)
         self.own_keys, self.own_values = self._grown(self.own_keys[:, :, old]), self._grown(self.own_values[:, :, old])
@@ -110,7 +110,7 @@ class RowLayer(UnboundedCacheLayer):
         self._share(self.plan.length - first)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the prompt has been read."""
+        """Nothing to do: the prompt has been read."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         plan = self.plan
@@ -133,7 +133,7 @@ class RowLayer(UnboundedCacheLayer):
         return self.plan.stop - start, start
 
     def hand_back(self, length: int) -> None:
-        """Give the passes' own caches what they would hold had they been filled all along."""
+        """Give the passes' own caches what they would hold after sequential decoding."""
         for layer, rows in self._halves():
             kept = slice(0, length - self.offset)
             if isinstance(layer, DynamicSlidingWindowLayer):
@@ -157,16 +157,16 @@ class RowCache(Cache):
         self.batch = batch
         self.mask = mask
         pairs = zip(_dynamic(cache.base), _dynamic(cache), strict=True)
-        self.row_layers = [RowLayer(base, mixed, self.plan) for base, mixed in pairs]
+        self.row_layers = [RowLayer(base, mixture, self.plan) for base, mixture in pairs]
         super().__init__(layers=[*self.row_layers])
 
     def write(self, length: int, tokens: int, *writes: Write) -> None:
-        """Say what the next forward writes.
+        """Set what the next forward writes.
 
         Args:
             length: tokens that both passes have read and that stay.
             tokens: of each row.
-            *writes: rows and the slot of their first token; the runs of several stand next to each other.
+            *writes: rows and the slot of their first token; several runs of rows are adjacent.
         """
         plan, slots = self.plan, [slot for _, slot in writes]
         plan.length = length
@@ -176,7 +176,7 @@ class RowCache(Cache):
         plan.tokens, plan.first, plan.stop = tokens, min(slots), max(slots) + tokens
 
     def masks(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """Additive masks of the next forward, as transformers' models take them; None where each row sees each slot.
+        """Additive masks of the next forward, as transformers' models take them; None if each row sees each slot.
 
         Returns:
             (rows, 1, tokens, slots), or a mapping of attention kind to that where the model has several.

@@ -1,12 +1,12 @@
-"""The strategy for each token: the one that is expected to be the cheapest.
+"""Choose the strategy for each token: the one that is expected to be the cheapest.
 
-A strategy's price for a token is the time of its rounds, measured as they run, over the tokens that a round is
-expected to yield at the drafts' estimated acceptance (`acceptance`). The estimate is there before a draft is paid for.
-A strategy that has not run yet has the price that its forwards would have on common hardware.
+A strategy's price for a token is the time of its rounds, measured as they run, divided by the expected number of tokens
+of a round at the estimated acceptance of its drafts (`acceptance`). The acceptance can be estimated before any draft is
+computed. A strategy that has not run yet is priced by the forwards of its rounds, at their cost on common hardware.
 
 Estimates can be wrong, as at the beginning of another text. So a round may run only if the row-forwards that it would
-waste with all its drafts rejected are within an allowance: one for each row of the batch at first, a small share of
-those made so far, and more with each draft that was right.
+waste with all drafts rejected are within an allowance: at first one for each row of the batch, then also a small share
+of those made so far, and more for each accepted draft.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class RoundTimes:
     """How long the rounds of one strategy take.
 
     Attributes:
-        seconds: of the latest ones, without forwards that rejected drafts made necessary.
-        wait: rounds until they are forgotten if others are cheaper; doubled each time.
-        waited: of them, those that have passed.
+        seconds: of the latest rounds, without forwards to recover from rejected drafts.
+        wait: rounds after which the times are forgotten if another strategy is cheaper; doubled each time.
+        waited: how many of these rounds have passed.
     """
 
     seconds: deque[float] = field(default_factory=_seconds)
@@ -58,7 +58,7 @@ class RoundTimes:
         return known[len(known) // 4] if len(known) >= SAMPLES else None
 
     def pass_over(self) -> None:
-        """Another strategy was cheaper: what was measured in a bad moment is not kept for ever."""
+        """Count a round of a cheaper strategy; after `wait` of them the times are forgotten, and measured again."""
         self.waited += 1
         if self.waited >= self.wait:
             self.wait, self.waited = min(2 * self.wait, LONGEST_WAIT), 0
@@ -67,7 +67,7 @@ class RoundTimes:
 
 @dataclass
 class Measurements:
-    """What is known of one model at one batch size, on one device and in one dtype; its generations share it.
+    """Measurements of one model at one batch size, on one device and in one dtype, shared by its generations.
 
     Attributes:
         times: of each strategy's rounds.
@@ -85,11 +85,11 @@ class Measurements:
 
     @property
     def token(self) -> float | None:
-        """Seconds of a token with the two passes in turn; None while they are to be measured."""
+        """Seconds per token of sequential decoding; None while it must be measured."""
         return self.of(Sequential()).typical
 
     def price(self, strategy: DraftingStrategy, acceptance: float, token: float) -> float:
-        """Expected seconds of a token."""
+        """Expected seconds per token."""
         return self._price(strategy, acceptance, token, self.of(strategy).typical)
 
     def assumed_price(self, strategy: DraftingStrategy, acceptance: float, token: float) -> float:
@@ -105,20 +105,20 @@ class Measurements:
 
 @runtime_checkable
 class Selector(Protocol):
-    """What names the strategy for each round, and is told what happens."""
+    """Selects the strategy for each round."""
 
     def observe(self, ids: Tensor) -> None:
-        """The tokens (B, 1) that were chosen, before anything is computed for them."""
+        """Called with the chosen tokens (B, 1), before anything is computed for them."""
 
     def select(self) -> Strategy:
         """The strategy of the round that begins now."""
         ...
 
     def ran(self, strategy: Strategy, round: Round) -> None:
-        """It has run."""
+        """Called after it has run."""
 
     def end(self) -> None:
-        """The generation ends."""
+        """Called when the generation ends."""
 
 
 class Preference:
@@ -148,7 +148,7 @@ class Scheduler:
     Args:
         state: the generation's.
         forwards: its forwards.
-        known: what is known of the model.
+        known: the measurements of the model.
     """
 
     def __init__(self, state: DecodingState, forwards: Forwards, known: Measurements) -> None:

@@ -1,8 +1,8 @@
-"""The decoding of one generation: transformers' own loop calls the model, and a session answers for single tokens.
+"""The decoding of one generation: transformers' own loop calls the model, and a session computes the single tokens.
 
-The session reads the prompt's keys and values of both passes into one store, and from then on computes each token by
-the strategy that is selected, until the generation ends and the cache gets what it would hold had it been filled all
-along.
+The session moves the prompt's keys and values of both passes into one store. From then on it computes each token with
+the selected strategy. At the end it writes the keys and values back: the cache then holds what it would hold after
+sequential decoding.
 
 B, T: batch, tokens of the prompt.
 """
@@ -35,17 +35,17 @@ ENDLESS = 2**31  # tokens of a generation whose length is not known
 
 
 class Session:
-    """One generation. While it is under way, its cache belongs to it.
+    """One generation. It owns its cache until it ends.
 
     Args:
         model: the mixture.
         mixture: its state.
         choice: how to decode. With `Sequential` there is a session only to fix the routing after some tokens.
-        cache: the one that this generation fills; calls with another one are left to the model.
+        cache: the cache that this generation fills; calls with another one are left to the model.
         prompt: (B, T).
-        new: tokens after which the generation ends; None if that is not known.
-        ends: token ids after which a row is finished, and what its passes read does not matter any more; None where
-            somebody could see it.
+        new: the number of tokens to generate; None if it is not known.
+        ends: the end-of-sequence ids. A row that has ended accepts every draft, so its logits and its keys and values
+            may then differ from sequential decoding. None where these can be observed: no row ends early.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Session:
         self._decoder: _Decoder | None = None  # once the prompt has been read
 
     def step(self, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
-        """One token of each row, as the model's forward would compute it; None where the model itself has to.
+        """Compute one token of each row, as the model's forward would; None if the model's own forward must run.
 
-        That is so for the prompt, for a token that drafts may not be used for, and for calls of the model that do not
-        continue this generation's cache.
+        It must for the prompt, where drafts may not be used, and for calls that do not continue this generation's
+        cache.
 
         Args:
             call: the model's own forward.
@@ -91,9 +91,9 @@ class Session:
         return out
 
     def end(self) -> None:
-        """Hand keys and values back to the cache that they were taken from.
+        """Write keys and values back to the cache.
 
-        Once the routing is fixed there is no scaling pass to go on with: the cache becomes a plain one.
+        If the routing has been fixed, there is no scaling pass to continue: the cache becomes a plain one.
         """
         if self._decoder is None:
             return
@@ -106,7 +106,7 @@ class Session:
         self._decoder = None
 
     def _begin(self, inputs: Mapping[str, Any]) -> _Decoder | None:
-        """Take the cache over; None while the prompt is read, in chunks of a token perhaps, or if there is a reason."""
+        """Take over the cache; None while the prompt is still being read, and where drafts may not be used."""
         if self.cache.get_seq_length() < self.prompt.shape[1]:
             return None
         self.report.reason = why_not_this_token(self.model, self.mixture, inputs)
@@ -144,7 +144,7 @@ def _in_turn(choice: Sequential | DraftingStrategy) -> Sequence[Strategy]:
 
 
 class _Decoder:
-    """What a session has while it decodes: the state, and what reads and changes it."""
+    """A session after the prompt: the state, and what reads and changes it."""
 
     def __init__(self, state: DecodingState, forwards: Forwards, selector: Selector) -> None:
         self.state, self.forwards, self.selector = state, forwards, selector
@@ -160,14 +160,14 @@ class _Decoder:
         out = self._computed_ahead(step.ids)
         if out is None:
             out = self._round(step)
-        if ends is not None:  # only now: the token that ends a row is computed as it is
+        if ends is not None:  # only now: the token that ends a row is still computed exactly
             state.finished = state.finished | torch.isin(step.ids[:, 0], ends)
         state.length += 1
         state.report.tokens += 1
         return out
 
     def _computed_ahead(self, ids: Int[Tensor, "B 1"]) -> Any:
-        """The output for tokens that the window holds; None where it holds others, and then it is void."""
+        """The output for these tokens from the window; None if it holds others, which discards it."""
         state = self.state
         window, state.window = state.window, None
         if window is None or window.settings != self.forwards.mixture.settings():
@@ -177,7 +177,7 @@ class _Decoder:
         return self.forwards.take(window)
 
     def _round(self, step: Step) -> Any:
-        """Compute a token, and perhaps more, by the strategy that is selected."""
+        """Compute a token, and perhaps more, with the selected strategy."""
         state, ahead = self.state, self.state.ahead
         if ahead is not None and ahead.settings != self.forwards.mixture.settings():
             ahead = state.ahead = None
@@ -187,7 +187,7 @@ class _Decoder:
         strategy = Fixed() if state.fixed is not None else self.selector.select()
         state.report.rounds[strategy.name] += 1
         round = strategy.run(step, state, self.forwards)
-        if state.ahead is ahead:  # not renewed, and now a token behind
+        if state.ahead is ahead:  # not renewed, so no longer ahead
             state.ahead = None
         if not isinstance(strategy, Fixed):
             self.selector.ran(strategy, round)

@@ -60,7 +60,7 @@ class Ahead(NamedTuple):
 
 
 class Unscored(NamedTuple):
-    """The output at the last token, while it is not known whether the scaling pass would have drafted the next one.
+    """Outputs at the last token, kept to check whether the scaling pass would have drafted the next one.
 
     Attributes:
         hidden: (B, H), the scaling pass's.
@@ -76,8 +76,8 @@ class RunningMean:
     """The sum of the scalings of the first tokens, until the routing is fixed to their mean.
 
     Attributes:
-        after: tokens.
-        count: of them, those that have been added.
+        after: the number of tokens to average over.
+        count: how many of them have been added.
         total: (B, 1, L, E), L 1 where all layers share them.
     """
 
@@ -86,7 +86,7 @@ class RunningMean:
     total: Tensor | None = None
 
     def add(self, scalings: Float[Tensor, "B 1 #L E"]) -> Float[Tensor, "B 1 #L E"] | None:
-        """Add one token's; the mean of all, once they are complete."""
+        """Add the scalings of one token. Returns the mean once all have been added, else None."""
         self.total = scalings if self.total is None else self.total + scalings
         self.count += 1
         return self.total / self.after if self.count == self.after else None
@@ -94,24 +94,24 @@ class RunningMean:
 
 @dataclass
 class DecodingState:
-    """One generation after its prompt.
+    """The state of one generation after its prompt.
 
     Attributes:
         store: keys and values of both passes.
-        length: tokens that both passes have read and `generate` has seen.
+        length: the number of tokens that both passes have read and whose outputs `generate` has received.
         stop: the length at which the generation ends.
-        last_position: the last one that the base model has; None where it sets no bound.
-        finished: (B,), rows that are only padded any more.
-        report: what is counted.
-        acceptance: of each drafter's drafts.
-        text: the index of n-grams; None where no text is looked up.
-        fixing: the mean to which the routing is to be fixed; None where it is not.
-        fixed: the routing that has been fixed.
-        observed: whether hooks or the log see every token, so that no token may be computed ahead.
+        last_position: the base model's last position; None if positions are unlimited.
+        finished: (B,), True for rows that have ended and are only padded from now on.
+        report: the counts.
+        acceptance: the acceptance of each drafter's drafts.
+        text: the n-gram index for prompt lookup; None if it is not used.
+        fixing: the running mean to which the routing will be fixed; None if it will not be fixed.
+        fixed: the routing, once it is fixed.
+        observed: whether hooks or the log must see each token, so that no token may be computed ahead.
         window: the tokens that the mixture pass has computed ahead.
-        ahead: the scaling pass's hidden states one token ahead.
-        rejected: rows whose draft in `ahead` was rejected.
-        unscored: what tells whether the scaling pass would have drafted the next token.
+        ahead: the scaling pass, one token ahead.
+        rejected: the rows whose draft in `ahead` was rejected.
+        unscored: the outputs that show whether the scaling pass would have drafted the next token.
     """
 
     store: RowCache
@@ -137,16 +137,16 @@ class DecodingState:
 
     @property
     def positions_left(self) -> int:
-        """Positions after that of the token to compute next."""
+        """The number of positions after the next token's."""
         return self.stop if self.last_position is None else self.last_position - self.length
 
     def draft_limit(self, most: int) -> int:
-        """How many drafts may be computed ahead: up to `most`, none in vain, none while tokens are observed."""
+        """The number of tokens to draft: at most `most`, none past the end, and 0 while tokens are observed."""
         return 0 if self.observed else max(0, min(most, self.positions_left, self.stop - 2 - self.length))
 
     @property
     def excess(self) -> int:
-        """Row-forwards so far beyond the two of each row and token."""
+        """Row-forwards so far beyond two for each row and token."""
         ahead = 0 if self.ahead is None else self.batch - len(self.rejected)
         return self.report.row_forwards - 2 * self.batch * self.report.tokens - ahead
 
@@ -155,7 +155,7 @@ class DecodingState:
         return self.acceptance.setdefault(drafter, Acceptance())
 
     def verify(self, drafts: Int[Tensor, " B"], ids: Int[Tensor, "B 1"], drafter: str) -> list[int]:
-        """The rows whose draft is rejected: `generate` has chosen another token. Finished rows accept every draft."""
+        """The rows whose draft is rejected, where `generate` chose another token. Finished rows reject no draft."""
         rejected = ((drafts != ids[:, 0]) & ~self.finished).nonzero()[:, 0].tolist()
         verified = len(drafts) - int(self.finished.sum())
         self.acceptance_of(drafter).add(not rejected)

@@ -17,14 +17,14 @@ from loramix.passes.state import PassSettings
 class Window:
     """The mixture pass's output for a known token and k drafts after it, returned one token at a time.
 
-    A draft's output is returned once `generate` has chosen that very token. The first other token makes the rest void.
+    A draft's output is returned once `generate` has chosen that very token. Any other token discards the window.
 
     Args:
         drafts: (B, k), in the order of the text.
         out: the model's output, with logits (B, 1 + k, V).
         scalings: of the known token and of each draft, before top-k.
         drafter: where the drafts came from.
-        settings: what the forward was computed with; after a change of settings the window is void.
+        settings: those of the forward; if they change, the window is discarded.
     """
 
     def __init__(

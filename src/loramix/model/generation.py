@@ -1,4 +1,4 @@
-"""`generate` with fewer forwards: transformers' own loop, in which a session answers for the model."""
+"""`generate` with fewer forwards: transformers' own loop, in which a session computes tokens in place of the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from loramix.passes.call import cache_in
 
 
 class LockstepMethods(MixtureMethods):
-    """Generation with drafts, which are verified: fewer forwards and the same tokens."""
+    """Generation with verified drafts: the same tokens in fewer forwards."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = None if args else session_of(self._loramix)
@@ -40,22 +40,22 @@ class LockstepMethods(MixtureMethods):
         return super().__call__(*args, **kwargs)  # pyright: ignore
 
     def generate(self, *args: Any, lockstep: LockstepArgument = None, **kwargs: Any) -> Any:
-        """transformers' `generate`. Where that is exact and cheaper, both passes share forwards by means of drafts.
+        """transformers' `generate`, with drafts where they are exact and cheaper.
 
         Args:
             *args: as for the base model.
-            lockstep: True: the scaling pass runs one token ahead in the mixture pass's forward; a number k > 1: it
-                drafts k tokens, which one forward of the mixture pass verifies (speculative decoding); "lookup": where
-                the text repeats itself its own words are the drafts (prompt lookup), elsewhere as True; False: the
-                passes run one after the other; None: what `generation_config.lockstep` says, else for each token the
-                strategy that is expected to be the cheapest. The tokens are the same.
+            lockstep: how to decode; the tokens are the same. True: the scaling pass runs one token ahead, in the
+                mixture pass's forward. A number k > 1: it drafts k tokens, which one forward of the mixture pass
+                verifies (speculative decoding). "lookup": the drafts are taken from the text where it repeats itself
+                (prompt lookup), elsewhere as True. False: the passes run one after the other. None: the value of
+                `generation_config.lockstep`, else for each token the strategy that is expected to be the cheapest.
             **kwargs: as for the base model.
 
         Returns:
-            What the base model's `generate` returns; `lockstep_report` then has the counts.
+            As the base model's `generate`; `lockstep_report` then has the counts.
 
         Raises:
-            ConfigurationError: `lockstep` is none of these.
+            ConfigurationError: another value of `lockstep`.
         """
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         settings = given or cast(Any, self).generation_config
@@ -77,14 +77,14 @@ class LockstepMethods(MixtureMethods):
 
     @property
     def lockstep_report(self) -> LockstepReport | None:
-        """The counts of the last `generate`, as forwards per token; None before the first."""
+        """The counts of the last `generate`, such as forwards per token; None before the first."""
         return self._loramix.report
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching (`generate_batch`), where there is one pass: it pages one cache alone.
+        """transformers' continuous batching (`generate_batch`), for a single pass: it pages one cache only.
 
         Raises:
-            UnsupportedOperationError: a mixture that routes each token, whose two passes need a cache each.
+            UnsupportedOperationError: a mixture that routes each token: each of its two passes needs a cache.
         """
         if self._loramix.needs_scaling_pass and self._loramix.single_pass() is None:
             raise UnsupportedOperationError(
@@ -121,10 +121,10 @@ class LockstepMethods(MixtureMethods):
 
 
 def _choice(generation_config: Any, choice: Choice) -> Choice:
-    """What a call says, else what the generation's configuration does.
+    """The choice of the call, else that of the generation configuration.
 
     Raises:
-        ConfigurationError: nothing that it may say.
+        ConfigurationError: the configuration names none.
     """
     return parse(getattr(generation_config, "lockstep", None)) if isinstance(choice, Automatic) else choice
 
@@ -133,7 +133,7 @@ _warned: set[str] = set()
 
 
 def _warn_once(reason: str, asked_for: str) -> None:
-    """Warn once for each reason that drafts were asked for and not used."""
+    """Warn once for each reason why requested drafts were not used."""
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"{asked_for} has no effect: {reason}.", stacklevel=3)

@@ -1,7 +1,7 @@
 """Decoding strategies, one in each file.
 
-To add one, write its class in a file here (the contract is `base.DraftingStrategy`) and name it in `DRAFTING`: from
-then on `generate` weighs it with the others, and takes it alone as `lockstep=` its instance.
+To add one, write its class in a file here (the contract is `base.DraftingStrategy`) and add it to `DRAFTING`.
+`generate` then chooses among all of them; `lockstep=` with an instance uses that one alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loramix.decoding.strategies.sequential import Sequential
 from loramix.decoding.strategies.speculative import Speculative
 
 DRAFTING: tuple[DraftingStrategy, ...] = (PromptLookup(), Speculative(), Lockstep())
-"""What the scheduler chooses from; of equally cheap ones the first."""
+"""The strategies that the scheduler chooses from; the first wins a tie."""
 
 __all__ = [
     "DRAFTING",

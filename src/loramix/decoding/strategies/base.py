@@ -1,7 +1,7 @@
-"""What a decoding strategy is.
+"""The contract of a decoding strategy.
 
-A round computes the next token of each row, and perhaps tokens after it. Whatever the strategy, the tokens are those of
-the two passes one after the other: a draft decides how much is computed, never what is chosen.
+A round computes the next token of each row, and perhaps tokens after it. Every strategy yields the tokens of sequential
+decoding: a draft decides how much is computed, never which token is chosen.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from loramix.decoding.state import DecodingState, Step
 
 
 class Round(NamedTuple):
-    """What a round returned.
+    """The result of a round.
 
     Attributes:
         out: the model's output for the next token.
-        is_typical: whether its time tells what the strategy's rounds cost; not so where it had fewer drafts.
-        recoveries: forwards of the scaling pass that rejected drafts made necessary.
+        is_typical: whether its time counts for the strategy's price; False if it had fewer drafts than usual.
+        recoveries: forwards of the scaling pass to recover from rejected drafts.
     """
 
     out: Any
@@ -31,7 +31,7 @@ class Round(NamedTuple):
 
 
 class Strategy(ABC):
-    """How to compute the next token. Frozen and without a state of its own: what changes is in the generation's."""
+    """How to compute the next token. Frozen: all that changes is in the generation's state."""
 
     name: ClassVar[str]  # in reports
 
@@ -45,9 +45,9 @@ class Strategy(ABC):
 
 
 class DraftingStrategy(Strategy):
-    """One with drafts, and what the scheduler has to know of it.
+    """A strategy with drafts, and what the scheduler must know of it.
 
-    A forward over one token of each row is the unit: half of a token's two passes.
+    Forwards are counted in forwards over one token of each row: the two passes of a token are two of them.
     """
 
     drafter: ClassVar[str]  # whose acceptance decides what a round yields; strategies may share one
@@ -64,23 +64,23 @@ class DraftingStrategy(Strategy):
 
     @abstractmethod
     def tokens(self, acceptance: float) -> float:
-        """The tokens that a round yields, expected at this share of right drafts."""
+        """The expected number of tokens of a round, at this acceptance rate."""
 
     def recoveries(self, acceptance: float) -> float:
-        """Forwards of the scaling pass that rejected drafts make necessary, expected for each round."""
+        """The expected number of forwards of the scaling pass, in each round, to recover from rejected drafts."""
         return 0.0
 
     def prior(self, forwards: Forwards) -> float | None:
-        """The share of right drafts to expect before anything is known; None where `compare` will tell."""
+        """The acceptance rate to expect before anything is known; None if `compare` measures it."""
         return 1.0
 
     def compare(self, ids: Int[Tensor, "B 1"], state: DecodingState, forwards: Forwards) -> None:
-        """Tell the acceptance whether drafts that nothing was computed for would have been these tokens.
+        """Add to the acceptance whether drafts that were not computed would have been these tokens.
 
-        Called for every token. Of strategies with one drafter, one does it.
+        Called for every token. Of several strategies with the same drafter, one implements it.
         """
 
 
 def tokens_of_window(acceptance: float, drafts: int) -> float:
-    """Expected tokens of a window: the known one, and each draft before which all were right (1 + p + p² + …)."""
+    """The expected tokens of a window: 1 + p + p² + …, since a draft counts only if all before it are accepted."""
     return sum(acceptance**i for i in range(drafts + 1))

@@ -12,7 +12,7 @@ from loramix.decoding.strategies.base import Round, Strategy
 
 @dataclass(frozen=True)
 class Fixed(Strategy):
-    """The mixture pass alone: no scalings are to be made any more. No choice of a user's; it follows from the state."""
+    """The mixture pass alone: with fixed routing, no scalings are computed. The state selects it, never the user."""
 
     name: ClassVar[str] = "fixed"
 

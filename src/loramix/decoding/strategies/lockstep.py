@@ -1,10 +1,10 @@
 """Both passes in one forward, the scaling pass one token ahead.
 
-The scaling pass is a run of the base model, and scalings belong to rows and tokens. So a batch of 2 B rows holds both:
+Both passes run the same model, and each row and token has its own scalings. So a batch of 2 B rows holds both passes:
 in rows 0 … B-1 the scaling pass reads its own greedy draft of the next token, in rows B … 2 B - 1 the mixture pass
-reads the current token, with the scalings that the scaling pass made for it one step before. An accepted draft leaves
-nothing to do; a rejected one costs a forward of the scaling pass alone, over its rows. A token costs 1 + (share of
-rejected drafts) forwards, against 2.
+reads the current token, with the scalings that the scaling pass made for it one step before. An accepted draft costs
+nothing more; a rejected one costs a forward of the scaling pass alone, over its rows. A token costs 1 + (share of
+rejected drafts) forwards instead of 2.
 
 A rejected draft's slot in the store is written again, so nothing is cropped.
 
@@ -28,7 +28,7 @@ from loramix.decoding.strategies.base import DraftingStrategy, Round
 
 @dataclass(frozen=True)
 class Lockstep(DraftingStrategy):
-    """One draft of the scaling pass, read beside the mixture pass's token."""
+    """One draft of the scaling pass, read in the same forward as the mixture pass's token."""
 
     name: ClassVar[str] = "lockstep"
     drafter: ClassVar[str] = SCALING_PASS
@@ -70,7 +70,7 @@ class Lockstep(DraftingStrategy):
 
 
 def _recover(step: Step, state: DecodingState, forwards: Forwards) -> Ahead:
-    """The scaling pass of the token itself, in the rows that have read another one."""
+    """Run the scaling pass over the token itself, in the rows that read a rejected draft."""
     known, rejected = state.ahead, state.rejected
     if known is None or len(rejected) == state.batch:
         hidden, after = forwards.scale_and_draft(step, step.ids, step.positions, state.length)

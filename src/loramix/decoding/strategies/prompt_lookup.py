@@ -1,4 +1,4 @@
-"""The text's own words as drafts (prompt lookup decoding): no forward makes them, and one for each pass verifies them.
+"""Prompt lookup decoding: drafts from the text itself. They cost no forward; one of each pass verifies them.
 
 Where the last n-gram has occurred before, the drafts are the tokens that followed it then.
 """

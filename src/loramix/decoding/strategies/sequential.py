@@ -14,7 +14,7 @@ from loramix.decoding.strategies.base import Round, Strategy
 class Sequential(Strategy):
     """A forward of the scaling pass, then one of the mixture pass.
 
-    Both outputs together tell, at the next token, whether the scaling pass would have drafted it.
+    Their outputs show, at the next token, whether the scaling pass would have drafted it.
     """
 
     name: ClassVar[str] = "sequential"

@@ -1,7 +1,7 @@
 """Several drafts of the scaling pass, then one verifying forward of the mixture pass.
 
-Where more rows of a matrix product cost little more than two, as on many a CPU, the scaling pass runs k tokens ahead,
-one after the other, and the mixture pass reads the token and all k drafts at once.
+The scaling pass runs k tokens ahead, one after the other; then the mixture pass reads the token and all k drafts at
+once. This pays where a matrix product over many rows costs little more than one over two, as on many CPUs.
 """
 
 from __future__ import annotations
