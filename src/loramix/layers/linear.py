@@ -54,7 +54,7 @@ class LinearStack(ExpertStack):
         return expand(y, h.mul_(fit_tokens(routing.columns(self, h), h.shape[:-1], self.adapts)), self.lora_B)
 
     def _is_plain(self, base_layer: nn.Module) -> bool:
-        """Whether the experts add two products and no more, to a y that nobody else holds."""
+        """Whether the delta is two matrix products, without dropout or biases, and nothing else refers to y."""
         return not (self.biased or (self.training and any(self.dropouts)) or has_hooks(base_layer))
 
     def _stack_A(self, parts: Sequence[Tensor]) -> Tensor:

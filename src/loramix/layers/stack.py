@@ -1,9 +1,9 @@
-"""What the experts add to one layer, by itself: their matrices, stacked.
+"""The delta of one layer: its experts' matrices, stacked.
 
     Δ(x) = g · Σ_e s[e] · c_e · B_e A_e dropout(x)                                (docs/semantics.md §2)
 
-One file for each kind of base layer (`linear`, `embedding`, `convolution`) and for each variant of LoRA that is more
-than two matrices (`dora`) holds a subclass; `layer.stack_class` chooses among them.
+Each kind of base layer (`linear`, `embedding`, `convolution`) and each variant of LoRA with more than two matrices
+(`dora`) has a subclass in a file of its own; `layer.stack_class` chooses among them.
 
 R: total rank of the layer, the sum of its experts' ranks; each LoRA bias adds one column. E: experts.
 """
@@ -33,7 +33,7 @@ class LayerExpert(NamedTuple):
         expert: the expert's number in the mixture.
         weights: its tensors, as the file holds them.
         scale: c_e, alpha / r or alpha / sqrt(r).
-        dropout: the probability with which its input is dropped in training.
+        dropout: the dropout probability of its input in training.
     """
 
     expert: int
@@ -48,12 +48,12 @@ class LayerExpert(NamedTuple):
 
 
 class ExpertStack(nn.Module):
-    """The experts of one mixture in one layer, stacked: two products, however many experts there are.
+    """The experts of one mixture in one layer, stacked: two matrix products for any number of experts.
 
-    A LoRA bias is one more rank column, whose activation is 1: it is gated with its expert as every column is.
+    A LoRA bias is one more rank column, whose activation is 1. It is gated like its expert's other columns.
 
     Args:
-        base_layer: the layer that is adapted. It is not kept: `add_to` is given it at each call.
+        base_layer: the adapted layer. It is not stored: `add_to` is given it at each call.
         experts: those that adapt the layer, in the order of the mixture; at least one.
         number: the layer's number among the adapted layers.
         dtype: of the stacked matrices; of the experts' tensors if None.
@@ -64,7 +64,7 @@ class ExpertStack(nn.Module):
         rank: R without the columns of biases.
         biased: which parts have a LoRA bias.
         arrangement: expert, rank, scale and bias of each part; the rank columns follow from it.
-        layout: the number that all layers of this arrangement have in their model.
+        layout: the number of the arrangement; layers of a model with the same arrangement have the same number.
         lora_A: the down projections, stacked by rank.
         lora_B: the up projections, stacked by rank, then one column for each LoRA bias.
     """
@@ -112,14 +112,14 @@ class ExpertStack(nn.Module):
     rank_scale: Tensor
 
     def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module, base_y: Tensor) -> Tensor:
-        """`y + Δ(x)`; y may be overwritten where nobody else can hold it.
+        """`y + Δ(x)`. It may be computed in place, in y, if no other code can refer to y.
 
         Args:
-            y: what the experts' part is added to.
+            y: the tensor to add the delta to.
             x: the layer's input.
             routing: of this pass.
-            base_layer: the layer itself.
-            base_y: what the base layer made of x; y itself, unless another stack has added its part.
+            base_layer: the adapted layer.
+            base_y: the base layer's output for x; y itself, unless another stack has added its delta.
 
         Raises:
             RoutingError: the scalings are those of other tokens.
@@ -127,7 +127,7 @@ class ExpertStack(nn.Module):
         return self._up(y, self._gated(x, routing, base_layer), self.lora_B, base_layer)
 
     def _gated(self, x: Tensor, routing: Routing, base_layer: nn.Module) -> Tensor:
-        """The low-rank activation (*tokens, R), each column multiplied by what it counts."""
+        """The low-rank activation (*tokens, R), each column multiplied by g · s[e] · c_e of its expert."""
         h = self._low_rank(x, base_layer)
         return gate(h, fit_tokens(routing.columns(self, h), h.shape[:-1], self.adapts))
 
@@ -182,7 +182,7 @@ class ExpertStack(nn.Module):
         """The experts' tensors as their files hold them, by expert number.
 
         Args:
-            tensors: this stack's parameters by name, whole ones if they are sharded.
+            tensors: this stack's parameters by name; of sharded parameters the whole tensors.
         """
         downs = self._unstack_A(tensors["lora_A"].detach())
         stacked = tensors["lora_B"].detach()
@@ -199,17 +199,17 @@ class ExpertStack(nn.Module):
         return {}
 
     def update_matrices(self, routing: Routing, base_layer: nn.Module) -> MergedMatrices:
-        """What the experts come to where their scalings are the same for every token.
+        """The update of the layer's weight, for scalings that are the same for every token.
 
         Args:
             routing: one whose columns are (R,).
-            base_layer: the layer itself.
+            base_layer: the adapted layer.
         """
         up = self.lora_B.float()
         return MergedMatrices(up * routing.columns(self, up), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Frozen matrices follow the model's dtype; what trains, gradients and scales keep float32."""
+        """Frozen matrices take the model's dtype; trainable matrices, gradients and scales stay float32."""
         kept = keep_dtype(fn)
         pinned = [self.rank_scale, *(parameter.grad for parameter in self.parameters(recurse=False))]
 
@@ -227,8 +227,8 @@ class MergedMatrices(NamedTuple):
     """The update of a layer whose scalings are fixed: W' = W + diag(stretch) W + up · A, b' = b + the biases' columns.
 
     Attributes:
-        up: (out, R): B with everything that its columns are multiplied by.
-        stretch: (out,): the share of each row of W that DoRA adds to it; None without DoRA.
+        up: (out, R): B, each column multiplied by all of its factors.
+        stretch: (out,): the multiple of each row of W that DoRA adds to it; None without DoRA.
     """
 
     up: Tensor
@@ -236,7 +236,7 @@ class MergedMatrices(NamedTuple):
 
 
 def fit_tokens(columns: Tensor, tokens: torch.Size, layer: str) -> Tensor:
-    """Columns (B, S, R) for tokens (B, S) or, flattened by the block, (B · S,); columns (R,) fit any tokens.
+    """Columns (B, S, R) for tokens (B, S), or (B · S,) if the block has flattened them; columns (R,) fit any tokens.
 
     Raises:
         RoutingError: the scalings are those of other tokens.
@@ -254,6 +254,6 @@ def fit_tokens(columns: Tensor, tokens: torch.Size, layer: str) -> Tensor:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook, of this module or of all modules, may hold on to the module's output."""
+    """Whether a hook, of this module or of all modules, may keep the module's output."""
     own: Any = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks  # pyright: ignore
     return bool(own) or bool(nn.modules.module._has_any_global_hook())  # pyright: ignore

@@ -21,7 +21,7 @@ from loramix.model.build import PeftModel
 
 
 class AutoPeftModel:
-    """Base model and adapter in one call; the siblings load the base model with a head for their task."""
+    """Load base model and adapter in one call. The other classes load the base model with a head for their task."""
 
     base_class: ClassVar[Any] = AutoModel
 
@@ -46,20 +46,20 @@ class AutoPeftModel:
 
         Args:
             model_id: folder or Hub identifier of a mixture, or of a LoRA expert.
-            adapter_name: as `PeftModel.from_pretrained`, like the next three.
-            is_trainable: whether what was trained trains on.
+            adapter_name: as in `PeftModel.from_pretrained`, like the next three.
+            is_trainable: whether the trained parameters can be trained further.
             config: a configuration to use instead of the saved one.
             adapters: experts to use instead of the saved ones.
             revision: of the adapter; the base model's is in the adapter's configuration.
             subfolder: of the adapter.
             token: access token, for adapter and base model, like the next three.
             cache_dir: where downloads are kept.
-            local_files_only: look into the cache and nowhere else.
-            force_download: download again what the cache holds.
-            **base: everything else goes to the base model's `from_pretrained` (dtype, device_map, …).
+            local_files_only: use the cache only.
+            force_download: download files again that are in the cache.
+            **base: further arguments of the base model's `from_pretrained` (dtype, device_map, …).
 
         Raises:
-            ConfigurationError: the adapter does not say what its base model is.
+            ConfigurationError: the adapter does not name its base model.
         """
         access = {
             "token": token,

@@ -1,7 +1,7 @@
 """Build a mixture on a Hugging Face model, or load one.
 
-The model stays what it was, a `PreTrainedModel` of its own class, with the methods of `methods.py` added:
-`get_peft_model` and `PeftModel.from_pretrained` return the object they were given.
+The model stays a `PreTrainedModel` of its own class, and gains the methods of `peft_methods.py` and, for a mixture,
+`xlora_methods.py`. `get_peft_model` and `PeftModel.from_pretrained` return the object they were given.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class XLoraModel(PeftModel, _XLora):
     """A mixture: `isinstance(model, XLoraModel)` tells it from a plain LoRA model."""
 
 
-# Whatever has the methods is an instance, also when unpickled; no method of these classes stands in its way.
+# Registered, not inherited: a model with the methods is an instance, also when unpickled.
 cast(ABCMeta, PeftModel).register(PeftMethods)
 cast(ABCMeta, XLoraModel).register(XLoraMethods)
 
@@ -277,7 +277,7 @@ def _commit(
     state: AdaptedState,
     methods: type,
 ) -> None:
-    """Change the model. All checks are behind us: nothing in here may fail."""
+    """Change the model. All checks have been made: nothing in here may fail."""
     state.thawed = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     route_checkpoints(model)

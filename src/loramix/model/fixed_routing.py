@@ -1,4 +1,4 @@
-"""Routing that is fixed: for a while, for good, or into one adapter.
+"""Fixed routing: inside a context, until further notice, or saved as one adapter.
 
 B, S: batch, sequence. L: adapted layers. E: experts.
 """
@@ -32,7 +32,7 @@ class FixedMethods(MixtureMethods):
         """Inside, in this thread, one pass with the same final scalings for every token.
 
         Args:
-            values: (E,) for all layers alike, or (L, E).
+            values: (E,), the same for all layers, or (L, E).
 
         Raises:
             RoutingError: another shape.
@@ -61,19 +61,20 @@ class FixedMethods(MixtureMethods):
         prompt: Mapping[str, Tensor] | None = None,
         after: int | None = None,
     ) -> None:
-        """From now on, in every thread, one pass per token, with the same scalings; until `unfix_routing()`.
+        """One pass per token with the same scalings for every token, in every thread, until `unfix_routing()`.
 
-        What is fixed is not saved; `merge_and_unload()` and `save_fixed()` make plain weights, or one adapter, of it.
+        `save_pretrained` does not save the fixed scalings. `merge_and_unload()` merges the experts with them into the
+        base model, and `save_fixed()` saves them as one adapter.
 
         Args:
-            scalings: (E,) for all layers alike, or (L, E).
-            prompt: a model input (`input_ids`, `attention_mask`, …): the mean of its tokens' final scalings.
-            after: in each generation, route that many tokens after the prompt, and keep the mean of their final
-                scalings, for each row its own. Forwards outside `generate` go on routing. A cache that such a
-                generation returns holds the mixture pass alone, and is continued with fixed scalings only.
+            scalings: (E,), the same for all layers, or (L, E).
+            prompt: a model input (`input_ids`, `attention_mask`, …): fix the mean of its tokens' final scalings.
+            after: in each generation, route this many tokens after the prompt, then fix the mean of their final
+                scalings, separately for each row. Forwards outside `generate` still route each token. A cache that such
+                a generation returns holds the mixture pass alone, and can be continued with fixed scalings only.
 
         Raises:
-            ConfigurationError: none of them, or several, or `after` below 1.
+            ConfigurationError: none of the three, or several, or `after` below 1.
             UnsupportedOperationError: `after` for a router that needs no scaling pass.
             RoutingError: scalings of another shape.
         """
@@ -85,7 +86,7 @@ class FixedMethods(MixtureMethods):
             )
         if after is not None and not self._loramix.needs_scaling_pass:
             raise UnsupportedOperationError(
-                "Routing is fixed after some tokens to leave out the scaling pass.",
+                "Fixing the routing after some tokens saves the scaling pass.",
                 received=f"after={after} for router={self._loramix.config.router!r}, which needs none",
                 remedy="fix the routing by scalings or from a prompt",
             )
@@ -116,10 +117,11 @@ class FixedMethods(MixtureMethods):
 
         Args:
             save_directory: the folder.
-            rank: of each layer at most, by truncated singular values; None puts the experts side by side, exactly.
+            rank: the highest rank of a layer, by truncated SVD; None concatenates the experts, which is exact.
 
         Returns:
-            What is left out: the Frobenius norm of the difference of the weights, relative to what the experts add.
+            The error of the truncation: the Frobenius norm of the difference of the weight updates, relative to that of
+            the exact update.
 
         Raises:
             UnsupportedOperationError: the routing is not fixed, or an expert has DoRA or a bias.
@@ -130,7 +132,7 @@ class FixedMethods(MixtureMethods):
             raise UnsupportedOperationError(
                 "One adapter holds a mixture whose scalings are the same for every token.",
                 received=f"save_fixed() on a mixture of {', '.join(self.expert_names)}, which routes each token",
-                remedy="call fix_routing(…) before, or use save_pretrained(folder)",
+                remedy="call fix_routing(…) first, or use save_pretrained(folder)",
             )
         like = self._loramix.experts[0].config
         adapter, error = single_adapter(layers_of(cast(PreTrainedModel, self)), routing, like, rank=rank)

@@ -31,8 +31,8 @@ from loramix.routers.classifier import XLoraClassifier
 ADAPTER_NAME = "default"
 
 
-_NO_TRAINER = cast("Mapping[str, Tensor]", MappingProxyType({}))
-"""What `save_pretrained` takes its `state_dict` for when nobody gives one, not even None, as trainers do."""
+_NO_TRAINER: Mapping[str, Tensor] = MappingProxyType({})
+"""The default of `save_pretrained(state_dict=…)`: the argument was left out. Trainers pass it, at times as None."""
 
 _TAKEN_ON_SAVE = frozenset(
     {
@@ -43,7 +43,7 @@ _TAKEN_ON_SAVE = frozenset(
 
 
 class PeftMethods:
-    """What a model gains when experts are put on it."""
+    """The methods that a model gains when experts are put on it."""
 
     _loramix: AdaptedState
 
@@ -100,7 +100,7 @@ class PeftMethods:
         return model
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Inside, in this thread, the model is its base model: one pass, no experts. Nests."""
+        """Inside, in this thread, the model is its base model: one pass, no experts. It may be nested."""
         return override(self._loramix, lambda: ConstantRouting(0.0))
 
     def enable_adapter_layers(self) -> None:
@@ -112,7 +112,7 @@ class PeftMethods:
         self._loramix.enabled = False
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many parameters train, and how many there are."""
+        """The number of trainable parameters, and of all parameters."""
         parameters = list(cast(nn.Module, self).parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -133,20 +133,20 @@ class PeftMethods:
     ) -> None:
         """Write the adapter: a mixture with its router and its experts, or one LoRA expert (docs/semantics.md §4).
 
-        With `state_dict=`, as trainers call it, what trains is also written as `model.safetensors`, by the model's own
-        keys: transformers' Trainer resumes from that file, and reads its best model from it. `from_pretrained` does
-        not look at it.
+        With `state_dict=`, as trainers call it, the trainable tensors are also written as `model.safetensors`, under
+        the model's own keys: transformers' Trainer resumes from that file, and loads its best model from it.
+        `from_pretrained` does not read it.
 
         Args:
-            save_directory: the folder; what lies there and is not ours is left alone.
+            save_directory: the folder; other files in it are left alone.
             is_main_process: whether this process writes.
             state_dict: whole tensors to write instead of the model's own, by the model's own keys; all, some, or None.
             push_to_hub: upload the folder afterwards.
-            **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, … What transformers, accelerate and PEFT
-                pass to a `save_pretrained` is taken and means nothing here.
+            **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, … Arguments that transformers,
+                accelerate and PEFT pass to a `save_pretrained` are accepted and ignored.
 
         Raises:
-            ConfigurationError: another argument.
+            ConfigurationError: an unknown argument.
             SaveError: the folder could not be written; what it held is still in place.
         """
         unknown = sorted(set(hub) - _TAKEN_ON_SAVE) if not push_to_hub else []
@@ -164,12 +164,12 @@ class PeftMethods:
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
-        """Trainer refuses to train a quantised model that says no here."""
+        """True for a quantised model, which Trainer refuses to train otherwise."""
         return bool(getattr(self, "is_quantized", False))
 
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
-        """What a trainer's checkpoint lacks on purpose: all that does not train."""
+        """The names that a trainer's checkpoint leaves out: all that is not trained."""
         model = cast(nn.Module, self)
         training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return [name for name in model.state_dict() if name not in training]
@@ -182,7 +182,7 @@ class PeftMethods:
         That is so for a plain LoRA model, and for a mixture after `fix_routing(…)` or inside `fixed_scalings(…)`.
 
         Args:
-            progressbar: kept for PEFT's sake, like the next two.
+            progressbar: accepted as in PEFT, without effect.
             safe_merge: weights are always checked before any is changed.
             adapter_names: None, or `["default"]`.
 
@@ -201,7 +201,7 @@ class PeftMethods:
                 received=f"merge_and_unload() on a mixture of {', '.join(self.expert_names)}, which routes each token"
                 if routing is None
                 else f"adapter_names={adapter_names!r}",
-                remedy="keep the experts beside the base model, or call model.fix_routing([…]) before",
+                remedy="keep the experts unmerged, or call model.fix_routing([…]) first",
             )
         assert not isinstance(routing, ObservedPass)
         merged = merge(layers_of(model), routing)
@@ -210,7 +210,7 @@ class PeftMethods:
         return model
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible: what is merged leaves the model."""
+        """Not supported: merging removes the experts from the model."""
         _refuse("merge_adapter", "merge_and_unload(), inside fixed_scalings([…]) for a mixture")
 
     def unmerge_adapter(self) -> NoReturn:
@@ -218,7 +218,7 @@ class PeftMethods:
         _refuse("unmerge_adapter", "the model before merge_and_unload(): nothing is merged while experts are there")
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible: the experts of a mixture are its configuration's."""
+        """Not supported: the experts of a mixture are those of its configuration."""
         _refuse("load_adapter", "PeftModel.from_pretrained(base, checkpoint, adapters={…}) to replace experts")
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -247,9 +247,9 @@ class PeftMethods:
 
 
 class MixtureMethods(PeftMethods):
-    """What the further methods of a mixture stand on."""
+    """The base of the methods that only a mixture has."""
 
-    internal_xlora_classifier: XLoraClassifier  # where the router is one
+    internal_xlora_classifier: XLoraClassifier  # if the router is one
     _loramix: MixtureState  # pyright: ignore[reportIncompatibleVariableOverride] - set once, when the model is built
 
 

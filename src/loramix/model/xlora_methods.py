@@ -1,4 +1,4 @@
-"""What a mixture has beside a plain LoRA model: its scalings, and what can be changed while it runs.
+"""The methods that only a mixture has: reading its scalings, and changing its settings between forwards.
 
 B, S: batch, sequence. L: adapted layers. E: experts.
 """
@@ -18,14 +18,14 @@ from loramix.routers.router import Router
 
 
 class XLoraMethods(LockstepMethods, FixedMethods):
-    """What a mixture has beside them: its scalings, and what can be changed while it runs.
+    """The methods that only a mixture has: reading its scalings, and changing its settings between forwards.
 
-    Every change goes into the model's own configuration, counts from the next forward, and is saved.
+    A setter changes the model's own configuration. The change takes effect with the next forward, and is saved.
     """
 
     @property
     def router(self) -> Router:
-        """What makes the logits: for X-LoRA the classifier, also known as `internal_xlora_classifier`."""
+        """The module that makes the logits: in X-LoRA the classifier, also known as `internal_xlora_classifier`."""
         return self._loramix.router
 
     @property
@@ -39,11 +39,11 @@ class XLoraMethods(LockstepMethods, FixedMethods):
         return self._loramix.latest
 
     def get_latest_scalings(self) -> Float[Tensor, "B S L E"] | None:
-        """The same."""
+        """The same as `internal_xlora_scalings`."""
         return self._loramix.latest
 
     def set_topk_lora(self, value: int | None) -> None:
-        """Keep the `value` largest scalings of each token; all with None.
+        """Keep the `value` largest scalings of each token; None keeps all.
 
         Raises:
             ConfigurationError: less than 1, or more than there are experts.
@@ -51,7 +51,7 @@ class XLoraMethods(LockstepMethods, FixedMethods):
         self._change(top_k_lora=value)
 
     def get_global_scaling_weight(self) -> float:
-        """g, the factor on what the experts add."""
+        """g, the factor on the experts' contribution."""
         return self._loramix.config.global_scaling_weight
 
     def set_global_scaling_weight(self, weight: float) -> None:
@@ -83,11 +83,11 @@ class XLoraMethods(LockstepMethods, FixedMethods):
         self._loramix.log.enabled = True
 
     def disable_scalings_logging(self) -> None:
-        """Stop keeping them; what is logged stays."""
+        """Stop logging; logged scalings are kept."""
         self._loramix.log.enabled = False
 
     def clear_scalings_log(self) -> None:
-        """Forget what is logged."""
+        """Remove all logged scalings."""
         self._loramix.log.clear()
 
     def get_scalings_log(self) -> list[Float[Tensor, "B S L E"]]:

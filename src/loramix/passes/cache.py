@@ -1,7 +1,7 @@
-"""Two key-value caches in one object: the mixture pass's own, and beside it the scaling pass's.
+"""Two key-value caches in one object: the mixture pass's, and as its twin the scaling pass's.
 
 A cache that a user passes in stays the user's object: it gains a twin, and its class becomes a run-time subclass that
-hands every change of shape on to the twin. So it may be reused, cropped, reordered and deep-copied as any cache.
+applies every change of shape to the twin too. So it may be reused, cropped, reordered and deep-copied as any cache.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from loramix.passes.hooks import CacheFollower
 
 
 class FollowedCache(Cache):
-    """A cache that tells its followers how its rows change; also one of a single pass, while somebody follows it.
+    """A cache that tells its followers how its rows change; a single-pass cache becomes one when it is followed.
 
-    Not built by hand: `follow` makes one of a cache.
+    Not built by hand: `follow` turns a cache into one.
 
     Attributes:
-        followers: who is told how its rows change.
+        followers: those that are told how its rows change.
     """
 
     followers: tuple[CacheFollower, ...] = ()
@@ -37,7 +37,7 @@ class FollowedCache(Cache):
             follower.emptied()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """The base class's: less than 0 tokens to remove; before transformers 5.14 also the length to keep."""
+        """As in the base class: a negative number of tokens to remove; before transformers 5.14 also a length."""
         before = tokens_in(self)
         super().crop(tokens_to_remove)
         for follower in self.followers:
@@ -64,7 +64,7 @@ class FollowedCache(Cache):
 
 
 def follow(cache: Cache) -> FollowedCache:
-    """`cache` itself, which from now on can be followed."""
+    """`cache` itself, made a `FollowedCache`."""
     if not isinstance(cache, FollowedCache):
         cache.__class__ = _subclass(FollowedCache, type(cache))
     assert isinstance(cache, FollowedCache)
@@ -74,12 +74,12 @@ def follow(cache: Cache) -> FollowedCache:
 class TwoPassCache(FollowedCache):
     """A cache of the mixture pass that carries the scaling pass's cache along.
 
-    Not built by hand: `TwoPassCache.pair` makes one of a cache, and a mixture does so by itself.
+    Not built by hand: `TwoPassCache.pair` turns a cache into one, and a mixture does so by itself.
 
     Attributes:
         base: the scaling pass's cache, of the same kind.
-        owner: which mixture filled it; another one refuses it.
-        torn: whether a forward is filling it, or stopped while it did.
+        owner: the mixture that filled it; another one refuses it.
+        torn: whether a forward is filling it, or was interrupted while filling it.
     """
 
     base: Cache
@@ -87,24 +87,23 @@ class TwoPassCache(FollowedCache):
     torn: bool
 
     @staticmethod
-    def pair(mixed: Any, base: Any, owner: str) -> TwoPassCache:
-        """Make `mixed` a two-pass cache, in place, with `base` as its twin.
+    def pair(mixture: Any, base: Any, owner: str) -> TwoPassCache:
+        """Make `mixture` a two-pass cache, in place, with `base` as its twin.
 
         Raises:
-            CacheError: it is none of transformers' `Cache`, as Mamba's was before transformers 5.5.
+            CacheError: it is not a transformers `Cache`; Mamba's was none before transformers 5.5.
         """
-        _check_kind(mixed)
-        mixed.__class__ = _subclass(TwoPassCache, type(mixed))
-        mixed.__dict__.update(base=base, owner=owner, torn=False)
-        assert isinstance(mixed, TwoPassCache)
-        return mixed
+        _check_kind(mixture)
+        mixture.__class__ = _subclass(TwoPassCache, type(mixture))
+        mixture.__dict__.update(base=base, owner=owner, torn=False)
+        return mixture
 
     @staticmethod
     def adopt(cache: Any, owner: str) -> TwoPassCache:
         """`cache` itself as this mixture's two-pass cache; an empty one gains its twin now.
 
         Raises:
-            CacheError: it was filled by another model, its two halves have come apart, or it is of another kind.
+            CacheError: it was filled by another model, its two halves differ in length, or it is of another kind.
         """
         _check_kind(cache)
         if isinstance(cache, TwoPassCache) and cache.owner != owner and cache.is_empty:
@@ -116,12 +115,12 @@ class TwoPassCache(FollowedCache):
         if cache.owner != owner:
             raise _foreign("a cache that another mixture filled")
         if cache.torn or _lengths_differ(cache):
-            mixed, base = tokens_in(cache), tokens_in(cache.base)
+            mixture, base = tokens_in(cache), tokens_in(cache.base)
             raise CacheError(
                 "Both halves of a two-pass cache hold the same tokens.",
                 received="a cache that an interrupted forward left half filled"
                 if cache.torn
-                else f"{int(mixed)} tokens of the mixture pass, {int(base)} of the scaling pass",
+                else f"{int(mixture)} tokens of the mixture pass, {int(base)} of the scaling pass",
                 remedy="reset() it or pass an empty one, and change it through its own methods, not through its layers",
             )
         return cache
@@ -132,12 +131,12 @@ class TwoPassCache(FollowedCache):
         return not self.torn and not tokens_in(self) and not tokens_in(self.base)
 
     @property
-    def mixed(self) -> Cache:
+    def mixture(self) -> Cache:
         """The mixture pass's cache: this object."""
         return self
 
     def separate(self) -> None:
-        """Become the plain cache again that the user made, without a twin."""
+        """Become the user's plain cache again, without a twin."""
         self.__class__ = type(self).__bases__[1]
         for name in ("base", "owner", "torn"):
             del self.__dict__[name]
@@ -177,16 +176,16 @@ def _empty_copy(cache: Cache) -> Cache:
 
 
 def _lengths_differ(cache: TwoPassCache) -> bool:
-    """Whether the halves hold different numbers of tokens; not asked where the answer would wait for a device."""
+    """Whether the halves hold different numbers of tokens; not checked where that would synchronise with a device."""
     if torch.compiler.is_compiling():
         return False
-    mixed, base = tokens_in(cache), tokens_in(cache.base)
-    waits = isinstance(mixed, Tensor) and mixed.device.type != "cpu"
-    return not waits and bool(mixed != base)
+    mixture, base = tokens_in(cache), tokens_in(cache.base)
+    waits = isinstance(mixture, Tensor) and mixture.device.type != "cpu"
+    return not waits and bool(mixture != base)
 
 
 def tokens_in(cache: Cache) -> int | Tensor:
-    """How many tokens a cache holds; one that keeps states only, as Mamba's does, knows no more than none or some."""
+    """The number of tokens in a cache; 1 for any number in a cache of states only, such as Mamba's."""
     try:
         return cache.get_seq_length()
     except ValueError:
@@ -204,14 +203,14 @@ def _check_kind(cache: object) -> None:
 
 def _foreign(received: str) -> CacheError:
     return CacheError(
-        "A mixture continues only what it has read itself.",
+        "A mixture continues only a cache that it filled itself.",
         received=received,
         remedy="pass an empty cache, or one that this mixture returned",
     )
 
 
 def refuse_two_pass_cache(cache: Any) -> None:
-    """Refuse a cache of two passes where only one is made; an empty one becomes plain.
+    """Refuse a cache of two passes where only one pass runs; an empty one becomes plain.
 
     Raises:
         CacheError: it holds tokens.

@@ -14,8 +14,8 @@ from loramix._compat import CACHE
 from loramix.passes.hooks import EXPERT_IDS
 
 CACHES = tuple(dict.fromkeys(("past_key_values", "cache_params", CACHE)))
-"""What models of this transformers call the cache among the arguments and in the output; before 5.24, `cache` is what
-continuous batching hands to the attention."""
+"""The names of the cache in arguments and outputs, in this version of transformers; before 5.24, `cache` is what
+continuous batching passes to the attention."""
 _QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
@@ -25,8 +25,8 @@ class ForwardSignature:
 
     Attributes:
         names: of its arguments, without `self`, in order.
-        cache: what it calls its cache.
-        quiet: arguments for a pass of which only the last hidden state matters.
+        cache: the name of its cache.
+        quiet: arguments for a pass whose last hidden states alone matter.
     """
 
     names: tuple[str, ...]

@@ -14,7 +14,7 @@ from loramix.layers.slot import checkpoint_with
 
 
 class RoutedCheckpointing:
-    """Mixin of every model from the carrier up: gradient checkpointing that recomputes with the routing of its time."""
+    """Mixin of every model from the carrier up: gradient checkpointing with the routing of the original forward."""
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
@@ -27,7 +27,7 @@ class RoutedCheckpointing:
 
 
 def route_checkpoints(model: nn.Module, *, dry_run: bool = False) -> None:
-    """The same for a model whose checkpointing was switched on before its experts came.
+    """The same for a model whose checkpointing was enabled before it got its experts.
 
     Args:
         model: the base model.
@@ -48,7 +48,7 @@ def _routed_checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     given: Mapping[str, Any] = getattr(function, "keywords", {})
     if given.get("use_reentrant"):
         raise ConfigurationError(
-            "A mixture checkpoints gradients without re-entering autograd.",
+            "A mixture needs non-reentrant gradient checkpointing.",
             received="gradient_checkpointing_kwargs={'use_reentrant': True}",
             remedy="pass gradient_checkpointing_kwargs={'use_reentrant': False}",
         )

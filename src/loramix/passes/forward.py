@@ -1,7 +1,7 @@
 """The carrier's forward: which passes a call makes, and in what order (docs/semantics.md §2).
 
-The passes live in the nearest `PreTrainedModel` above the adapted layers, the carrier, so that whoever calls the
-backbone and the head separately gets the mixture too (docs/architecture.md, decision 2).
+The passes run in the carrier, the nearest `PreTrainedModel` above the adapted layers, so that a caller that runs
+backbone and head separately gets the mixture too (docs/architecture.md, decision 2).
 
     disabled, fixed, overridden, one plain expert   one pass, with a routing that is given      `single_pass`
     a router that reads hidden states               a scaling pass, then the mixture pass       `two_passes`
@@ -66,7 +66,7 @@ def _refuse_bypassed(state: AdaptedState) -> None:
 
 
 def single_pass(given: Routing | ObservedPass, call: Callable[[], Any]) -> Any:
-    """One pass with a given routing; where it is observed, its last hidden states are kept."""
+    """One pass with a given routing; an `ObservedPass` keeps the last hidden states."""
     if not isinstance(given, ObservedPass):
         return routed(given, call)
     out = routed(given.routing, call)

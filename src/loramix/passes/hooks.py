@@ -1,4 +1,4 @@
-"""How training and recording take part in the passes of a mixture, from outside: the core never knows who they are.
+"""Hooks: how training and recording take part in the passes of a mixture. The passes do not depend on either.
 
 B, S: batch, sequence. H: hidden size. L: adapted layers, 1 where they share their scalings. E: experts.
 """
@@ -29,7 +29,7 @@ class RouterOutput:
     Attributes:
         logits: z, with gradients in training.
         activated: after the softmax, before top-k (docs/semantics.md §2, step 1).
-        final: s, what the layers mix by.
+        final: s, the scalings that the layers apply.
         inputs: the arguments of the backbone's forward by name, `expert_ids` among them where they were given.
         training: whether the model is in training mode.
         gating: what made the scalings of the logits.
@@ -46,30 +46,30 @@ class RouterOutput:
 class RoutingHook:
     """Takes part in every forward that makes scalings; `attach` puts one on a model.
 
-    The methods are called in this order; a layer router has no scaling pass to recall, makes its logits layer by layer,
-    and is done with them after its one pass. Here, each method leaves everything as it is.
+    The methods are called in this order. With a layer router there is no scaling pass, so no `recall` and `keep`;
+    `logits` is called for each layer. These methods change nothing; a subclass overrides those that it needs.
 
     Attributes:
-        unrecorded: whether forwards are left out of records while it takes part, as those of an experiment.
+        unrecorded: whether routing records leave out the forwards in which it takes part, such as those of an ablation.
     """
 
     unrecorded = False
 
     def recall(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The scaling pass's last hidden states (B, S, H), where they are known without running it."""
+        """The scaling pass's last hidden states (B, S, H), if they are known without running it."""
 
     def keep(self, inputs: Mapping[str, Any], hidden: Float[Tensor, "B S H"]) -> None:
         """The scaling pass ran with these arguments, and these hidden states came out."""
 
     def logits(self, logits: Float[Tensor, "*tokens L E"], training: bool) -> Float[Tensor, "*tokens L E"]:
-        """The logits to route by: those of one layer, of a layer router; without tokens where it reads none."""
+        """The logits to route by; of a layer router, those of one layer, without a token dimension if it reads none."""
         return logits
 
     def routed(self, output: RouterOutput) -> Tensor | None:
-        """Scalings were made. A scalar that is returned is a loss: its gradient joins that of the model's own loss."""
+        """Called with the scalings. A scalar that is returned is a loss: its gradient is added to the model's own."""
 
     def cached(self, cache: Any) -> None:
-        """This thread's last forward had no cache and made this one, which holds what it read."""
+        """Called with the cache that this thread's last forward made because it was given none; it holds its tokens."""
 
 
 def between_graphs(hook: RoutingHook) -> None:
@@ -78,22 +78,22 @@ def between_graphs(hook: RoutingHook) -> None:
 
 
 class CacheFollower:
-    """Is told how the rows of a two-pass cache change, to know which row of a forward goes on with which of before.
+    """Is told how the rows of a cache change, to know which earlier row each row of a forward continues.
 
-    It stands in the cache's `followers`. A copy of the cache gets a deep copy of it; it is not pickled.
+    It is one of the cache's `followers`. A deep copy of the cache has a deep copy of it; it is not pickled.
     """
 
     def reordered(self, rows: Tensor) -> None:
-        """Row i is now what row `rows[i]` was; or a row is kept where `rows` is True."""
+        """Row i is now what row `rows[i]` was; if `rows` is a mask, the rows with True were kept."""
 
     def repeated(self, times: int) -> None:
-        """Each row stands there so many times, next to each other."""
+        """Each row was repeated so many times, the copies next to each other."""
 
     def cropped(self, tokens: int) -> None:
-        """So many slots at the end are gone."""
+        """So many slots were removed at the end."""
 
     def emptied(self) -> None:
-        """All are."""
+        """All slots were removed."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheFollower, ()
@@ -102,13 +102,13 @@ class CacheFollower:
 def join_gradient(hidden: Float[Tensor, "B S H"], loss: Float[Tensor, ""]) -> Float[Tensor, "B S H"]:
     """`hidden` as it is, and in backward a gradient of 1 for the loss.
 
-    So an auxiliary loss reaches any trainer, whatever it makes of the hidden states (docs/architecture.md, decision 8).
+    So an auxiliary loss works with any trainer, whatever loss it computes (docs/architecture.md, decision 8).
     """
     return cast("Tensor", _JoinGradient.apply(hidden, loss))
 
 
 def join_losses(out: Any, losses: Sequence[Tensor]) -> None:
-    """Let the losses of hooks join the gradient at a backbone's output, which is changed in place."""
+    """Add the gradients of hooks' losses at a backbone's output, which is changed in place."""
     if losses and torch.is_grad_enabled():
         out.last_hidden_state = join_gradient(out.last_hidden_state, torch.stack(list(losses)).sum())
 
@@ -134,12 +134,12 @@ _given = _Given()
 
 
 def given_expert_ids() -> Tensor | None:
-    """The `expert_ids` of the forward of this thread's model, for a backbone that its head does not hand them to."""
+    """The `expert_ids` of this thread's forward, for a backbone that is called without them."""
     return _given.expert_ids
 
 
 def takes_expert_ids(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's forward with `expert_ids` among its arguments, so that trainers leave that column in their data."""
+    """A model's forward with `expert_ids` among its arguments, so that trainers keep that column of their data."""
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     extra = inspect.Parameter(EXPERT_IDS, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None")

@@ -1,4 +1,4 @@
-"""One pass: a layer router makes the scalings inside the layers, and the base model's own cache is all there is.
+"""One pass: a layer router makes the scalings inside the layers, and the base model's own cache is the only one.
 
 B, S: batch, sequence. L: adapted layers, 1 where they share their scalings. E: experts.
 """
@@ -52,7 +52,7 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
 
 
 class _LayerScalings:
-    """The scalings of one forward, layer by layer, and the logits that they were made of."""
+    """The scalings of one forward, layer by layer, and their logits."""
 
     def __init__(self, state: MixtureState, router: LayerRouter, training: bool) -> None:
         self._state, self._router, self._training = state, router, training

@@ -1,4 +1,4 @@
-"""A bounded log of scalings: what PEFT's scalings-log methods show, without holding graphs or growing for ever.
+"""A bounded log of scalings for PEFT's scalings-log methods; it holds no autograd graphs.
 
 B, S: batch, sequence. L: adapted layers. E: experts.
 """
@@ -29,11 +29,11 @@ class ScalingsLog:
             self._entries.append(scalings.detach().to("cpu", copy=True).expand(-1, -1, layers, -1))
 
     def clear(self) -> None:
-        """Forget all entries."""
+        """Remove all entries."""
         self._entries.clear()
 
     def entries(self) -> list[Tensor]:
-        """The entries, in a list of their own."""
+        """The entries, in a new list."""
         return list(self._entries)
 
     def bucketed(self) -> dict[int, tuple[list[int], list[Tensor]]]:

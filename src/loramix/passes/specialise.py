@@ -17,11 +17,11 @@ from loramix.passes.hooks import takes_expert_ids
 
 @functools.cache
 def specialise(kind: type, *mixins: type, carrier: bool) -> type:
-    """The run-time subclass of a model class: the same names, so that what is keyed by them still finds it.
+    """The run-time subclass of a model class, with the same names, so that look-ups by name still find it.
 
     Args:
         kind: the model's class.
-        mixins: what comes before it in the resolution order, at the root of the model.
+        mixins: bases before it in the method resolution order, at the root of the model.
         carrier: whether the passes run here.
     """
     body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
@@ -34,19 +34,19 @@ def specialise(kind: type, *mixins: type, carrier: bool) -> type:
 
 
 def rebind_forward(model: Any) -> None:
-    """Let a hook of accelerate, which holds the forward that it wraps, hold that of the model's class as it is now."""
+    """Let a hook of accelerate, which keeps the forward that it wraps, wrap that of the model's present class."""
     if "_old_forward" in model.__dict__:
         model.__dict__["_old_forward"] = MethodType(type(model).forward, model)
 
 
 class Specialised:
-    """Mixin of every run-time subclass: what it was made of, to be made again by pickle, or undone."""
+    """Mixin of every run-time subclass: it keeps the parts of the class, for pickle and for `restore`."""
 
     _loramix_made_of: ClassVar[tuple[type, tuple[type, ...], bool]]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """The base class's own: a new, plain base model."""
+        """As in the base model's class: a new, plain base model."""
         return cast(Any, cls._loramix_made_of[0]).from_pretrained(*args, **kwargs)
 
     def restore(self) -> None:

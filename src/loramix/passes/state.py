@@ -1,4 +1,4 @@
-"""What the passes of one model share: its live configuration, its experts, its router, and what it made last.
+"""The state that the passes of one model share: its live configuration, experts, router and latest scalings.
 
 B, S: batch, sequence. H: hidden size. L: adapted layers, 1 where they share their scalings. E: experts.
 """
@@ -31,12 +31,12 @@ from loramix.routers.router import HiddenStateRouter, Router
 
 
 class RoutedPass(NamedTuple):
-    """What a mixture pass runs with.
+    """The routing of a mixture pass.
 
     Attributes:
         routing: the final scalings.
         activated: (B, S, L, E): the scalings before top-k, detached.
-        losses: those that the hooks returned.
+        losses: the losses that the hooks returned.
     """
 
     routing: TensorRouting
@@ -45,7 +45,7 @@ class RoutedPass(NamedTuple):
 
 
 class PassSettings(NamedTuple):
-    """What a mixture computes with, beside its tensors and the text; it may change between two forwards."""
+    """The settings of a forward, which may change between two forwards."""
 
     gating: Gating
     scaling_pass_value: float
@@ -55,7 +55,7 @@ class PassSettings(NamedTuple):
 
 
 class AdaptedState:
-    """What a model with experts on it is made of. Here: one expert, whose scaling is 1.
+    """The state of a model with experts; in this class one expert, whose scaling is 1.
 
     Args:
         config: the model's own copy of the configuration.
@@ -92,18 +92,18 @@ class AdaptedState:
         return ConstantRouting(1.0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or what was pickled, is another model: it does not continue this one's caches."""
+        """A copied or unpickled model is another model: it does not continue this one's caches."""
         self.__dict__.update(state, owner=uuid.uuid4().hex)
 
 
 class MixtureState(AdaptedState):
-    """What a mixture is made of.
+    """The state of a mixture.
 
     Args:
         config: the model's own copy of the configuration.
         experts: name, configuration and source of each expert; their tensors live in the adapted layers.
         layers: the adapted layers by their paths, in order.
-        router: what makes the logits.
+        router: its router.
         hidden_size: H of the base model.
         tokens_told: whether a dry run has told which tokens the adapted layers see.
     """
@@ -128,22 +128,22 @@ class MixtureState(AdaptedState):
         self.measurements: dict[object, Any] = {}  # of decoding, by batch, device and dtype; see `decoding.scheduler`
         self.report: Any = None  # of the last generation
         self.fixed: Tensor | None = None  # the same final scalings for every token: (L or 1, E)
-        self.fixed_after: int | None = None  # tokens of a generation after which each row keeps what it has
+        self.fixed_after: int | None = None  # tokens of a generation after which each row's routing is fixed
         self.hooks: tuple[RoutingHook, ...] = ()
         self._latest: Tensor | None = None
 
     @property
     def needs_scaling_pass(self) -> bool:
-        """Whether the router reads the last hidden state of a pass before the one that mixes."""
+        """Whether the router reads the last hidden states of a scaling pass."""
         return isinstance(self.router, HiddenStateRouter)
 
     @property
     def gating(self) -> Gating:
-        """What makes scalings of logits now."""
+        """The gating of the live configuration."""
         return gating_of(self.config)
 
     def settings(self) -> PassSettings:
-        """What the next forward computes with."""
+        """The settings of the next forward."""
         config = self.config
         return PassSettings(
             self.gating, config.scaling_pass_value, config.global_scaling_weight, self.hooks, self.log.enabled
@@ -164,13 +164,13 @@ class MixtureState(AdaptedState):
         """Check the live configuration, which may have been changed by hand.
 
         Raises:
-            ConfigurationError: it has become one that cannot work.
+            ConfigurationError: it has become invalid.
         """
         if not torch.compiler.is_compiling():
             self.config.validate_for(len(self.experts), self.hidden_size)
 
     def recall(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The scaling pass's last hidden states, where a hook knows them."""
+        """The scaling pass's last hidden states, if a hook knows them."""
         found = (hook.recall(inputs) for hook in self.hooks)
         return next((hidden for hidden in found if hidden is not None), None)
 
@@ -183,7 +183,7 @@ class MixtureState(AdaptedState):
         """The scalings of a mixture pass, from the last hidden states of its scaling pass.
 
         Raises:
-            ConfigurationError: settings that cannot work, or hidden states of another width.
+            ConfigurationError: invalid settings, or hidden states of another width.
             RoutingError: sizes that do not tell whose tokens a layer sees.
         """
         self.check_settings()
@@ -207,7 +207,7 @@ class MixtureState(AdaptedState):
         return RouterOutput(logits, activated, gating.select(activated), inputs, training, gating)
 
     def publish(self, output: RouterOutput) -> list[Tensor]:
-        """Make these the latest scalings, log them and show them to the hooks; the losses that these return."""
+        """Make these the latest scalings, log them and show them to the hooks. Returns the hooks' losses."""
         self._latest = output.activated.detach()
         self.log.add(output.activated, len(self.paths))
         losses = [hook.routed(output) for hook in self.hooks]
@@ -223,7 +223,7 @@ class MixtureState(AdaptedState):
         return None if self._latest is None else self._latest.expand(-1, -1, len(self.paths), -1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Hooks belong to whoever attached them; they do not travel, and neither does what was measured on the way."""
+        """Without hooks, which belong to whoever attached them, and without measurements."""
         return self.__dict__ | {"hooks": (), "measurements": {}, "report": None}
 
 
@@ -231,7 +231,7 @@ _attaching = threading.Lock()
 
 
 def state_of(model: Any) -> MixtureState:
-    """What the passes of a mixture share.
+    """The state of a mixture.
 
     Raises:
         UnsupportedOperationError: a model that makes no scalings.
@@ -247,12 +247,12 @@ def state_of(model: Any) -> MixtureState:
 
 
 def attach(model: Any, hook: RoutingHook, *, alone: bool = False) -> Callable[[], None]:
-    """Let a hook take part in a mixture's passes, until the function that is returned is called.
+    """Let a hook take part in a mixture's passes, until the returned function is called.
 
     Args:
         model: the mixture.
-        hook: what takes part.
-        alone: in the place of others of its class, which something that was interrupted has left.
+        hook: the hook.
+        alone: replace other hooks of its class, which an interrupted run may have left.
 
     Raises:
         UnsupportedOperationError: a model that makes no scalings.
@@ -270,11 +270,11 @@ def attach(model: Any, hook: RoutingHook, *, alone: bool = False) -> Callable[[]
 
 
 def require_routing(model: Any) -> None:
-    """Let a mixture pass that makes scalings now.
+    """Check that a model is a mixture that makes scalings at present.
 
     Raises:
-        UnsupportedOperationError: a model that makes none.
-        RoutingError: a mixture that makes none now.
+        UnsupportedOperationError: it is no mixture.
+        RoutingError: a mixture that makes none at present.
     """
     if state_of(model).single_pass() is not None:
         raise RoutingError(
@@ -286,7 +286,7 @@ def require_routing(model: Any) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Inside, the model is in evaluation mode; then each module is in its own again."""
+    """Inside, the model is in evaluation mode; afterwards each module is back in its own."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

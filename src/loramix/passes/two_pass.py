@@ -18,7 +18,7 @@ from loramix.passes.state import MixtureState
 
 
 class ScalingPass(NamedTuple):
-    """What a scaling pass gave.
+    """The result of a scaling pass.
 
     Attributes:
         hidden: the last hidden states (B, S, H), after the final norm.
@@ -54,17 +54,17 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
 
 
 def _keep_no_cache_in_training(call: BackboneCall) -> None:
-    """Nobody continues the cache of a training step."""
+    """The cache of a training step is never continued."""
     if call.training and torch.is_grad_enabled() and call.arguments.get("use_cache") is not True:
         call.arguments["use_cache"] = False
 
 
 def _scaling_pass(state: MixtureState, call: BackboneCall, cache: TwoPassCache | None) -> ScalingPass:
-    """The backbone's last hidden states with every expert at `scaling_pass_value`, or what a hook knows of them."""
+    """The backbone's last hidden states with every expert at `scaling_pass_value`, recalled by a hook if possible."""
     arguments = call.arguments | call.signature.quiet
     if cache is not None:
         arguments[call.signature.cache] = cache.base
-    repeats = cache is None and arguments.get("use_cache") is False  # a training step: its texts come again
+    repeats = cache is None and arguments.get("use_cache") is False  # a training step: its texts occur again
     hidden = state.recall(arguments) if repeats else None
     if hidden is not None:
         return ScalingPass(hidden, None)

@@ -47,7 +47,7 @@ def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any)
     _refuse_wrong_types(given, SFTConfig)
     if (given.get(f"{CHECKPOINTING}_kwargs") or {}).get("use_reentrant"):
         raise ConfigurationError(
-            "A mixture checkpoints gradients without re-entering autograd.",
+            "A mixture needs non-reentrant gradient checkpointing.",
             received=f"trainer.{CHECKPOINTING}_kwargs with use_reentrant: true",
             remedy="Leave it out.",
         )
