@@ -35,8 +35,8 @@ RANK, TOP_K, EXPERTS = 8, 2, 8
 CACHE = 64 * 2**20  # bytes of weights that are gone through, as a model's layers are
 PAGE = """# Products of a mixture layer
 
-One thread, CPU time, medians of interleaved rounds; {processor}, PyTorch {torch}. Weights of many layers in turn, so
-that none waits in the cache. To measure again: `python -m benchmarks.products`.
+One thread, CPU time, medians of interleaved rounds; {processor}, PyTorch {torch}. The weights of
+many layers are used in turn, so that none is in the CPU's cache. To measure again: `python -m benchmarks.products`.
 
 ## Gathering the columns of few experts
 
@@ -45,7 +45,7 @@ that of multiplying all. T tokens have up to {top_k} T experts with a non-zero s
 
 {gathered}
 
-The products alone are not all: which columns to gather must be found, for each token anew. So the same for a whole
+Besides the products, the columns to gather must be found anew for each token. So the same comparison for a whole
 model: the time of a decode step with gathering over that without (Llama, H 512, 8 blocks, seven linear layers each).
 
 {steps}
@@ -57,8 +57,8 @@ layer has its own scalings.
 ## One down projection for layers with one input
 
 Query, key and value of a block get the same input. Time of one product with their three A stacked, over that of three
-products, the rest of the layers included. Around 1 where it matters, so each layer keeps its own A: stacked ones would
-have to be views of a common tensor, which copies, devices and shards take apart.
+products, the rest of the layers included. It is near 1 where it matters, so each layer keeps its own A: stacked ones
+would have to be views of a common tensor, which copying, moving and sharding break.
 
 {shared}
 

@@ -1,4 +1,4 @@
-"""The page and the plots, from what `benchmarks.run` wrote: `python -m benchmarks.report docs/benchmarks.json`."""
+"""The page and the plots of the results of `benchmarks.run`: `python -m benchmarks.report docs/benchmarks.json`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TITLES = {
     "decode": "One token with a cache",
     "generate": "Generate",
     "lockstep": "Lockstep",
-    "rejected": "No draft is right",
+    "rejected": "All drafts rejected",
     "demo": "Lockstep on the demo mixture",
     "growth": "Growth with length",
-    "length": "One token after a text of some length",
+    "length": "One token by text length",
     "experts": "Growth with the number of experts",
     "ranks": "Growth with the rank of the experts",
     "batch": "Growth with the batch",
@@ -48,14 +48,14 @@ COLUMNS = (
 CONTENDERS = ("base", "loramix", "PEFT")
 PAGE = """# Benchmarks
 
-loramix, its base model and PEFT's X-LoRA side by side in one process, on one thread, in CPU time. Every round runs
-each of them once, in turning order; a ratio is taken within a round, and the table has the median over the
-rounds with the quartiles in brackets, for times and for ratios. Both mixtures are made of the same expert files and the
-same router, and their logits were compared before anything was timed (largest difference {difference:.1e} of the
-largest logit). PEFT's X-LoRA generates without a cache, which makes it slow enough to sit out most rounds: of
-`generate` it takes part in one of {every}. The last number in the brackets of a ratio counts the rounds.
+CPU time of loramix, its base model and PEFT's X-LoRA, measured in one process on one thread. Every round runs each of
+them once, in rotating order. Ratios are taken within a round. The tables have medians over the rounds, with quartiles
+in brackets; the last number in the brackets of a ratio is the number of rounds. Both mixtures have the same experts and
+the same router, and their logits were compared before the timing (largest difference {difference:.1e} of the largest
+logit). PEFT's X-LoRA generates without a cache. It is so slow that it takes part in one of {every} rounds of `generate`
+only.
 
-To measure again, then to write this page:
+To measure again and rewrite this page:
 
 ```bash
 {command}
@@ -64,113 +64,112 @@ python -m benchmarks.report docs/benchmarks.json
 
 {header}
 
-The limit is arithmetic: a mixture runs the backbone twice, the experts once and the head once, so a forward costs
-(2 ΣW + ΣR(in + out) + head) / (ΣW + head) times the base model's multiplications. ΣW are the weights of all linear
-layers but the head; norms and the router are left out on both sides, and so is attention where texts are short
-(2 · S · H a block, 2 % of ΣW at S 64). For `generate` the head counts for the new tokens only. Its limit counts a token
-of the prompt like a generated one; in time it costs much less (compare a forward of the prompt with one token after
-it), and since the prompt's tokens have the higher ratio, what is measured can lie below that limit.
+The limit is the ratio of multiplications. A mixture runs the backbone twice, the experts once and the head once, so a
+forward costs (2 ΣW + ΣR(in + out) + head) / (ΣW + head) times the base model's multiplications. ΣW is the number of
+weights in all linear layers but the head. Norms and the router are not counted, nor is attention over short texts
+(2 · S · H per block, 2 % of ΣW at S 64). In `generate` the head counts for the new tokens only. The limit of `generate`
+counts a prompt token like a generated one, although it takes much less time. Prompt tokens have the higher ratio, so
+measured ratios can be below the limit.
 
-A training step of the router alone is compared with the base model's forward over the same batch: the scaling pass, the
-mixture pass, and in backward the gradients of the activations, as much again as the mixture pass; no weight but the
-router's has one. That is (3 ΣW + 2 ΣR(in + out) + 2 head) / (ΣW + head), and one ΣW less where the scaling pass's
-hidden states are kept.
+A training step of the router alone is compared with the base model's forward over the same batch. It has the scaling
+pass, the mixture pass, and a backward pass through the activations, which costs as much as the mixture pass: only the
+router's weights have gradients. The ratio is (3 ΣW + 2 ΣR(in + out) + 2 head) / (ΣW + head), with one ΣW less if the
+scaling pass's hidden states are cached.
 
-Memory is the most bytes that a step holds at once, beyond weights and gradients of the router: exact, from the
-allocator's events. The base model's is that of its own training forward and backward with frozen weights, the gradient
-going through all of its activations; the limit adds, in float32, the low-rank activation (B, S, R) of each adapted
-layer, the scalings of each rank column (B, S, R), once where all layers share them, and the scaling pass's hidden
-states (B, S, H).
+Memory is the peak of a step, beyond the weights and the router's gradients, computed exactly from the allocator's
+events. The base model's is that of a training forward and backward with frozen weights, with gradients through all
+activations. The limit adds, in float32, the low-rank activation (B, S, R) of each adapted layer, the scalings of each
+rank column (B, S, R), once if all layers share them, and the scaling pass's hidden states (B, S, H).
 """
 
 SCALING = """
-How the ratios grow with the number of experts, their total rank, the text and the batch; dashed, the limit. Above, all
-tokens of a text are read; below, one token with a cache, which PEFT does not have.
+The ratios by number of experts, total rank, text length and batch size; dashed lines are the limits. Top: a forward
+over a whole text. Bottom: one token with a cache, which PEFT does not have.
 
 ![Ratios to the base model's CPU time over E, R, S and batch, with their limits]({plot})
 """
 NOTES = {
-    "generate": """By itself: several tokens at once where that is measured to be cheaper. Models of random weights, as
-these, repeat themselves, so that their own text is what they are made to guess: the best case.
+    "generate": """With the default decoding, which uses drafts where they are measured to be cheaper. These models have
+random weights and repeat themselves, which is the best case for drafts.
 
 """,
-    "prefill": """A prompt is read with a cache and logits at its last token only; PEFT has no cache. In a long text
-attention counts: a token sees (S + 1) / 2 of them on the mean, which is A = H · (S + 1) multiplications a block and
+    "prefill": """A prompt is read with a cache and logits at its last token only; PEFT has no cache. The limit counts
+attention: a token attends to (S + 1) / 2 tokens on average, which is A = H · (S + 1) multiplications per block and
 pass, so the limit is (2 (ΣW + A) + ΣR(in + out) + head / S) / (ΣW + A + head / S). The second table has forwards
-without a cache and with logits at every token in the same rounds; head in the place of head / S makes their limit.
+without a cache and with logits at every token, from the same rounds; their limit has head instead of head / S.
 
 """,
     "decode": """PEFT has no cache: its step is a forward over the text so far, with logits at the last token only.
 
 """,
     "length": """The limit is (2 (ΣW + A) + ΣR(in + out) + head) / (ΣW + A + head), where a token's attention to S
-tokens is A = 2 · S · H multiplications a block and pass. PEFT's step is a forward over the text so far.
+tokens takes A = 2 · S · H multiplications per block and pass. PEFT's step is a forward over the text so far.
 
 """,
-    "ranks": """The number of experts fixed, R = E · r. The limit is that of a forward: the ratio grows by
+    "ranks": """With a fixed number of experts, R = E · r. The limit is that of a forward: the ratio grows by
 ΣR(in + out) / (ΣW + head). PEFT's step is a forward over the text so far.
 
 """,
-    "batch": """Two passes, one after the other, at every batch size. The limit does not know the batch: all parts are
-multiplied as often. PEFT's step is a forward over the text so far of all rows.
+    "batch": """Sequential decoding at every batch size. The limit does not depend on the batch. PEFT's step is a
+forward over the text so far of all rows.
 
 """,
-    "compiled": """`torch.compile(fullgraph=True)` with the default backend; a decode step writes to a `StaticCache`, of
-which a mixture has two, and attends to all of its slots. Base and loramix are compiled, in steady state; eager runs
-stand in the second table, what the first calls took in the third. The limit is that of what is compiled: nothing that
-the compiler saves is in it. PEFT's X-LoRA sets hooks in its forward, which cannot be traced into one graph.
+    "compiled": """`torch.compile(fullgraph=True)` with the default backend. A decode step writes to a `StaticCache`, of
+which a mixture has two, and attends to all of its slots. The first table has base and loramix compiled, in steady
+state, the second the eager runs, the third the time of the first calls. The limit counts the multiplications before
+compilation. PEFT's X-LoRA sets hooks in its forward, which cannot be traced into one graph.
 
 """,
-    "fixed": """One pass with the experts costs (ΣW + ΣR(in + out) + head) / (ΣW + head), a merged one what the base
-model costs. PEFT cannot fix its routing: the table has its forward of two passes.
+    "fixed": """One pass with the experts costs (ΣW + ΣR(in + out) + head) / (ΣW + head); a merged model costs as much
+as the base model. PEFT cannot fix its routing: the table has its forward of two passes.
 
 """,
-    "record": """Two passes, one after the other. loramix is a mixture that was never recorded; beside it one whose
+    "record": """Sequential decoding. "loramix" is a mixture that was never recorded. The second table has one whose
 record has ended, and one inside a record, which keeps the scalings of every token and layer.
 
 """,
     "memory": """A peak is the most bytes that a call holds at once, beyond parameters, from the allocator's events.
-Each limit is (base + X) / base, where X is what a mixture has to hold beside the base model's own bytes, in float32:
+Each limit is (base + X) / base, where X is what a mixture must hold in addition to the base model, in float32:
 
-- Parameters: X = 4 · ΣR(in + out), the experts; the router has E · (H + 1) numbers more.
-- Cache: X = 4 · 2 · blocks · KV heads · head size · S, keys and values of the scaling pass: a second cache like the
-  first.
-- Forward without a cache, logits at every token: X = 0. The logits, 4 · S · vocabulary, are the peak, and made once.
-- Prefill: X = second cache + 4 · S · (H + 2 R), the scaling pass's last hidden states, and of one layer the low-rank
+- Parameters: X = 4 · ΣR(in + out), the experts; the router has E · (H + 1) more parameters.
+- Cache: X = 4 · 2 · blocks · KV heads · head size · S, keys and values of the scaling pass: a second cache as large as
+  the first.
+- Forward without a cache, with logits at every token: X = 0. The peak is the logits, 4 · S · vocabulary, which are
+  computed once.
+- Prefill: X = second cache + 4 · S · (H + 2 R): the scaling pass's last hidden states, and one layer's low-rank
   activation and its gate.
-- `generate`: X = second cache, of all tokens that are read. In lockstep both caches are rows of one store that grows in
-  chunks of 64 slots, which is what a short text pays for.
+- `generate`: X = second cache, for all tokens that are read. In lockstep both caches are rows of one store that grows
+  in chunks of 64 slots, an overhead for short texts.
 
-PEFT keeps no cache, and what stands for its `generate` is its last step alone, over the whole text: a lower bound of
-its peak.
-
-""",
-    "load": """`AutoModelForCausalLM.from_pretrained` alone, against the same and `PeftModel.from_pretrained` of the
-mixture. Loading maps the base model's file and reads none of it, so only where every parameter is read once after it
-are the bytes of the files a limit: (base + experts + router) / base. PEFT loads the files that loramix wrote, with the
-experts' folders as whole paths, since those that PEFT itself saves lack the router.
+PEFT keeps no cache. Its `generate` is represented by its last step, over the whole text: a lower bound of its peak.
 
 """,
-    "lockstep": """Greedy, against the same mixture's two passes one after the other. The experts are random, and the
-global scaling weight says how near the mixture is to its base model, whose drafts are asked for. `lockstep` runs the
+    "load": """`AutoModelForCausalLM.from_pretrained` alone, compared with the same followed by
+`PeftModel.from_pretrained` of the mixture. Loading maps the base model's file without reading it. So there is a limit
+only if every parameter is then read once: the bytes of the files, (base + experts + router) / base. PEFT loads the
+files that loramix wrote, with absolute paths of the experts' folders, since files that PEFT saves lack the router.
+
+""",
+    "lockstep": """Greedy, compared with sequential decoding of the same mixture. The experts are random. A small global
+scaling weight keeps the mixture close to its base model, whose drafts are then accepted more often. `lockstep` runs the
 scaling pass one token ahead in the same forward; with k drafts it runs k tokens ahead before one forward of the mixture
-pass over all of them. By itself, `generate` takes whichever it measures to be the cheapest, and its own text where that
-repeats itself, as that of random models does often.
+pass over all of them. By default, `generate` chooses the strategy that it measures to be the cheapest, with drafts from
+the text where it repeats itself, as the text of random models often does.
 
 """,
-    "rejected": """Vocabulary 4096, scalings for each layer, greedy; random tokens are forced on the models, so that no
-draft is right. By itself, `generate` may cost 1.05 times two passes; `first` is a generation before which nothing was
-measured.
+    "rejected": """Vocabulary 4096, layerwise scalings, greedy; the models are forced to generate random tokens, so that
+every draft is rejected. By default, `generate` may cost at most 1.05 times sequential decoding; `first` is a generation
+before which nothing was measured.
 
 """,
     "demo": """Greedy, 128 tokens after a prompt of each domain; base is the demo's base model (H 256).
 
 """,
-    "experts": """Base: Llama, H 1024, 4 blocks, intermediate 2752, 16 heads, vocabulary 32000; the other settings are
-those above.
+    "experts": """Base: Llama, H 1024, 4 blocks, intermediate 2752, 16 heads, vocabulary 32000; otherwise the settings
+above.
 
 """,
-    "start": """Importing is compared with `import transformers` with the same model class, loading against copying the
+    "start": """Importing is compared with `import transformers` with the same model class, loading with copying the
 base model's tensors.
 
 """,
@@ -211,7 +210,7 @@ def header(result: dict[str, Any]) -> str:
     kind = "layerwise" if size["layerwise"] else "shared by all layers"
     return f"""\
 - Machine: {machine["processor"]} ({machine["instructions"]}), {machine["cores"]} cores, {machine["system"]}; \
-{machine["torch threads"]} torch thread, load average {machine["load"]} from all that ran there
+{machine["torch threads"]} torch thread, load average {machine["load"]} with other processes
 - Versions: {versions}
 - Base: Llama, H {size["hidden"]}, {size["blocks"]} blocks, intermediate {size["intermediate"]}, \
 {size["heads"]} heads, {size["kv_heads"]} KV heads of {size["hidden"] // size["heads"]}, \
@@ -237,14 +236,14 @@ def tables(measured: Sequence[Measurement]) -> str:
 
 
 def table(measured: Sequence[Measurement]) -> str:
-    """One row for each measurement; columns in which nothing stands are left out."""
+    """One row for each measurement, without empty columns."""
     rows = [_row(m) for m in measured]
     used = [column for column in range(len(COLUMNS)) if any(row[column] for row in rows)]
     return _markdown([COLUMNS[c] for c in used], [[row[c] for c in used] for row in rows])
 
 
 def others(measured: Sequence[Measurement]) -> str:
-    """What else ran in the same rounds, one row for each contender."""
+    """The other contenders of the same rounds, one row for each."""
     rows = [
         (m.work, name, _amount(m.amount(name), m.unit), _ratio(m.ratio(name)), _ratio(m.ratio(name, to="loramix")))
         for m in measured
@@ -255,7 +254,7 @@ def others(measured: Sequence[Measurement]) -> str:
 
 
 def forwards(measured: Sequence[Measurement]) -> str:
-    """Forwards with logits at every token beside prefill, one row for each length."""
+    """Forwards with logits at every token, compared with prefill, one row for each length."""
     base, ours = "base, forward", "loramix, forward"
     rows = [
         (
@@ -280,12 +279,12 @@ def compile_times(measured: Sequence[Measurement]) -> str:
 
 
 def drafts(measured: Sequence[Measurement]) -> str:
-    """What lockstep did, one row for each measurement."""
+    """Lockstep's drafts and times, one row for each measurement."""
     half = any("bfloat16" in m.facts for m in measured)
     ways = list(dict.fromkeys(way for m in measured for way in m.samples if way not in ("base", "two passes")))
     ways.sort(key=lambda way: way == "loramix")
-    names = [f"{'by itself' if way == 'loramix' else way} / two passes" for way in ways]
-    heads = ("work", "right drafts", "forwards / token", *names)
+    names = [f"{'default' if way == 'loramix' else way} / two passes" for way in ways]
+    heads = ("work", "accepted drafts", "forwards / token", *names)
     rows = [(*heads, "same tokens in bfloat16") if half else heads]
     rows.append(tuple("---" for _ in rows[0]))
     for m in measured:

@@ -40,13 +40,13 @@ texts an expert; labels: {labelled} training windows an expert.
 
 {starts}
 
-A start that routes already has little to win from {steps} such steps, and may lose a little: compare the two on
-held-out text (`loramix eval`) before a longer training is paid for, and give it a lower learning rate.
+An initialisation that already routes well gains little from {steps} such steps, and may lose a little. Compare before
+and after on held-out text (`loramix eval`) before a longer training, and use a lower learning rate.
 
 ## Objectives
 
 Each case is trained twice, without the objective and with it, from the same start and with the same seed. `mixed` is
-the text of all domains: where the training text is of one, the objective keeps the others and costs that one a little.
+the text of all domains. If the training text is of one domain, the objective preserves the others, at a small cost.
 
 {objectives}
 """
