@@ -1,4 +1,4 @@
-"""What an issue report needs to say about the machine: versions, devices, the fused path, what is not installed."""
+"""What an issue report should say about the machine: versions, devices, fused kernels, missing packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from loramix._versions import __version__, installed_version
 from loramix.layers import fused
 
 REQUIRED = ("torch", "transformers", "huggingface_hub", "tokenizers", "safetensors", "jaxtyping", "typer", "rich")
-BESIDE = ("triton", "numpy", "peft", "vllm", "bitsandbytes", "torchao", "deepspeed", "unsloth", "flash-attn", "kernels")
+RELATED = (
+    *("triton", "numpy", "peft", "vllm", "bitsandbytes", "torchao"),
+    *("deepspeed", "unsloth", "flash-attn", "kernels"),
+)
 EXTRAS = ("train", "plot", "inspect")
 SETTINGS = ("LORAMIX_FUSED", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_ENABLE_MPS_FALLBACK")
 
@@ -29,17 +32,17 @@ class Diagnosis:
         loramix: its version.
         python: version, implementation and platform.
         packages: required package -> its version; None if it is not installed.
-        beside: the same of other packages that matter to loramix, of those that are installed.
+        related: other package that matters to loramix -> its version, of those that are installed.
         optional: extra -> package -> its version; None if it is not installed.
         devices: device -> what it is.
-        fused: device and dtype -> whether its layers compute with the fused kernels, or why not.
+        fused: device and dtype -> whether its layers use the fused kernels, or why not.
         settings: environment variable -> its value, of those that are set.
     """
 
     loramix: str
     python: str
     packages: dict[str, str | None]
-    beside: dict[str, str]
+    related: dict[str, str]
     optional: dict[str, dict[str, str | None]]
     devices: dict[str, str]
     fused: dict[str, str]
@@ -59,16 +62,16 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine; on a GPU, small products are computed with the fused kernels."""
+    """Diagnose this machine; on a GPU, the fused kernels are tried on small products."""
     versions = {name: installed_version(name) for name in REQUIRED}
-    others = {name: found for name in BESIDE if (found := installed_version(name)) is not None}
-    wanted = {extra: {name: installed_version(name) for name in names} for extra, names in _extras().items()}
+    related = {name: found for name in RELATED if (found := installed_version(name)) is not None}
+    optional = {extra: {name: installed_version(name) for name in names} for extra, names in _extras().items()}
     return Diagnosis(
         loramix=__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}, {platform.platform()}",
         packages=versions,
-        beside=others,
-        optional=wanted,
+        related=related,
+        optional=optional,
         devices=_devices(),
         fused=_fused(),
         settings={name: os.environ[name] for name in SETTINGS if name in os.environ},

@@ -134,7 +134,7 @@ def test_labels_may_be_a_tensor_an_array_or_a_column_of_a_table() -> None:
     assert confusion(record, pandas.array(["0", None, "1"], dtype="string")).accuracy == 1
 
 
-def test_nobody_leads_where_no_selected_expert_has_a_scaling() -> None:
+def test_no_expert_leads_where_no_selected_expert_has_a_scaling() -> None:
     record = record_of(torch.eye(4)[[0, 0, 0, 3, 3, 3]][:, None].expand(6, 2, 4))
     some = record.select(experts=["e1", "e3"])
     found = confusion(some, {0: "text"})

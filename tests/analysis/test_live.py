@@ -126,7 +126,7 @@ def test_bytes_that_begin_no_character_are_the_prompts() -> None:
     assert [pieces.step(token) for token in whole] == ["", "", "漢"]
 
 
-def test_nobody_leads_where_no_expert_has_a_weight() -> None:
+def test_no_expert_leads_where_no_expert_has_a_weight() -> None:
     plain = console()
     streamer = RoutingStreamer(["math", "code"], byte_tokenizer(), plain)
     streamer.put(torch.tensor([1]))
@@ -136,7 +136,7 @@ def test_nobody_leads_where_no_expert_has_a_weight() -> None:
     streamer.end()
     assert [token.leader for token in streamer.tokens] == [None, None]
     assert "xy\n" in printed(plain)
-    assert "2 tokens, led by nobody 100%" in printed(plain)
+    assert "2 tokens, led by no expert 100%" in printed(plain)
 
 
 def test_the_text_is_the_tokens_text_and_names_stand_where_the_lead_changes() -> None:

@@ -146,7 +146,7 @@ def test_a_legend_of_long_names_is_inside_the_picture() -> None:
     assert page.y0 <= box.y0
 
 
-def test_nobody_leads_in_white() -> None:
+def test_tokens_that_no_expert_leads_are_white() -> None:
     record = record_of(torch.eye(3)[[0, 1, 0]][:, None].expand(3, 2, 3)).select(experts=["e1", "e2"])
     for kind in ("tokens", "entropy", "comparison"):
         assert strips(ALL[kind](record))[0] == ["#ffffff", PALETTE[1], "#ffffff"]

@@ -164,7 +164,7 @@ def test_a_selection_is_not_taken_for_a_mixture_of_one() -> None:
     assert [told["texts"][token["text"]] for token in told["tokens"]] == ["B"] * 7
 
 
-def test_nobody_leads_where_no_selected_expert_has_a_weight() -> None:
+def test_no_expert_leads_where_no_selected_expert_has_a_weight() -> None:
     record = record_of(torch.eye(3)[[0, 1, 0]][:, None].expand(3, 2, 3)).select(experts=["e1", "e2"])
     found = Inspection(record)
     page = report_html(found)

@@ -93,7 +93,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "lines": Inspection(in_lines(), "lines"),
         "long word": Inspection(long_word(), "one long word"),
         "late fork": Inspection(forked().select(tokens=[0, 1, 5, 6])),
-        "nobody": Inspection(record_of(torch.eye(3)[[0, 1, 0]][:, None].expand(3, 2, 3)).select(experts=[1, 2])),
+        "no expert": Inspection(record_of(torch.eye(3)[[0, 1, 0]][:, None].expand(3, 2, 3)).select(experts=[1, 2])),
         "single": Inspection(random_record(20_000, 2, 4), "one long text without an end of line"),
     }
     for name, inspection in made.items():
@@ -202,13 +202,13 @@ def test_a_fork_says_which_text_it_goes_on_with(load: Open) -> None:
     assert headings == ["text 0", "text 1 · from token 5, forked at token 3 of text 0"]
 
 
-def test_a_token_that_nobody_leads_has_no_colour(load: Open) -> None:
-    page = load("nobody")
+def test_a_token_that_no_expert_leads_has_no_colour(load: Open) -> None:
+    page = load("no expert")
     ground = "element => getComputedStyle(element).backgroundColor"
     grounds = [token(page, i).evaluate(ground) for i in range(3)]
     assert grounds[0] == grounds[2] == "rgba(0, 0, 0, 0)" != grounds[1]
     token(page, 0).click()
-    assert page.locator("#panel .leads").all_text_contents() == [" nobody"] * 2
+    assert page.locator("#panel .leads").all_text_contents() == [" no expert"] * 2
     assert page.locator("#panel .weights .number").all_text_contents() == ["0.00", "0.00"]
     token(page, 1).click()
     assert page.locator("#panel .leads").all_text_contents() == [" e1"] * 2

@@ -161,10 +161,10 @@ def test_a_token_has_the_colour_of_its_leading_expert_and_is_bold_where_that_is_
     assert [str(span.style) for span in text.spans[1:]] == ["bold #56b4e9", "dim #e69f00", "not dim #e69f00"]
 
 
-def test_a_token_that_nobody_leads_has_no_colour_and_no_name() -> None:
+def test_a_token_that_no_expert_leads_has_no_colour_and_no_name() -> None:
     record = record_of(torch.eye(3)[[0, 1, 0]][:, None]).select(experts=["e1", "e2"])
     plain = on_a_terminal(coloured_text(Inspection(record), Console(color_system=None), 600), colour=False)
-    assert plain.endswith("#0⟨e1⟩#1⟨nobody⟩#2\n")
+    assert plain.endswith("#0⟨e1⟩#1⟨no expert⟩#2\n")
     coloured = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor")
     spans = [str(span.style) for span in coloured_text(Inspection(record), coloured, 10).spans]
     assert spans == ["dim", f"bold {PALETTE[1]}"]

@@ -28,7 +28,7 @@ def run_file(files: Files, tmp_path: Path) -> Path:
 def test_a_dry_run_shows_the_plan_and_makes_nothing(loramix: Command, run_file: Path, tmp_path: Path) -> None:
     done = loramix("train", run_file, "--dry-run", "--set", "trainer.max_steps=7")
     assert (done.code, done.err) == (0, "")
-    for fact in ("math, code, prose", "12, 12 of them name their expert", "optimizer steps", "7", "together"):
+    for fact in ("math, code, prose", "12, 12 of them with an expert", "optimizer steps", "7", "total"):
         assert fact in done.out
     assert not (tmp_path / "run").exists()
     document = json.loads(loramix("train", run_file, "--dry-run", "--json").out)

@@ -48,7 +48,7 @@ class Inspection:
             and set(self.worth.without) != set(self.record.palette)
         ):
             raise RoutingError(
-                "What the experts are worth is measured with the mixture of the record.",
+                "The losses without each expert are measured with the mixture of the record.",
                 received=f"a record of {listed(self.record.palette)}, losses without "
                 + listed(list(self.worth.without)),
                 remedy="record and measure the same mixture; inspect_texts(…, leave_out=True) does both",
@@ -143,8 +143,8 @@ def inspect_texts(
         limit: the most tokens to read, start tokens included.
 
     Raises:
-        DataError: no text has a token, texts without names, or a window that is longer than the base model's positions.
-        ConfigurationError: a limit or a window that is no number.
+        DataError: no text has a token, a text has no name, or the window is longer than the base model's positions.
+        ConfigurationError: a limit or a window that is not a number.
         RoutingError: scalings that are not finite; and as `record_routing`.
     """
     require_integer("limit", limit, at_least=1, remedy=f"Pass for example limit={MAX_TOKENS}.")
@@ -159,7 +159,7 @@ def inspect_texts(
         if any(len(text) > 1 for text in ids):
             worth = leave_one_out(model, ids, batch=max(1, _AT_ONCE // size))
         else:
-            notes.append("What each expert is worth was not measured: no text has two tokens.")
+            notes.append("The loss without each expert was not measured: no text has two tokens.")
     return Inspection(record, title, [name for name, _ in pieces], notes, worth)
 
 

@@ -8,7 +8,7 @@ expert in the positive part of a token's scalings; p̄ their mean over the token
     H(p)          −Σ_e p_e log p_e / log E, the entropy in shares of its largest value
 
 `METRICS` has the numbers that do not depend on the expert. To add one, write an entry there: records, JSON, terminal,
-reports and training logs read the table. What it is computed from is summed by `RoutingMeter`.
+reports and training logs read the table. `RoutingMeter` accumulates the sums that they are computed from.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ METRICS = (
 
 
 class RoutingMeter:
-    """Sums what `RoutingMetrics` is computed from, batch by batch, without keeping the scalings."""
+    """Accumulates the sums for `RoutingMetrics`, batch by batch, without keeping the scalings."""
 
     def __init__(self) -> None:
         self.clear()

@@ -1,4 +1,4 @@
-"""The list of commands, and what they have in common: the version, and errors shown as text with exit code 1."""
+"""The list of commands, the version option, and errors shown as text with exit code 1."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ COMMANDS = {
 }
 
 
-def _print_version(wanted: bool) -> bool:
-    if wanted:
+def _print_version(requested: bool) -> bool:
+    if requested:
         typer.echo(f"loramix {__version__}")
         raise typer.Exit
-    return wanted
+    return requested
 
 
 def _root(
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after `loramix`; those of the process when None.
 
     Raises:
-        SystemExit: always. 0: done; 1: one of loramix's own errors, told on stderr, or stdout took less than all
-            of what was written; 2: wrong usage.
+        SystemExit: always. 0: success; 1: one of loramix's own errors, printed to stderr, or stdout could not be
+            written completely; 2: wrong usage.
     """
     write_what_stdout_can()
     with ends_where_stdout_ends():

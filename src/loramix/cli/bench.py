@@ -1,4 +1,4 @@
-"""`loramix bench`: the speed of a mixture on this machine, beside its base model."""
+"""`loramix bench`: the speed of a mixture on this machine, compared with its base model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
 WAYS = {
     "base model": "the base model without experts",
     "two passes": "a scaling pass and a mixture pass for each token",
-    "generate": "the decoding that generate chooses by itself, by measured speed",
+    "generate": "the default decoding, which generate chooses by measured speed",
     "fixed routing": "one pass with the same scalings for every token",
 }
 

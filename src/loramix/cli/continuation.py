@@ -38,7 +38,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the sampling; None takes the base model's own."""
+    """Sampling settings; None takes the base model's own."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -47,7 +47,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A mixture or a single expert on its base model, with the tokenizer, and what both were called."""
+    """A mixture or a single expert on its base model, with the tokenizer, and the names of both."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerFast
@@ -58,7 +58,7 @@ class OpenModel:
         """The model, for a command that needs a mixture.
 
         Raises:
-            ConfigurationError: a single expert; `rule` says why it does not do.
+            ConfigurationError: a single expert; `rule` says why it is not enough.
         """
         if not isinstance(self.model, XLoraModel):
             raise ConfigurationError(
@@ -210,8 +210,8 @@ def _choices(sampling: Sampling | None) -> dict[str, Any]:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.seed is not None:
         set_seed(sampling.seed)
-    wanted = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    return {"do_sample": True} | {name: value for name, value in wanted.items() if value is not None}
+    given = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    return {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
 
 
 def _padding(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

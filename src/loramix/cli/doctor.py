@@ -1,4 +1,4 @@
-"""`loramix doctor`: what an issue report needs to say about the machine."""
+"""`loramix doctor`: what an issue report should say about the machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Print the versions, the devices, and what is not installed: one page to paste into an issue.
+    """Print versions, devices and missing packages: one page to paste into an issue.
 
-    On a GPU, small products are computed with the fused kernels, to see whether they work there.
+    On a GPU, the fused kernels are tried on small products.
     """
     from loramix.doctor import diagnose
 
@@ -33,7 +33,7 @@ def _show(diagnosis: Diagnosis) -> None:
     needed = {name: version or "not installed" for name, version in diagnosis.packages.items()}
     optional = {name: version for names in diagnosis.optional.values() for name, version in names.items() if version}
     own = {"loramix": diagnosis.loramix, "python": diagnosis.python}
-    _print("versions", own | needed | optional | diagnosis.beside)
+    _print("versions", own | needed | optional | diagnosis.related)
     _print("devices", diagnosis.devices)
     _print("fused kernels", diagnosis.fused)
     _print("optional, and not installed", {f"loramix[{e}]": ", ".join(names) for e, names in diagnosis.absent.items()})

@@ -44,8 +44,8 @@ def read_text(given: str) -> str:
         text.encode("utf-8")
     except UnicodeError as error:
         raise ConfigurationError(
-            "A text given to a command holds whole characters.",
-            received=f"bytes that are none: {error}" + (", on stdin" if given == "-" else ""),
+            "A text given to a command is valid in its encoding.",
+            received=f"invalid bytes: {error}" + (", on stdin" if given == "-" else ""),
             remedy="Convert the text to UTF-8; with another encoding name it in PYTHONIOENCODING.",
         ) from error
     return text
@@ -63,7 +63,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def warnings_as_lines() -> Generator[None]:
-    """Inside, each warning is printed once, as one line on stderr, without its place in the code."""
+    """Inside, each warning is printed once, as one line on stderr, without its location in the code."""
     told: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -107,7 +107,7 @@ def ends_where_stdout_ends() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def stdout_kept_for_json(wanted: bool) -> Generator[None]:
-    """Inside, and if wanted, what is printed to stdout goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+def stdout_kept_for_json(as_json: bool) -> Generator[None]:
+    """Inside, if JSON is to be printed, other output to stdout goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield

@@ -28,14 +28,14 @@ def train(
         str | None,
         typer.Option(help="The training text: JSON lines, a folder of text files, or a data set on the Hub."),
     ] = None,
-    eval_data: Annotated[str | None, typer.Option(help="The evaluation text, likewise.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="The evaluation text, in the same forms as --data.")] = None,
     output: Annotated[str | None, typer.Option(help="The folder for checkpoints and the trained mixture.")] = None,
     change: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, for example trainer.max_steps=200."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the settings and the files without loading weights, and stop.")
+        bool, typer.Option("--dry-run", help="Check the settings and the files, without loading weights, and stop.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, and remove earlier checkpoints.")] = False,
     as_json: Annotated[
@@ -69,7 +69,7 @@ def train(
         else:
             plan, done = None, run_training(chosen, resume=not fresh)
     if int(os.environ.get("RANK", "0")):
-        return  # of several processes, the first one speaks
+        return  # of several processes, only the first one prints
     if plan is not None:
         print_json(plan.to_dict()) if as_json else _show(plan)
     if done is not None:
@@ -91,8 +91,8 @@ def _show(plan: Plan) -> None:
         "adapted layers (L)": str(plan.layers),
         "base model": f"{plan.base_parameters:,} parameters",
         "router": f"{plan.router_parameters:,} parameters",
-        "rows": f"{plan.rows:,}, {plan.labelled:,} of them name their expert",
-        "rows to evaluate with": f"{plan.eval_rows:,}",
+        "training rows": f"{plan.rows:,}, {plan.labelled:,} of them with an expert",
+        "evaluation rows": f"{plan.eval_rows:,}",
         "optimizer steps": "by epochs of packed data" if plan.steps is None else f"{plan.steps:,}",
         "scaling pass cache": _size(plan.cache_bytes),
     }
@@ -102,7 +102,7 @@ def _show(plan: Plan) -> None:
     for name, size in plan.memory.items():
         table.add_row(name, _size(size))
     table.add_section()
-    table.add_row("together", _size(sum(plan.memory.values())))
+    table.add_row("total", _size(sum(plan.memory.values())))
     console.print(table)
     console.print("Everything is in place; no weights were loaded.")
 

@@ -38,7 +38,7 @@ def train_expert(
     subset: Annotated[str | None, typer.Option(help="The subset of a data set on the Hub that has several.")] = None,
     split: Annotated[str, typer.Option(help="The split of a data set on the Hub.")] = "train",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the settings and the files without loading weights, and stop.")
+        bool, typer.Option("--dry-run", help="Check the settings and the files, without loading weights, and stop.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again, and remove earlier checkpoints.")] = False,
 ) -> None:

@@ -124,7 +124,7 @@ def run_demo(
         console: where to print.
 
     Raises:
-        SaveError: the folder cannot be written, or what lies in it is not an earlier run's.
+        SaveError: the folder cannot be written, or what it holds is not from an earlier run.
         LoramixError: the standard library's sources, or a package that training needs, are missing.
     """
     _require_trainer()

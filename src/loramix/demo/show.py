@@ -36,7 +36,7 @@ def verdict(result: Comparison) -> Text:
 
 
 def explanation(result: Comparison) -> Text:
-    """What the rows and the columns are."""
+    """An explanation of the rows and columns."""
     experts = len(result.rivals) - 1
     return Text(
         f"uniform mixture: every expert at 1/{experts}, for every token. oracle: it is told which domain the text is "

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Set as AbstractSet
 
 SHARED_WORDS = 12
-"""A training paragraph that shares a run of so many words with held-out text is left out."""
+"""A training paragraph that shares a run of this many words with held-out text is left out."""
 
 
 def stable_hash(key: str) -> int:

@@ -1,4 +1,4 @@
-"""Evaluation: the loss of a mixture on text beside that of its base model and its experts, and without each expert."""
+"""Evaluation: the loss on text of a mixture, its base model and its experts, and of the mixture without each expert."""
 
 from __future__ import annotations
 

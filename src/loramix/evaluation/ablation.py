@@ -66,9 +66,9 @@ def leave_one_out(model: Any, texts: Sequence[Any], *, batch: int = 8) -> LeaveO
         batch: texts in one forward.
 
     Raises:
-        DataError: what are no token ids, no token to predict, a text beyond the base model's positions, or a loss that
+        DataError: invalid token ids, no token to predict, a text longer than the base model's positions, or a loss that
             is not finite.
-        ConfigurationError: `batch` is no whole number from 1.
+        ConfigurationError: `batch` is not a whole number of at least 1.
         UnsupportedOperationError: a model without a router.
         RoutingError: a mixture that makes no scalings, or whose gating gives every expert a weight.
     """

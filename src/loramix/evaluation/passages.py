@@ -23,7 +23,7 @@ LONGEST_WINDOW = 1024
 
 
 class Window(NamedTuple):
-    """Consecutive tokens of a text: the place of the first one, and all of them after the start tokens."""
+    """Consecutive tokens of a text: the position of the first one, and the tokens with the start tokens in front."""
 
     first: int
     ids: list[int]
@@ -72,7 +72,7 @@ def window_size(config: Any, window: int | None = None) -> int:
 
     Raises:
         DataError: fewer than two tokens, or more than the base model has positions.
-        ConfigurationError: no whole number.
+        ConfigurationError: not a whole number.
     """
     positions = positions_of(config)
     if window is None:

@@ -169,7 +169,7 @@ def evaluate(
 
 
 def rows(model: XLoraModel, *, leave_one_out: bool) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    """Each row's name, and what to open around the model to measure it."""
+    """Each row's name, and the context manager in which the model is measured for it."""
     experts = model.expert_names
     yield BASE, model.disable_adapter()
     for chosen in experts:

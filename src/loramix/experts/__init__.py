@@ -1,1 +1,1 @@
-"""LoRA experts as data: their tensors, the modules that they adapt, new experts; what is read of a base model."""
+"""LoRA experts as data: their tensors, the modules that they adapt, new experts; what they need of a base model."""

@@ -1,4 +1,4 @@
-"""What loramix reads of a base model's own configuration.
+"""What loramix reads from a base model's configuration.
 
 A model of several parts, such as a language model and a vision tower, has a configuration for each; the language
 model's is read.

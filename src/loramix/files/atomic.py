@@ -1,4 +1,4 @@
-"""Atomic saving of several files: afterwards the folder holds all of the new ones, or all of the old ones.
+"""Atomic saving of several files: afterwards the folder holds either all new files or all old ones.
 
 A save may stop at any point (an exception, a full disk, a killed process, a power cut). It has three steps:
 

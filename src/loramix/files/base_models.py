@@ -46,7 +46,7 @@ def load_config(identifier: str, revision: str | None = None) -> PreTrainedConfi
 
 
 def load_tokenizer(identifier: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer beside a base model; arguments and errors as for `load_base`."""
+    """The tokenizer of a base model, from its folder; arguments and errors as for `load_base`."""
     call = cast(Any, AutoTokenizer).from_pretrained
     return _load(identifier, lambda: call(identifier, revision=revision or "main"))
 

@@ -62,7 +62,7 @@ class HubOptions:
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
             raise ConfigurationError(
-                "Keyword arguments beside the named ones say how files are fetched.",
+                "Further keyword arguments say how files are fetched.",
                 received=", ".join(unknown),
                 remedy=f"Use only {', '.join(known)}.",
             )

@@ -101,7 +101,7 @@ def _start_of(path: Path) -> bytes:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor as a view of one memory map: safetensors checks the file, and makes what is of a rarer dtype.
+    """Every tensor as a view of one memory map: safetensors checks the file, and reads tensors of rarer dtypes.
 
     Source: the format's description, https://github.com/huggingface/safetensors#format.
     """

@@ -24,13 +24,13 @@ class TextPosition(NamedTuple):
 
 @runtime_checkable
 class RowsObserver(Protocol):
-    """What a change of the rows is reported to."""
+    """Is told about the tokens of the rows."""
 
     def commit(self) -> None:
         """The tokens of the last forward can no longer be taken back."""
 
     def take_back(self, rows: CacheRows, tokens: int) -> None:
-        """So many slots at the end of the rows are gone."""
+        """So many slots were removed at the end of the rows."""
 
 
 class CacheRows(CacheFollower):
@@ -85,7 +85,7 @@ class CacheRows(CacheFollower):
         self.real = self.real[:, :0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRows:
-        """The copy goes on by itself: where both do, the text forks."""
+        """The copy is continued independently: if both are continued, the text forks."""
         self._commit()
         other = CacheRows(self.observer, self.batch)
         other.places, other.real = list(self.places), self.real.clone()

@@ -45,7 +45,7 @@ INDEX = "record.json"
 
 @runtime_checkable
 class RecordContents(Protocol):
-    """What a record is written from."""
+    """The parts of a record that are written."""
 
     @property
     def header(self) -> Header: ...
@@ -111,7 +111,7 @@ def load_record(folder: Path) -> tuple[Header, FileSource, dict[int, str]]:
 
     Raises:
         CheckpointNotFoundError: no `record.json`.
-        CorruptCheckpointError: files that are not what they should be.
+        CorruptCheckpointError: invalid files.
         IncompleteCheckpointError: a shard is missing.
     """
     place = current(folder / INDEX)

@@ -1,4 +1,4 @@
-"""What holds for all tokens of a record: the mixture that they are from, and which are missing."""
+"""The header of a record: the mixture, its settings, and which tokens are missing."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def without_shared_part(names: Sequence[str]) -> list[str]:
 
 
 def counted(number: int, what: str) -> str:
-    """1 token, 2 tokens."""
+    """A number and a noun, such as "1 token" or "2 tokens"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @dataclass
 class Header:
-    """What holds for all tokens of a record.
+    """What is the same for all tokens of a record.
 
     Attributes:
         experts: the names of the experts, in the order of the scalings.

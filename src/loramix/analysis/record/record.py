@@ -34,12 +34,12 @@ class RoutingRecord(RecordedTokens):
     other where it can: `metrics`, `select`, `save`; the properties that are tensors hold all of it.
 
     Attributes:
-        header: what holds for all tokens.
+        header: what is the same for all tokens.
         source: where the tokens are read from.
-        tokenizer: for the tokens' text; None where it is not known.
+        tokenizer: for the tokens' text; None if it is not known.
 
     Raises:
-        RoutingError: what is no tokenizer.
+        RoutingError: `tokenizer` is not a tokenizer.
     """
 
     def _repr_html_(self) -> str:
@@ -158,7 +158,7 @@ class RoutingRecord(RecordedTokens):
             ids: without padding. The last one need not have been read.
 
         Raises:
-            RoutingError: no such text, a record that is a sample, or what is no row of ids.
+            RoutingError: no such text, a record that is a sample, or `ids` that is not a row of ids.
         """
         wanted = torch.tensor(row_of_ids(ids), dtype=torch.long)
         number = None if self.is_sample else text_of(self.part, self.header.forks, wanted)
@@ -196,9 +196,9 @@ class RoutingRecord(RecordedTokens):
 
         Raises:
             CheckpointNotFoundError: no record there, or one that was not finished.
-            CorruptCheckpointError: files that are not what they should be.
+            CorruptCheckpointError: invalid files.
             IncompleteCheckpointError: a file of tokens is missing.
-            RoutingError: what is no tokenizer, or one that reads the tokens as other text.
+            RoutingError: `tokenizer` is not a tokenizer, or it decodes the tokens to another text.
         """
         header, source, vocabulary = load_record(Path(folder))
         record = RoutingRecord(header, source, tokenizer, vocabulary)

@@ -39,7 +39,7 @@ from loramix.passes.state import MixtureState, attach, require_routing, state_of
 
 MAX_TOKENS = 10_000
 Reader = tuple[int, bool]
-"""Whose forwards continue each other: those of a thread, apart from those that its logits processors run."""
+"""A thread, and whether its logits processors are running. Only forwards of the same reader continue each other."""
 
 
 def _reader() -> Reader:
@@ -92,9 +92,9 @@ def record_routing(
 
     Raises:
         UnsupportedOperationError: a model without a router.
-        RoutingError: a mixture that makes no scalings: its routing is fixed, or its adapters are disabled; or what is
-            no tokenizer.
-        ConfigurationError: `max_tokens` or `seed` that is no such number, or a spill folder that holds something.
+        RoutingError: a mixture that makes no scalings: its routing is fixed, or its adapters are disabled; or
+            `tokenizer` is not a tokenizer.
+        ConfigurationError: an invalid `max_tokens` or `seed`, or a spill folder that is not empty.
         SaveError: a spill folder that cannot be written.
     """
     remedy = f"Pass for example max_tokens={MAX_TOKENS}, or spill= a folder for all tokens."
@@ -194,7 +194,7 @@ class Recorder(RoutingHook):
                 self._last.clear()
                 self._reread_texts.clear()
                 for cache in self._caches:
-                    if isinstance(cache, FollowedCache):  # it may have become a plain one meanwhile
+                    if isinstance(cache, FollowedCache):  # it may have become a plain cache meanwhile
                         cache.followers = tuple(other for other in cache.followers if not self._owns(other))
 
     def _owns(self, follower: CacheFollower) -> bool:
@@ -280,7 +280,7 @@ class Recorder(RoutingHook):
         return rows
 
     def take_back(self, rows: CacheRows, tokens: int) -> None:
-        """Slots at the end of the rows are gone; tokens of the last forward among them are not recorded."""
+        """Slots at the end of the rows were removed; tokens of the last forward among them are not recorded."""
         with self._lock:
             gone = rows.real[:, -tokens:].sum(1).tolist()
             rows.real = rows.real[:, :-tokens]

@@ -24,7 +24,7 @@ def row_of_ids(ids: Any) -> list[int]:
     """The token ids of one text, which may be the only row of a batch.
 
     Raises:
-        RoutingError: they are something else.
+        RoutingError: anything else.
     """
     rows = as_python(ids)
     alone = isinstance(rows, list) and len(cast("list[Any]", rows)) == 1 and isinstance(rows[0], list)

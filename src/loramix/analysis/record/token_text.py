@@ -18,12 +18,12 @@ CONTEXT = 8
 
 
 def require_tokenizer(tokenizer: Any) -> None:
-    """Raises RoutingError: it is no tokenizer. Checked before anything is recorded."""
+    """Raises RoutingError: it is not a tokenizer. Checked before anything is recorded."""
     if not callable(getattr(tokenizer, "decode", None)):
         raise RoutingError(
             "The text of tokens is read by a tokenizer of transformers'.",
             received=f"{tokenizer!r}"[:200],
-            remedy="pass AutoTokenizer.from_pretrained(…), the mixture's; a record also does without one",
+            remedy="pass the mixture's AutoTokenizer.from_pretrained(…), or None: a record needs no tokenizer",
         )
 
 

@@ -25,12 +25,12 @@ class RecordedTokens:
     """Tokens with their final scalings, and what is read from them: tensors, text, metrics.
 
     Attributes:
-        header: what holds for all tokens.
+        header: what is the same for all tokens.
         source: where the tokens are read from.
-        tokenizer: for the tokens' text; None where it is not known.
+        tokenizer: for the tokens' text; None if it is not known.
 
     Raises:
-        RoutingError: what is no tokenizer.
+        RoutingError: `tokenizer` is not a tokenizer.
     """
 
     def __init__(

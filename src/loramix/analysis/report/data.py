@@ -57,7 +57,7 @@ def choose_tokens(record: RoutingRecord, tokens: int = TOKENS, layer_bytes: int 
         layer_bytes: the most bytes of scalings by layer.
 
     Raises:
-        ConfigurationError: `tokens` is no whole number from 1.
+        ConfigurationError: `tokens` is not a whole number of at least 1.
     """
     require_integer("tokens", tokens, at_least=1, remedy=f"Pass for example tokens={TOKENS}.")
     count, experts, layers = record.kept, len(record.experts), len(record.layers)

@@ -111,7 +111,7 @@ def numbers_table(metrics: RoutingMetrics) -> str:
 
 
 def worth_table(inspection: Inspection) -> str:
-    """The change of the loss without each expert: bars to the right where it rises, to the left where it falls."""
+    """The change in loss without each expert: bars to the right where it rises, to the left where it falls."""
     worth, record = inspection.worth, inspection.record
     if len(record.palette) == 1:
         return '<p class="faint">One expert: there is none to leave out.</p>'

@@ -25,7 +25,7 @@
     element.append(...inside);
     return element;
   };
-  const colour = (expert) => expert < 0 ? "" : `e${data.colours[expert]}`;   // -1: nobody leads
+  const colour = (expert) => expert < 0 ? "" : `e${data.colours[expert]}`;   // -1: no expert leads
   const name = (expert) => make("bdi", "name", data.experts[expert]);
 
   // --- where tokens stand -----------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@
         line.append(cell);
       }
       const first = layerLeading[row * L + l];
-      const who = first < 0 ? "nobody" : data.experts[first];
+      const who = first < 0 ? "no expert" : data.experts[first];
       line.append(make("td", "leads", make("i", `mark ${colour(first)}`), " ", make("bdi", "", who)));
       line.lastChild.title = who;
       rows.append(line);

@@ -1,9 +1,9 @@
-"""One HTML file that shows a routing, and needs nothing else: no other file, no address, no server.
+"""One self-contained HTML file that shows a routing, without other files or a server.
 
-Its parts lie beside this module: `report.html` is the frame, `report.css` and `report.js` are inserted as they are. The
-text and its weights are data in the page (`loramix.analysis.report.data`); the script makes elements only for what is
-near the window, so that a long text stays fast. The page's content security policy allows this one script and this one
-style, by their hashes, and nothing else: text cannot become code in it.
+Its parts are in this package: `report.html` is the frame, `report.css` and `report.js` are inserted unchanged. The text
+and its weights are data in the page (`loramix.analysis.report.data`); the script makes elements only for the text near
+the window, so that a long text stays fast. The page's content security policy allows this one script and this one
+style, by their hashes, and nothing else, so that no text can run as code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def report_html(inspection: Inspection | RoutingRecord, *, tokens: int = TOKENS)
 
     Raises:
         RoutingError: nothing was recorded, or scalings that are not finite.
-        ConfigurationError: `tokens` is no whole number from 1.
+        ConfigurationError: `tokens` is not a whole number of at least 1.
     """
     return _page(inspection, tokens)[0]
 

@@ -1,4 +1,4 @@
-"""What the pictures share: figures without pyplot, columns of tokens, readable labels.
+"""Parts that the pictures share: figures without pyplot, columns of tokens, readable labels.
 
 E: experts. C: columns, each a token or a run of tokens.
 """

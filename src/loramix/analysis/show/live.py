@@ -54,7 +54,7 @@ class RoutingStreamer(BaseStreamer):
         console: where to show the text.
 
     Raises:
-        RoutingError: what is no tokenizer.
+        RoutingError: `tokenizer` is not a tokenizer.
 
     Attributes:
         tokens: the tokens of the last text so far.
@@ -191,8 +191,8 @@ def stream_routing(model: Any, tokenizer: Any, console: Console | None = None) -
 
     Raises:
         UnsupportedOperationError: a model without a router.
-        RoutingError: a mixture that makes no scalings: its routing is fixed, or its adapters are disabled; or what is
-            no tokenizer.
+        RoutingError: a mixture that makes no scalings: its routing is fixed, or its adapters are disabled; or
+            `tokenizer` is not a tokenizer.
     """
     shown = Console(highlight=False, force_jupyter=False) if console is None else console
     streamer = RoutingStreamer(list(getattr(model, "expert_names", [])), tokenizer, shown)

@@ -20,7 +20,7 @@ from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import RoutingMetrics, confidence_of, leaders_of
 
 TOKENS = 600  # shown of a long text
-NO_LEADER = "nobody"  # where no expert has a weight
+NO_LEADER = "no expert"  # where no expert has a weight
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _UNSEEN = [0x61C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
 _CONTROL = _PICTURES | {0x7F: "␡"} | dict.fromkeys([*range(0x80, 0xA0), *_UNSEEN], "�")
@@ -105,7 +105,7 @@ def legend(experts: Sequence[str], console: Console, palette: Sequence[str] | No
 
 
 def experts_table(inspection: Inspection) -> Table:
-    """A row for each expert: load, importance, and the change of the loss without it."""
+    """A row for each expert: load, importance, and the change in loss without it."""
     metrics, worth = inspection.record.metrics(), inspection.differences
     table = Table(title="Experts", title_justify="left")
     table.add_column("", no_wrap=True)
@@ -120,7 +120,7 @@ def experts_table(inspection: Inspection) -> Table:
 
 
 def worth_texts(inspection: Inspection, expert: str) -> tuple[str, str]:
-    """The change of the loss without an expert, with two standard errors, and the verdict on the expert."""
+    """The change in loss without an expert, with two standard errors, and the verdict on the expert."""
     assert inspection.worth is not None
     error = inspection.worth.errors.get(expert)
     spread = "" if error is None else f" ± {2 * error:.4f}"
