@@ -157,7 +157,6 @@ def build(settings: DemoSettings, console: Console) -> XLoraModel:
     torch.manual_seed(settings.seed)
     base = bundle.base()
     model = get_peft_model(base, router_config(base.config.hidden_size, bundle.experts()))
-    assert isinstance(model, XLoraModel)
     router, everything = model.get_nb_trainable_parameters()
     console.print(f"{type(base).__name__} with the experts {', '.join(model.expert_names)}")
     console.print(f"{len(model.adapted_modules)} adapted layers, {everything - router:,} frozen parameters")

@@ -103,7 +103,7 @@ class PeftModel(_Peft):
         saved = formats.load_mixture(model_id, options, adapters, _of_kind(config, XLoraConfig, model_id))
         saved.config.inference_mode = not is_trainable
         result = _build_mixture(model, saved.config, saved.experts, saved.router, trainable=is_trainable)
-        return result if is_trainable else cast(PeftModel, cast(PreTrainedModel, result).eval())
+        return result if is_trainable else result.eval()
 
 
 class XLoraModel(PeftModel, _XLora):

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from loramix import formats
 from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
@@ -43,7 +42,7 @@ class FixedMethods(MixtureMethods):
     def _checked_scalings(self, values: Tensor | Sequence[float]) -> Tensor:
         shapes = [(len(self.expert_names),), (len(self.adapted_modules), len(self.expert_names))]
         try:
-            scalings = torch.as_tensor(values, dtype=torch.float32, device=cast(Any, self).device)
+            scalings = torch.as_tensor(values, dtype=torch.float32, device=self.get_base_model().device)
         except (TypeError, ValueError, RuntimeError):
             scalings = torch.empty(0)
         if tuple(scalings.shape) not in shapes or not bool(torch.isfinite(scalings).all()):
@@ -95,7 +94,7 @@ class FixedMethods(MixtureMethods):
             before = self._loramix.fixed
             self._loramix.fixed = None  # the prompt is routed
             try:
-                fixed = mean_scalings(cast(Any, self), prompt)
+                fixed = mean_scalings(self, prompt)
             finally:
                 self._loramix.fixed = before
         elif scalings is not None:
@@ -135,7 +134,7 @@ class FixedMethods(MixtureMethods):
                 remedy="call fix_routing(…) first, or use save_pretrained(folder)",
             )
         like = self._loramix.experts[0].config
-        adapter, error = single_adapter(layers_of(cast(PreTrainedModel, self)), routing, like, rank=rank)
+        adapter, error = single_adapter(layers_of(self.get_base_model()), routing, like, rank=rank)
         formats.save_adapter(save_directory, adapter)
         return error
 

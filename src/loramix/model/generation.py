@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class LockstepMethods(MixtureMethods):
             ConfigurationError: another value of `lockstep`.
         """
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-        settings = given or cast(Any, self).generation_config
+        settings = given or self.get_base_model().generation_config
         choice = _choice(settings, parse(lockstep))
         with new_request(choice, self._loramix, cache_in(kwargs)) as call:
             try:
@@ -100,7 +100,7 @@ class LockstepMethods(MixtureMethods):
     def _sample(self, input_ids: Tensor, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         kwargs["stopping_criteria"] = RequestCriteria(kwargs["stopping_criteria"], request())
         call, mixture = super()._sample, self._loramix  # pyright: ignore
-        cache = generation_cache(cast(Any, self), generation_config, kwargs.get(CACHE))
+        cache = generation_cache(self.get_base_model(), generation_config, kwargs.get(CACHE))
         if cache is not None:
             kwargs[CACHE] = cache
         choice = _choice(generation_config, request().choice)

@@ -12,7 +12,7 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramix import formats
@@ -22,8 +22,8 @@ from loramix.experts.adapter import Adapter
 from loramix.layers.inject import replace
 from loramix.layers.layer import STACK, XLoraLayer
 from loramix.layers.merge import merge, put
-from loramix.layers.routing import ConstantRouting
-from loramix.layers.slot import ObservedPass, override
+from loramix.layers.routing import ConstantRouting, Routing
+from loramix.layers.slot import override
 from loramix.passes.specialise import Specialised
 from loramix.passes.state import AdaptedState, MixtureState
 from loramix.routers.classifier import XLoraClassifier
@@ -88,7 +88,7 @@ class PeftMethods:
 
     def unload(self) -> PreTrainedModel:
         """Take the experts out again: the plain base model, the same object."""
-        model, state = cast(PreTrainedModel, self), self._loramix
+        model, state = self.get_base_model(), self._loramix
         for path, layer in layers_of(model).items():
             replace(model, path, layer.base_layer)
         if isinstance(state, MixtureState):
@@ -113,7 +113,7 @@ class PeftMethods:
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """The number of trainable parameters, and of all parameters."""
-        parameters = list(cast(nn.Module, self).parameters())
+        parameters = list(self.get_base_model().parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def print_trainable_parameters(self) -> None:
@@ -158,9 +158,9 @@ class PeftMethods:
             )
         hub = {name: value for name, value in hub.items() if name not in _TAKEN_ON_SAVE or name == "token"}
         if is_main_process:
-            _save(cast(PreTrainedModel, self), save_directory, state_dict)
+            _save(self.get_base_model(), self._loramix, save_directory, state_dict)
         if push_to_hub:
-            cast(Any, self).push_to_hub(hub.pop("repo_id", str(save_directory)), **hub)
+            self.get_base_model().push_to_hub(hub.pop("repo_id", str(save_directory)), **hub)
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -170,7 +170,7 @@ class PeftMethods:
     @property
     def _keys_to_ignore_on_save(self) -> list[str]:
         """The names that a trainer's checkpoint leaves out: all that is not trained."""
-        model = cast(nn.Module, self)
+        model = self.get_base_model()
         training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return [name for name in model.state_dict() if name not in training]
 
@@ -193,17 +193,15 @@ class PeftMethods:
             UnsupportedOperationError: every token has scalings of its own, or a base layer is quantised; nothing was
                 changed.
         """
-        model, state = cast(PreTrainedModel, self), self._loramix
-        routing = state.single_pass()
-        if routing is None or adapter_names not in (None, [ADAPTER_NAME]):
+        model, routing = self.get_base_model(), self._loramix.single_pass()
+        if not isinstance(routing, Routing) or adapter_names not in (None, [ADAPTER_NAME]):
             raise UnsupportedOperationError(
                 "Only experts whose scalings are the same for every token can be merged into the base model.",
-                received=f"merge_and_unload() on a mixture of {', '.join(self.expert_names)}, which routes each token"
-                if routing is None
-                else f"adapter_names={adapter_names!r}",
+                received=f"adapter_names={adapter_names!r}"
+                if isinstance(routing, Routing)
+                else f"merge_and_unload() on a mixture of {', '.join(self.expert_names)}, which routes each token",
                 remedy="keep the experts unmerged, or call model.fix_routing([…]) first",
             )
-        assert not isinstance(routing, ObservedPass)
         merged = merge(layers_of(model), routing)
         self.unload()
         put(model, merged)
@@ -258,8 +256,9 @@ def layers_of(model: PreTrainedModel) -> dict[str, XLoraLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, XLoraLayer)}
 
 
-def _save(model: PreTrainedModel, folder: str | PathLike[str], given: Mapping[str, Tensor] | None) -> None:
-    state = cast(PeftMethods, model)._loramix  # pyright: ignore[reportPrivateUsage]
+def _save(
+    model: PreTrainedModel, state: AdaptedState, folder: str | PathLike[str], given: Mapping[str, Tensor] | None
+) -> None:
     tensors = model.state_dict() | dict(given or {})
     experts = _experts(model, state, tensors)
     training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}

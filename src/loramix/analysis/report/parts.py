@@ -18,6 +18,7 @@ from loramix.analysis.metrics import RoutingMetrics, entropy_of, leading_of
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.report.data import LEVELS, levels_of
 from loramix.analysis.show.terminal import worth_texts
+from loramix.evaluation.ablation import LeaveOneOut
 
 COLUMNS = 240
 LIGHT, DARK = ("#ffffff", "#1b1c20"), ("#15161a", "#ececf0")
@@ -119,7 +120,7 @@ def worth_table(inspection: Inspection) -> str:
         return '<p class="faint">Not measured; <code>loramix inspect … --leave-one-out</code> does.</p>'
     differences = inspection.differences
     most = max(max(map(abs, differences.values())), 1e-9)
-    rows = [_worth_row(inspection, name, difference, most) for name, difference in differences.items()]
+    rows = [_worth_row(record, worth, name, most) for name in differences]
     return (
         f"<p>The loss on {worth.tokens} tokens is {worth.loss:.4f} nats a token. Without the expert it changes by:</p>"
         + (
@@ -131,10 +132,10 @@ def worth_table(inspection: Inspection) -> str:
     )
 
 
-def _worth_row(inspection: Inspection, name: str, difference: float, most: float) -> str:
-    record, colour = inspection.record, _colour(inspection.record, name)
+def _worth_row(record: RoutingRecord, worth: LeaveOneOut, name: str, most: float) -> str:
+    colour, difference = _colour(record, name), worth.differences[name]
     width = 50 * abs(difference) / most
-    value, verdict = worth_texts(inspection, name)
+    value, verdict = worth_texts(worth, name)
     return (
         f'<tr><th scope="row">{_named(record, name)}</th>'
         '<td class="wide"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'

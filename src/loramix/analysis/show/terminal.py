@@ -18,6 +18,7 @@ from rich.text import Text
 from loramix.analysis.colours import expert_colours
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import RoutingMetrics, confidence_of, leaders_of
+from loramix.evaluation.ablation import LeaveOneOut
 
 TOKENS = 600  # shown of a long text
 NO_LEADER = "no expert"  # where no expert has a weight
@@ -106,25 +107,25 @@ def legend(experts: Sequence[str], console: Console, palette: Sequence[str] | No
 
 def experts_table(inspection: Inspection) -> Table:
     """A row for each expert: load, importance, and the change in loss without it."""
-    metrics, worth = inspection.record.metrics(), inspection.differences
+    metrics = inspection.record.metrics()
+    worth = inspection.worth if inspection.differences else None
     table = Table(title="Experts", title_justify="left")
     table.add_column("", no_wrap=True)
-    for column in ("leads", "mean scaling", *(["loss without it"] if worth else [])):
+    for column in ("leads", "mean scaling", *([] if worth is None else ["loss without it"])):
         table.add_column(column, justify="right", no_wrap=True)
     for name, load, importance in zip(inspection.record.experts, metrics.load, metrics.importance, strict=True):
         cells = [f"{load:.1%}", f"{importance:.3f}"]
-        if worth:
-            cells.append(" ".join(worth_texts(inspection, name)))
+        if worth is not None:
+            cells.append(" ".join(worth_texts(worth, name)))
         table.add_row(Text(visible(name)), *cells)
     return table
 
 
-def worth_texts(inspection: Inspection, expert: str) -> tuple[str, str]:
+def worth_texts(worth: LeaveOneOut, expert: str) -> tuple[str, str]:
     """The change in loss without an expert, with two standard errors, and the verdict on the expert."""
-    assert inspection.worth is not None
-    error = inspection.worth.errors.get(expert)
+    error = worth.errors.get(expert)
     spread = "" if error is None else f" ± {2 * error:.4f}"
-    return f"{inspection.differences[expert]:+.4f}{spread}", inspection.worth.verdict(expert)
+    return f"{worth.differences[expert]:+.4f}{spread}", worth.verdict(expert)
 
 
 def metrics_table(metrics: RoutingMetrics) -> Table:
