@@ -13,6 +13,7 @@ from loramix import ConfigurationError, DataError, RoutingError, UnsupportedOper
 from loramix.analysis import agreement, confusion, drift, record_routing
 from loramix.analysis.metrics import entropy_of
 from loramix.evaluation import leave_one_out
+from loramix.passes.state import state_of
 from support.records import random_record, record_of
 from support.tiny import tokens
 
@@ -194,7 +195,7 @@ def test_leaving_an_expert_out_is_the_loss_without_it(shared: Any) -> None:
     assert found.without["code"] == pytest.approx(without, rel=1e-5)
     assert found.differences["code"] == pytest.approx(without - loss(), abs=1e-5)
     assert found.errors["code"] == pytest.approx(float(spread), rel=1e-3)
-    assert shared._loramix.hooks == ()
+    assert state_of(shared).hooks == ()
     with pytest.raises(DataError, match="at least two tokens"):
         leave_one_out(shared, [[3]])
     for wrong in ([1_000_000, 5], [-1, 5], [1.5, 2.5], "def f", 5, torch.ones(2, 2, dtype=torch.long), [True, True]):

@@ -16,6 +16,7 @@ from loramix import RoutingError, UnsupportedOperationError
 from loramix.analysis import WrittenToken, expert_colours, stream_routing
 from loramix.analysis.record.token_text import IncrementalDecoder
 from loramix.analysis.show.live import RoutingStreamer
+from loramix.passes.state import state_of
 from support.byte_tokenizer import byte_tokenizer
 from support.tiny import tokens
 from support.versions import needs_transformers
@@ -56,7 +57,7 @@ def test_each_token_has_the_routing_of_the_forward_that_predicted_it(routed: Any
     plain = console()
     with stream_routing(routed, byte_tokenizer(), plain) as streamer:
         out = routed.generate(ids, max_new_tokens=14, do_sample=False, streamer=streamer, **WAYS[way])
-    assert routed._loramix.hooks == ()
+    assert state_of(routed).hooks == ()
     expected = direct(routed, out[0])[9:-1].mean(1)
     assert_close(torch.tensor([token.weights for token in streamer.tokens]), expected, atol=1e-5, rtol=1e-4)
     leaders = [routed.expert_names[i] for i in expected.argmax(-1).tolist()]
@@ -216,4 +217,4 @@ def test_what_cannot_be_shown_is_told(routed: Any) -> None:
         pass
     with pytest.raises(RoutingError), routed.disable_adapter(), stream_routing(routed, byte_tokenizer()):
         pass
-    assert routed._loramix.hooks == ()
+    assert state_of(routed).hooks == ()

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from loramix.analysis import record_routing
+from loramix.passes.state import state_of
 from support.mixtures import mixture
 from support.recorded import PADDING, Direct, assert_holds, assert_is
 from support.tiny import ARCHITECTURES, tokens
@@ -194,7 +195,7 @@ def test_a_cache_that_becomes_a_plain_one_is_let_go(experts: Callable[[str], dic
         out = model.generate(tokens(1), max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     assert out.past_key_values.get_seq_length() == 16
     assert record.kept == 9 + 3
-    assert not model._loramix.hooks
+    assert not state_of(model).hooks
 
 
 @torch.no_grad()

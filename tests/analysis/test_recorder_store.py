@@ -20,6 +20,7 @@ import loramix
 from loramix import ConfigurationError, RoutingError, UnsupportedOperationError
 from loramix.analysis import RoutingRecord, record_routing
 from loramix.evaluation import leave_one_out
+from loramix.passes.state import state_of
 from support.mixtures import mixture
 from support.recorded import Direct, assert_holds, assert_is
 from support.tiny import llama, save_expert, tokens
@@ -44,7 +45,7 @@ def test_threads_do_not_mix(routed: Any, direct: Direct) -> None:
 
 
 def test_nothing_stays_behind(routed: Any) -> None:
-    before = routed._loramix.hooks
+    before = state_of(routed).hooks
     cache = DynamicCache()
     record = None
     try:
@@ -54,7 +55,7 @@ def test_nothing_stays_behind(routed: Any) -> None:
             raise ZeroDivisionError
     except ZeroDivisionError:
         assert record is not None
-    assert routed._loramix.hooks == before == ()
+    assert state_of(routed).hooks == before == ()
     assert cache.followers == ()
     routed(tokens(1), past_key_values=cache)
     assert record.seen == 9
@@ -119,7 +120,7 @@ def test_a_record_spilled_to_disk_is_the_same_record(routed: Any, direct: Direct
         assert_holds(one, routed, [row[:-1] for row in out], direct)
     with pytest.raises(ConfigurationError, match="new or empty folder"), record_routing(routed, spill=tmp_path):
         pass
-    assert routed._loramix.hooks == ()
+    assert state_of(routed).hooks == ()
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -177,7 +178,7 @@ def test_a_model_that_is_copied_or_moved_within_a_record(routed: Any, direct: Di
         twin(tokens(1, seed=3))
         routed.to("cpu")
         routed(tokens(1))
-    assert twin._loramix.hooks == ()
+    assert state_of(twin).hooks == ()
     assert_holds(record, routed, [tokens(1)[0]], direct)
 
 
@@ -191,7 +192,7 @@ def test_models_that_make_no_scalings_say_so(routed: Any, tmp_path: Any) -> None
         pass
     with pytest.raises(RoutingError, match="unfix_routing"), routed.fixed_scalings([1.0, 0, 0]), record_routing(routed):
         pass
-    assert routed._loramix.hooks == ()
+    assert state_of(routed).hooks == ()
     with record_routing(routed) as record, routed.disable_adapter():
         routed(tokens(1))
     assert "Nothing was recorded" in repr(record)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from loramix.decoding.choice import Automatic
 from loramix.decoding.eligibility import why_not_this_generation
+from loramix.passes.state import state_of
 from support.generation import generated, report_of
 from support.mixtures import mixture
 from support.tiny import tokens
@@ -48,7 +49,7 @@ def test_what_would_not_be_exact_is_not_done(case: str, of_llama: Any, monkeypat
     settings = GenerationConfig(use_cache=True)
     settings.is_assistant = False
     monkeypatch.setattr(of_llama, "config", config)
-    found = why_not_this_generation(of_llama, of_llama._loramix, Automatic(), settings, DynamicCache())
+    found = why_not_this_generation(of_llama, state_of(of_llama), Automatic(), settings, DynamicCache())
     assert reason in str(found)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loramix.decoding.requests import request
+from loramix.passes.state import state_of
 from support.generation import forced, generated, random_text, report_of
 from support.mixtures import mixture
 from support.tiny import llama, tokens
@@ -46,7 +47,7 @@ def test_drafts_that_are_never_right_cost_next_to_nothing(batch: int, model: Any
             found[report.tokens + 1] = report.row_forwards / (2 * batch * report.tokens)
         return scores
 
-    model._loramix.measurements.clear()
+    state_of(model).measurements.clear()
     text = forced(TEXT.__getitem__)
     for new in (LENGTHS[-1], LENGTHS[0]):
         generated(model, input_ids=tokens(batch, START), max_new_tokens=new, logits_processor=[count, text])
@@ -60,7 +61,7 @@ def test_drafts_that_are_never_right_cost_next_to_nothing(batch: int, model: Any
 @pytest.mark.parametrize("batch", [1, 2])
 def test_nor_after_texts_whose_drafts_were_right(batch: int, model: Any) -> None:
     """What an earlier text led to expect is given up at once."""
-    model._loramix.measurements.clear()
+    state_of(model).measurements.clear()
     for new in LENGTHS[:2]:
         model.set_global_scaling_weight(0.0)
         generated(model, input_ids=tokens(batch), max_new_tokens=32)
@@ -84,7 +85,7 @@ def test_a_head_that_is_more_than_a_product_is_tried_out_within_the_same_bound(
     head = model.get_output_embeddings()
     monkeypatch.setattr(head, "__class__", Scaled)
     for new in LENGTHS[:2]:
-        model._loramix.measurements.clear()
+        state_of(model).measurements.clear()
         inputs = {"input_ids": tokens(1), "max_new_tokens": new, "logits_processor": [forced(TEXT.__getitem__)]}
         generated(model, **inputs)
         report = report_of(model)

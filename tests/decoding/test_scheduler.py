@@ -12,6 +12,7 @@ import pytest
 from loramix.decoding.scheduler import FIRST_WAIT, LONGEST_WAIT, SAMPLES, Measurements, RoundTimes
 from loramix.decoding.strategies import Lockstep, PromptLookup, Sequential, Speculative, Strategy
 from loramix.decoding.strategies.base import tokens_of_window
+from loramix.passes.state import state_of
 from support.generation import forced, generated, random_text, report_of
 from support.tiny import tokens
 
@@ -53,11 +54,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seconds], Machine]:
 @pytest.fixture
 def model(of_llama: Any) -> Generator[Any]:
     """Nothing is known of it, and every draft of its scaling pass is right."""
-    of_llama._loramix.measurements.clear()
+    state_of(of_llama).measurements.clear()
     of_llama.set_global_scaling_weight(0.0)
     yield of_llama
     of_llama.set_global_scaling_weight(1.0)
-    of_llama._loramix.measurements.clear()
+    state_of(of_llama).measurements.clear()
 
 
 def without_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,7 @@ def without_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measurements(model: Any) -> Measurements:
-    (found,) = model._loramix.measurements.values()
+    (found,) = state_of(model).measurements.values()
     return found
 
 

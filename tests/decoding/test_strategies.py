@@ -15,6 +15,7 @@ from loramix.decoding.state import DecodingState, Step
 from loramix.decoding.strategies import DraftingStrategy
 from loramix.decoding.strategies.base import Round
 from loramix.decoding.window import Window
+from loramix.passes.state import state_of
 from support.generation import PADDING, forced, generated, ids_with_padding, random_text, report_of
 from support.tiny import tokens
 
@@ -125,7 +126,7 @@ def test_a_strategy_is_one_class(batch: int, of_llama: Any, monkeypatch: pytest.
         assert report_of(of_llama).rounds["constant"] >= 29
         assert report_of(of_llama).accepted == (1.0 if right else 0.0)
         monkeypatch.setattr("loramix.decoding.scheduler.DRAFTING", (Constant(3),))
-        of_llama._loramix.measurements.clear()
+        state_of(of_llama).measurements.clear()
         assert torch.equal(generated(of_llama, **inputs), expected)
         report = report_of(of_llama)
         assert report.rounds["constant"] > 1 if right else report.rounds["constant"] == 1

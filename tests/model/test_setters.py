@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from loramix import ConfigurationError, PeftModel, XLoraConfig, get_peft_model
+from loramix.passes.scalings_log import ScalingsLog
+from loramix.passes.state import state_of
 from support.mixtures import final_scalings, logits_of
 from support.tiny import llama, tokens
 from support.usages import Adapters, build, scalings
@@ -124,4 +126,8 @@ def test_the_log_is_bounded_detached_and_bucketed(adapters: Adapters, monkeypatc
     assert len(model.get_scalings_log()) == 3
     model.clear_scalings_log()
     assert model.get_scalings_log() == []
-    assert model._loramix.log._entries.maxlen is not None
+    state_of(model).log = ScalingsLog(capacity=2)
+    model.enable_scalings_logging()
+    for _ in range(3):
+        model(tokens())
+    assert len(model.get_scalings_log()) == 2

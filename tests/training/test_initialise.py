@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from loramix import ConfigurationError, DataError, XLoraConfig, get_peft_model
+from loramix.passes.state import state_of
 from loramix.routers.classifier import XLoraClassifier
 from loramix.training import init_router
 from loramix.training.initialise import LinearRouter, hidden_states, write_linear
@@ -153,7 +154,7 @@ def test_the_model_is_left_in_its_mode_and_without_hooks(experts: Any) -> None:
     model = mixture(experts).train()
     init_router(model, "labels", batches=batches())
     assert model.training
-    assert model._loramix.hooks == ()
+    assert state_of(model).hooks == ()
 
 
 @pytest.mark.parametrize(

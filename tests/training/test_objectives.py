@@ -24,7 +24,7 @@ from loramix import (
 )
 from loramix._compat import enable_checkpointing
 from loramix.passes.hooks import RouterOutput, RoutingHook
-from loramix.passes.state import attach
+from loramix.passes.state import attach, state_of
 from loramix.training import ExpertLabels, RouterCallback, RouterObjectives
 from loramix.training.objectives import RouterObjective
 from support.tiny import ARCHITECTURES, llama, tokens
@@ -252,11 +252,11 @@ def test_a_training_that_was_interrupted_leaves_nothing_to_the_next(experts: Any
     callbacks = [RouterCallback(OBJECTIVES["z_loss"]), Interrupt()]
     with pytest.raises(KeyboardInterrupt):
         Trainer(model, settings, train_dataset=rows(), callbacks=callbacks).train()
-    assert len(model._loramix.hooks) == 1
+    assert len(state_of(model).hooks) == 1
     RouterCallback(OBJECTIVES["z_loss"]).on_train_begin(settings, None, None, model=model)
-    assert len(model._loramix.hooks) == 1
+    assert len(state_of(model).hooks) == 1
     trained(model, tmp_path, OBJECTIVES["z_loss"])
-    assert model._loramix.hooks == ()
+    assert state_of(model).hooks == ()
 
 
 def test_labels_that_are_no_experts_are_refused(experts: Any) -> None:
@@ -270,7 +270,7 @@ def test_labels_that_are_no_experts_are_refused(experts: Any) -> None:
 def test_the_callback_leaves_the_model_without_hooks(experts: Any, tmp_path: Path) -> None:
     model = mixture(experts)
     trained(model, tmp_path, OBJECTIVES["z_loss"])
-    assert model._loramix.hooks == ()
+    assert state_of(model).hooks == ()
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")

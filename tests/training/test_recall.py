@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from loramix import ConfigurationError, UnsupportedOperationError, XLoraConfig, get_peft_model
+from loramix.passes.state import state_of
 from loramix.training import ScalingPassCache, required_bytes
 from support.tiny import ARCHITECTURES, gpt2, llama, opt, tokens
 
@@ -49,7 +50,7 @@ def test_an_identical_batch_gives_identical_gradients(experts: Any, folder: Path
             assert all(map(torch.equal, step(model, input_ids=tokens()), expected))
         assert (cache.hits, cache.misses) == (2, 1)
         assert cache.bytes == required_bytes(model, tokens().numel())
-    assert model._loramix.hooks == ()
+    assert state_of(model).hooks == ()
     assert folder is None or list(folder.iterdir()) == []
 
 
