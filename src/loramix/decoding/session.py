@@ -45,7 +45,7 @@ class Session:
         prompt: (B, T).
         new: the number of tokens to generate; None if it is not known.
         ends: the end-of-sequence ids. A row that has ended accepts every draft, so its logits and its keys and values
-            may then differ from sequential decoding. None where these can be observed: no row ends early.
+            may then differ from sequential decoding. None if these can be observed; then no row counts as ended.
     """
 
     def __init__(
