@@ -104,7 +104,7 @@ def test_a_text_beyond_the_context_is_read_in_pieces_and_that_is_said(loramix, f
 
 def test_what_lies_beyond_the_limit_is_said(loramix, folders) -> None:
     document = json.loads(loramix("inspect", folders.mixture, "--text", "a" * 50, "--limit", "11", "--json").out)
-    assert document["notes"][1] == "Read: the first 10 of 50 tokens; the rest lies beyond the limit of 11."
+    assert document["notes"][1] == "Read: the first 10 of 50 tokens; the rest is beyond the limit of 11."
     assert len(document["tokens"]) == 11
 
 

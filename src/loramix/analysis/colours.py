@@ -4,7 +4,7 @@ The first seven are those of Okabe and Ito (jfly.uni-koeln.de/color), which peop
 further one is that colour, out of a grid without near-black and near-white, that is farthest from all before it. The
 distance is taken in OKLab, as the least of four: without a colour vision deficiency, and with protanopia, deuteranopia
 and tritanopia (Machado et al. 2009). The two nearest of 24 colours are 0.067 apart, of 64 only 0.036: with more than
-about 24 experts, show the name beside the colour.
+about 24 experts, show the name with the colour.
 """
 
 from __future__ import annotations

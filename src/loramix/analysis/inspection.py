@@ -196,7 +196,7 @@ def _cut(
         )
     kept = read - len(start) * len(found)
     if kept < total:
-        notes.append(f"Read: the first {kept} of {total} tokens; the rest lies beyond the limit of {limit}.")
+        notes.append(f"Read: the first {kept} of {total} tokens; the rest is beyond the limit of {limit}.")
     return found, notes
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 WEIGHTS = "Blues"  # lightness alone tells more from less, whatever the colour vision
 SIGNED = "RdBu"  # blue for more than 0 as above, red for less
 LEFT_TO_RIGHT = 11.0  # inches
-A_LINE = 40  # tokens whose text stays readable beside each other
+A_LINE = 40  # tokens whose text stays readable on one line
 RUNS = 400  # columns of a text that is too long for that
 TALLEST = 19.0  # inches of all lines
 NAMED = 16  # experts in a legend
@@ -365,8 +365,8 @@ def _legend(figure: Figure, record: RoutingRecord, leads: Tensor) -> None:
     size, renderer = 7, cast(Any, figure.canvas).get_renderer()
     texts = [str(mark.get_label()) for mark in marks]
     widest = max(renderer.get_text_width_height_descent(text, FontProperties(size=size), False)[0] for text in texts)
-    beside = widest + 5.5 * size * figure.dpi / 72  # the mark, and the space around it
-    across = min(8, len(marks), max(1, int(figure.bbox.width / beside)))
+    entry = widest + 5.5 * size * figure.dpi / 72  # the text, the mark, and the space around it
+    across = min(8, len(marks), max(1, int(figure.bbox.width / entry)))
     shown = figure.legend(handles=marks, loc="outside lower center", ncols=across, fontsize=size, frameon=False)
     for label in shown.get_texts():
         plain_text(label)

@@ -25,7 +25,7 @@ def find_config(location: Location) -> Path:
 
 def _no_adapter(location: Location) -> CheckpointNotFoundError:
     """Recognise the likeliest mistakes: a base model's folder, and one of the original X-LoRA library."""
-    remedy = "Give the folder that save_pretrained wrote, or subfolder= where it lies deeper."
+    remedy = "Give the folder that save_pretrained wrote, or name its subfolder with subfolder=."
     if location.find("xlora_config.json"):
         found = "which is a checkpoint of the original xlora library"
         remedy = "Give its experts, one folder each, to a new XLoraConfig(adapters={…}); its layout is not read."

@@ -154,7 +154,7 @@ class Scheduler:
     def __init__(self, state: DecodingState, forwards: Forwards, known: Measurements) -> None:
         self.state, self.forwards, self.known = state, forwards, known
         self._began = 0.0
-        self._running: tuple[Strategy, int] | None = None  # the round under way, if it is typical, and its recoveries
+        self._running: tuple[Strategy, int] | None = None  # the running round, if it is typical, and its recoveries
         for one in DRAFTING:
             prior = one.prior(forwards)
             state.acceptance_of(one.drafter).prior = known.acceptance.get(one.drafter) if prior is None else prior

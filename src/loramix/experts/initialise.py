@@ -70,7 +70,7 @@ def _initialiser(config: LoraConfig) -> Callable[[Tensor], Tensor]:
     raise ConfigurationError(
         "init_lora_weights of a new expert is True, False or 'gaussian'.",
         received=f"init_lora_weights={choice!r}",
-        remedy="use init_lora_weights=True; an expert that was trained from another start is loaded as it is",
+        remedy="use init_lora_weights=True; an expert with another initialisation can be loaded once it is trained",
     )
 
 

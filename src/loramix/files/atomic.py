@@ -111,7 +111,7 @@ def _prepare(folder: Path, writers: Mapping[str, Writer]) -> tuple[dict[str, str
             path = folder / place
             _make_folder(path.parent, made)
             if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "a folder lies where the file belongs", str(path))
+                raise IsADirectoryError(errno.EISDIR, "a folder is in the place of the file", str(path))
             _discard_abandoned(path)
             temporary = path.with_name(f"{PREFIX}{token}-{path.name}")
             temporaries[place] = temporary.relative_to(folder).as_posix()

@@ -273,7 +273,7 @@ def require_routing(model: Any) -> None:
     """Check that a model is a mixture that makes scalings at present.
 
     Raises:
-        UnsupportedOperationError: it is no mixture.
+        UnsupportedOperationError: it is not a mixture.
         RoutingError: a mixture that makes none at present.
     """
     if state_of(model).single_pass() is not None:

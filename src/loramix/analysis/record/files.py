@@ -5,7 +5,7 @@
     {"format": "loramix routing record", "version": 1, "id": "9c1d…",
      "experts": […], "palette": […], "layers": […], "adapted": […],      names; layers is ["all layers"] if shared
      "settings": {…}, "changed": false,                                  of the mixture
-     "forks": {"7": [2, 31]},                                            text 7 goes on with text 2 after 31 tokens
+     "forks": {"7": [2, 31]},                                            text 7 continues text 2 after 31 tokens
      "seen": 120, "sample": false,
      "pieces": {"13": " the"},                                           token id -> its text on its own
      "shards": [{"file": "tokens-00000.safetensors", "tokens": 120}]}

@@ -65,7 +65,7 @@ class RoutingRecord(RecordedTokens):
             tokens: positions in the texts, as a number, a slice or a list; a pattern of the token's text as in file
                 names (`"*ing"`); or a mask (N,), True for the tokens to keep, as a tensor, an array or a list.
             layers: a number, a name or a pattern (`"*q_proj"`), or a list of them.
-            experts: likewise. Scalings are not renormalised: those of a token need not add up to 1 any more.
+            experts: likewise. Scalings are not renormalised: those of a token may no longer sum to 1.
             sequences: numbers of texts, likewise.
 
         Raises:

@@ -18,8 +18,8 @@ from loramix.passes.cache import TwoPassCache, tokens_in
 def held_before(cache: Any, inputs: Mapping[str, Any], length: int) -> int:
     """How many slots a cache held before a forward over `length` tokens.
 
-    The mask says so; without one there is no padding, and positions do. The cache itself may lag behind in lockstep; a
-    cache of one pass has taken the forward's tokens in by now.
+    The mask shows it; without a mask there is no padding, and positions show it. In lockstep the cache itself may lag
+    behind; a cache of one pass already holds the forward's tokens.
     """
     two_passes = isinstance(cache, TwoPassCache)
     filled = int(tokens_in(cache)) - (0 if two_passes else length)
@@ -63,7 +63,7 @@ def real_slots(mask: Any, batch: int, length: int, before: int) -> Bool[Tensor, 
 
 
 def packed_starts(inputs: Mapping[str, Any], batch: int, length: int) -> Bool[Tensor, "B S"] | None:
-    """True where a text begins, where a row without a mask holds several: positions do not go on there.
+    """True where a text begins, in a row without a mask that holds several: positions do not continue there.
 
     So transformers tells them apart (`masking_utils.find_packed_sequence_indices`). None where there is one a row.
     """
