@@ -15,7 +15,7 @@ import torch
 
 from loramix import DataError
 from loramix.training import ExpertLabels, Row, read_rows
-from loramix.training.data import pieces, to_dataset
+from loramix.training.dataset import pieces, to_dataset
 from support.byte_tokenizer import byte_tokenizer
 from support.training_files import write_lines
 

@@ -33,7 +33,8 @@ from loramix.errors import LoramixError, SaveError, TrainingError
 from loramix.layers.linear import LinearStack
 from loramix.training import run as runs
 from loramix.training.check import check
-from loramix.training.run import last_complete_checkpoint, run_expert_training, run_training
+from loramix.training.checkpoints import last_complete_checkpoint
+from loramix.training.run import run_expert_training, run_training
 from loramix.training.settings import Data, ExpertSettings, TrainSettings
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import llama, save_expert

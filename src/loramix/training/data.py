@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from loramix.errors import ConfigurationError, DataError
-from loramix.evaluation.passages import windows
 from loramix.passes.hooks import EXPERT_IDS
 from loramix.training.losses import IGNORED
 
@@ -57,61 +56,6 @@ class Row:
                 remedy="Use the tokenizer of a chat model, set its chat_template, or give plain text.",
             )
         return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-
-
-def pieces(row: Row, tokenizer: Any, size: int | None) -> list[list[int]]:
-    """A row's tokens for training.
-
-    Plain text gets the end token, and is cut into pieces of `size` tokens. A piece begins with the last token of the
-    one before, so that every token but the first is predicted once. A conversation or a completion is one piece, and
-    is truncated to `size` tokens.
-
-    Args:
-        row: the text.
-        tokenizer: of the base model.
-        size: at least 2; None cuts nothing.
-    """
-    ids: list[int] = tokenizer(row.as_text(tokenizer), verbose=False)["input_ids"]
-    if "text" not in row.content:
-        return [ids[:size]]
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids = [*ids, tokenizer.eos_token_id]
-    if size is None:
-        return [ids]
-    return [window.ids for window in windows(ids, size, overlap=1)]
-
-
-def to_dataset(rows: Sequence[Row], tokenizer: Any, size: int | None, *, labels: bool = False) -> Any:
-    """A data set for TRL's trainers: plain text as tokens, in `pieces`; the other formats unchanged.
-
-    Args:
-        rows: rows of one format.
-        tokenizer: the base model's.
-        size: the most tokens of a piece.
-        labels: whether `expert` stays a column, if any row has it.
-
-    Raises:
-        DataError: no text is long enough to predict a token.
-    """
-    import datasets  # pyright: ignore[reportMissingTypeStubs]
-
-    def items() -> Iterator[dict[str, Any]]:
-        for row in rows:
-            label = {EXPERT: row.expert} if labelled else {}
-            if "text" not in row.content:
-                yield row.content | label
-            else:
-                yield from ({"input_ids": piece} | label for piece in pieces(row, tokenizer, size) if len(piece) > 1)
-
-    labelled = labels and any(row.expert is not None for row in rows)
-    found = list(items())
-    if not found:
-        raise DataError(
-            "A text to train on has at least two tokens: one to read, one to predict.",
-            received=f"{len(rows)} texts of a single token",
-            remedy="Give longer texts.",
-        )
-    return datasets.Dataset.from_list(found)
 
 
 def read_rows(

@@ -13,7 +13,8 @@ from loramix._compat import CHECKPOINTING
 from loramix.config.xlora import XLoraConfig
 from loramix.experts.adapter import Adapter
 from loramix.layers.inject import Site, router_sizes
-from loramix.training.data import Row, pieces
+from loramix.training.data import Row
+from loramix.training.dataset import pieces
 from loramix.training.memory import sizes_of, training_memory
 
 _SAMPLE = 64

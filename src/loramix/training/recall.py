@@ -10,13 +10,12 @@ B, S: batch, sequence. H: hidden size. N: tokens.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -30,6 +29,7 @@ from loramix.layers.stack import ExpertStack
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
 from loramix.passes.state import attach, state_of
+from loramix.training.stores import FileStore, MemoryStore
 
 _BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _WITHOUT_EFFECT = frozenset({"labels", "use_cache", "return_dict", "num_items_in_batch", EXPERT_IDS, "cache_position"})
@@ -80,7 +80,7 @@ class ScalingPassCache(RoutingHook):
         refuse_changing_pass(model)
         self.max_bytes = max_bytes
         self.bytes = self.hits = self.misses = 0
-        self._store: _Memory | _File = _Memory() if folder is None else _File(Path(folder))
+        self._store: MemoryStore | FileStore = MemoryStore() if folder is None else FileStore(Path(folder))
         self._told = False
         self._settings = self._current_settings()
         self._detach: Callable[[], None] | None = None
@@ -241,84 +241,3 @@ def _row(columns: Mapping[str, Tensor], number: int, mask: Tensor | None) -> _Ro
     if mask is not None and stop - start != len(real):
         digest.update(mask[start:stop].contiguous().numpy().tobytes())
     return _Row(digest.digest(), start, stop)
-
-
-class _Memory:
-    """Hidden states in memory, by the keys of their texts."""
-
-    def __init__(self) -> None:
-        self._kept: dict[bytes, Tensor] = {}
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._kept
-
-    def write(self, key: bytes, hidden: Tensor) -> bool:
-        self._kept[key] = hidden.clone()
-        return True
-
-    def read(self, key: bytes) -> Tensor | None:
-        return self._kept.get(key)
-
-    def clear(self) -> None:
-        self._kept.clear()
-
-    close = clear
-
-
-@dataclass(frozen=True)
-class _Place:
-    start: int
-    stop: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-class _File:
-    """Hidden states in an unnamed temporary file, which ends with the process."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(dir=folder, prefix=".loramix-scaling-pass-", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise ConfigurationError(
-                "The cache of the scaling pass lies in a folder that can be written.",
-                received=f"folder={str(folder)!r}: {error}",
-                remedy="Name another folder, or keep the hidden states in memory with folder=None.",
-            ) from error
-        self._file = cast("BinaryIO", file)
-        self._places: dict[bytes, _Place] = {}
-        self._end = 0
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._places
-
-    def write(self, key: bytes, hidden: Tensor) -> bool:
-        """Write them; False if the disk is full."""
-        place = _Place(self._end, self._end + hidden.nbytes, hidden.shape, hidden.dtype)
-        try:
-            self._file.seek(place.start)
-            if self._file.write(hidden.view(torch.uint8).numpy().tobytes()) < hidden.nbytes:
-                return False
-        except OSError:
-            return False
-        self._places[key], self._end = place, place.stop
-        return True
-
-    def read(self, key: bytes) -> Tensor | None:
-        place = self._places.get(key)
-        if place is None:
-            return None
-        if place.start == place.stop:
-            return torch.zeros(place.shape, dtype=place.dtype)
-        self._file.seek(place.start)
-        raw = bytearray(self._file.read(place.stop - place.start))
-        return torch.frombuffer(raw, dtype=place.dtype).view(place.shape)
-
-    def clear(self) -> None:
-        self._places.clear()
-        self._end = 0
-
-    def close(self) -> None:
-        self.clear()
-        self._file.close()
