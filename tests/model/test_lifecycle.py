@@ -128,6 +128,15 @@ def test_a_copy_of_the_model_does_not_continue_its_caches(model: Any) -> None:
         twin(tokens(2, 1), past_key_values=cache)
 
 
+@torch.compiler.set_stance("force_eager")
+def test_a_copy_of_a_compiled_model_calls_its_own_forward(model: Any) -> None:
+    model.compile(backend="eager")
+    twin = copy.deepcopy(model)
+    before = twin(tokens()).logits
+    model.set_global_scaling_weight(0.0)
+    assert torch.equal(twin(tokens()).logits, before)
+
+
 def test_an_explicit_cache_is_kept_in_training(model: Any) -> None:
     model.train()
     cache = model(tokens(), use_cache=True).past_key_values

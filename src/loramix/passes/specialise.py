@@ -56,7 +56,7 @@ class Specialised:
         rebind_forward(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, self._loramix_made_of, self.__dict__
+        return _rebuild, self._loramix_made_of, self.__getstate__()  # torch's, without what `compile` has made
 
 
 def _rebuild(kind: type, mixins: tuple[type, ...], carrier: bool) -> Any:
