@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from loramix.model.build import PeftModel, XLoraModel, get_peft_model, prepare_model_for_kbit_training
+    from loramix.model.reference import create_reference_model
     from loramix.passes.cache import TwoPassCache
     from loramix.routers.classifier import XLoraClassifier
 
@@ -87,6 +88,7 @@ __all__ = [
     "XLoraLayer",
     "XLoraModel",
     "__version__",
+    "create_reference_model",
     "get_peft_model",
     "prepare_model_for_kbit_training",
 ]
@@ -95,6 +97,7 @@ _HOMES = {
     "XLoraClassifier": "routers.classifier",
     "TwoPassCache": "passes.cache",
     "XLoraLayer": "layers.layer",
+    "create_reference_model": "model.reference",
     "LoraConfig": "config.lora",
     "XLoraConfig": "config.xlora",
     **dict.fromkeys(("PeftConfig", "PeftType", "TaskType"), "config.base"),

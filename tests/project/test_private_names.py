@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import GenerationConfig
@@ -32,6 +33,7 @@ NAMES = {  # name -> the file that leans on it
     "_supports_default_dynamic_cache": "_compat.py",
     # accelerate
     "_old_forward": "passes/specialise.py",
+    "_is_accelerate_prepared": "model/reference.py",
     # torch
     "_ConvNd": "experts/base_layers.py",
     "_apply": "layers/stack.py",
@@ -129,6 +131,13 @@ def test_old_forward() -> None:
     forward = layer.forward
     add_hook_to_module(layer, ModelHook())
     assert layer._old_forward == forward
+
+
+def test_is_accelerate_prepared() -> None:
+    """A model that was prepared has it, and is not prepared again."""
+    layer = nn.Linear(2, 2)
+    Accelerator(cpu=True).prepare(layer)
+    assert layer._is_accelerate_prepared
 
 
 def test_ConvNd() -> None:

@@ -47,6 +47,7 @@ PUBLIC = {
     "XLoraConfig": "config.xlora",
     "XLoraLayer": "layers.layer",
     "XLoraModel": "model.build",
+    "create_reference_model": "model.reference",
     "get_peft_model": "model.build",
     "prepare_model_for_kbit_training": "model.build",
 }
