@@ -18,8 +18,8 @@ def create_reference_model(model: _Model) -> _Model:
     """A model that computes what this one computes now, and stays so while this one trains.
 
     What trains (the router, experts, heads) is copied, with settings and fixed routing; the weights that do not train
-    are shared. Nothing in the reference requires gradients, it is in evaluation mode, and hooks that are attached to
-    the model, such as objectives, do not take part in it.
+    are shared. Nothing in the reference requires gradients, and it is in evaluation mode. What is attached to the
+    model, such as objectives, and blocks of code that change it (`fixed_scalings`, `disable_adapter`) are its alone.
 
     Args:
         model: a mixture, or a model with one LoRA expert. Choose what trains before: a weight that requires gradients

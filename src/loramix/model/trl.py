@@ -2,7 +2,8 @@
 
 They load `create_model_from_path(get_config_model_id(model.config))`, which is the base model; only of a model of
 PEFT's own class they take the model as it is at the start. TRL offers no place to say otherwise. So these two
-functions are replaced in TRL's modules: for the model of a trainer, they give `create_reference_model(model)`.
+functions are replaced in TRL's modules: for the model of a trainer, they give `create_reference_model(model)`. A
+reference that follows its model (`sync_ref_model`) is averaged in place, so that what the two share is left out.
 
 This happens when `loramix.model` and TRL are both imported, in either order; nothing here imports TRL.
 """
