@@ -15,11 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loramix.config.lora import LoraConfig
+from loramix.errors import CorruptCheckpointError
+from loramix.files.tensors import all_finite
 
 _Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoraWeights:
     """An expert's tensors in one module, as PEFT stores them.
 
@@ -43,9 +45,20 @@ class LoraWeights:
         return self.A.shape[0]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [tensor for tensor in (self.A, self.B, self.bias, self.magnitude) if tensor is not None]
+
+    @property
     def num_parameters(self) -> int:
         """Number of elements of all tensors."""
-        return sum(tensor.numel() for tensor in (self.A, self.B, self.bias, self.magnitude) if tensor is not None)
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    def move_into(self, place: LoraWeights) -> None:
+        """Copy the tensors into those of `place`, and be these from now on: the memory of the old ones may go."""
+        for own, other in zip(self.tensors, place.tensors, strict=True):
+            other.copy_(own.view_as(other))
+        vars(self).update(vars(place))
 
 
 @dataclass
@@ -76,6 +89,25 @@ class Adapter:
         rank = self.rank(module_path)
         alpha = pattern_value(self.config.alpha_pattern, module_path, self.config.lora_alpha)
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+
+
+def refuse_infinite(name: str, weights: Mapping[str, LoraWeights]) -> None:
+    """Refuse an expert whose tensors hold an infinite number or NaN.
+
+    Args:
+        name: the expert's name, for the message.
+        weights: its tensors by module path.
+
+    Raises:
+        CorruptCheckpointError: naming the expert and the module.
+    """
+    for path, part in weights.items():
+        if not all_finite(part.tensors):
+            raise CorruptCheckpointError(
+                "An expert's matrices hold finite numbers.",
+                received=f"expert {name!r}: module {path!r} with infinite ones, or NaN",
+                remedy="Download the adapter again, or train it again: its training has diverged.",
+            )
 
 
 def pattern_value(patterns: Mapping[str, _Value], module_path: str, default: _Value) -> _Value:

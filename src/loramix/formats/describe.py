@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loramix.config.base import TaskType
-from loramix.experts.adapter import Adapter
+from loramix.experts.adapter import Adapter, refuse_infinite
 from loramix.files.hub import HubOptions
 from loramix.files.location import Location
 from loramix.formats.load import Kind, kind_at, read_expert, read_mixture
@@ -148,6 +148,7 @@ def _single_expert(location: Location) -> Description:
 
 def _expert(expert: Adapter) -> ExpertDescription:
     config, weights = expert.config, expert.weights
+    refuse_infinite(expert.name, weights)
     variants = {"rslora": config.use_rslora, "dora": config.use_dora, "bias": config.lora_bias}
     return ExpertDescription(
         name=expert.name,

@@ -9,7 +9,7 @@ from enum import Enum
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import CheckpointError, LoramixError
-from loramix.experts.adapter import Adapter
+from loramix.experts.adapter import Adapter, refuse_infinite
 from loramix.files.hub import HubOptions
 from loramix.files.location import Location
 from loramix.formats.format import ExpertFormat, MixtureFormat, format_of
@@ -62,11 +62,13 @@ def load_adapter(
         CheckpointError: a mixture instead of an expert.
         ConfigurationError: invalid values in `adapter_config.json`.
     """
-    return read_expert(Location(identifier, options or HubOptions()), name, config)
+    expert = read_expert(Location(identifier, options or HubOptions()), name, config)
+    refuse_infinite(name, expert.weights)
+    return expert
 
 
 def read_expert(location: Location, name: str, config: LoraConfig | None = None) -> Adapter:
-    """`load_adapter`, from a location."""
+    """`load_adapter`, from a location; the tensors are mapped, and their numbers not looked at."""
     try:
         format = format_of(location)
         if not isinstance(format, ExpertFormat):
@@ -113,7 +115,10 @@ def load_mixture(
         UnsupportedAdapterError: an expert with a feature that a mixture does not support.
         CheckpointError: an expert instead of a mixture.
     """
-    return read_mixture(Location(identifier, options or HubOptions()), adapters, config)
+    mixture = read_mixture(Location(identifier, options or HubOptions()), adapters, config)
+    for expert in mixture.experts:
+        refuse_infinite(expert.name, expert.weights)
+    return mixture
 
 
 def read_mixture(
@@ -121,7 +126,7 @@ def read_mixture(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     config: XLoraConfig | None = None,
 ) -> MixtureCheckpoint:
-    """`load_mixture`, from a location."""
+    """`load_mixture`, from a location; the experts' tensors are mapped, and their numbers not looked at."""
     format = format_of(location)
     if not isinstance(format, MixtureFormat):
         raise CheckpointError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
@@ -24,15 +23,6 @@ class ConvolutionStack(ExpertStack):
     def __init__(self, base_layer: _ConvNd, experts: Sequence[LayerExpert], number: int, **options: Any) -> None:
         self._kernel_dims = len(base_layer.kernel_size)
         super().__init__(base_layer, experts, number, **options)
-
-    def _stack_A(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
-
-    def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]:
-        return stacked.split(self.ranks)
-
-    def _matrix(self, B: Tensor) -> Tensor:
-        return B.flatten(1)
 
     def _file_B(self, B: Tensor) -> Tensor:
         return B.reshape(*B.shape, *[1] * self._kernel_dims)

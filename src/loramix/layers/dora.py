@@ -34,22 +34,25 @@ class DoraStack(LinearStack):
 
     def __init__(self, base_layer: nn.Module, experts: Sequence[LayerExpert], number: int, **options: Any) -> None:
         super().__init__(base_layer, experts, number, **options)
-        magnitudes = {i: m.flatten() for i, e in enumerate(experts) if (m := e.weights.magnitude) is not None}
-        self.dora = tuple(magnitudes)
-        self.lora_magnitude = nn.Parameter(torch.stack(list(magnitudes.values())).to(self.lora_A), requires_grad=False)
+        self.dora = tuple(i for i, e in enumerate(experts) if e.weights.magnitude is not None)
+        empty = self.lora_B.new_empty(len(self.dora), len(self.lora_B))
+        self.lora_magnitude = nn.Parameter(empty, requires_grad=False)
         parts = [i for i, rank in enumerate(self.ranks) for _ in range(rank)] + list(self.biased)
         device = self.lora_A.device
         self._buffer("dora_parts", torch.tensor(self.dora, device=device))
         self._buffer("dora_experts", torch.tensor([self.members[i] for i in self.dora], device=device))
         self._buffer("part_of_rank", torch.tensor(parts, device=device))
         self._dora_scales = tuple(experts[i].scale for i in self.dora)
-        self._buffer("dora_norm", self._norms(base_layer))
-        self._norm_is_stale = False
+        self._buffer("dora_norm", torch.empty_like(empty))
+        self._norm_is_stale = True
 
     dora_parts: Tensor
     dora_experts: Tensor
     part_of_rank: Tensor
     dora_norm: Tensor
+
+    def settle(self, base_layer: nn.Module) -> None:
+        self.dora_norm, self._norm_is_stale = self._norms(base_layer), False
 
     def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module, base_y: Tensor) -> Tensor:
         ratio = self._ratio(base_layer)
@@ -73,7 +76,7 @@ class DoraStack(LinearStack):
             self._norm_is_stale = True
             return self.lora_magnitude / self._norms(base_layer)
         if self._norm_is_stale:
-            self.dora_norm, self._norm_is_stale = self._norms(base_layer), False
+            self.settle(base_layer)
         return self.lora_magnitude / self.dora_norm
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -25,9 +25,6 @@ class EmbeddingStack(ExpertStack):
     adapts = "embedding"
     is_embedding = True
 
-    def _stack_A(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts)).T
-
     def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]:
         return stacked.T.split(self.ranks)
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
-from loramix.experts.adapter import Adapter, LoraWeights
+from loramix.experts.adapter import Adapter, LoraWeights, refuse_infinite
 from loramix.experts.base_layers import Kind, device_of, expected_shapes, kind_of, refuse_module
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
-from loramix.layers.layer import XLoraLayer, adapted_layer
+from loramix.files.tensors import all_finite
+from loramix.layers.layer import XLoraLayer, fill, new_layer
 from loramix.layers.stack import LayerExpert
 from loramix.routers.router import RouterSizes
 
@@ -197,21 +198,30 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
     return carrier
 
 
-def adapt(sites: Sequence[Site], *, precise: bool, dtype: torch.dtype) -> dict[str, XLoraLayer]:
+def adapt(sites: Sequence[Site], names: Sequence[str], *, precise: bool, dtype: torch.dtype) -> dict[str, XLoraLayer]:
     """The adapted layers by their paths, ready to take their places; the base model is not touched.
 
     Args:
         sites: as `plan` gives them.
+        names: the experts' names, for errors.
         precise: whether the experts are float32 beside a base of any dtype, as experts that train are.
         dtype: the base model's, for layers whose own weight is not of a floating dtype.
+
+    Raises:
+        CorruptCheckpointError: an expert with an infinite number or NaN.
     """
     layers: dict[str, XLoraLayer] = {}
     layouts: dict[object, int] = {}
     for number, site in enumerate(sites):
         own_dtype = torch.float32 if precise else _dtype(site.module, dtype)
-        layer = adapted_layer(site.module, site.experts, number, dtype=own_dtype)
+        layer = new_layer(site.module, site.experts, number, dtype=own_dtype)
         layer.stack.layout = layouts.setdefault(layer.stack.arrangement, len(layouts))
         layers[site.path] = layer
+    fill(list(layers.values()), [site.experts for site in sites])
+    for path, layer in layers.items():
+        if not all_finite(layer.stack.parameters()):
+            for expert, weights in layer.stack.parts.items():
+                refuse_infinite(names[expert], {path: weights})
     return layers
 
 

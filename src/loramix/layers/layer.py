@@ -6,11 +6,13 @@ y = base(x) + Σ_stacks Δ(x)                                                   
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from loramix.experts.adapter import LoraWeights
 from loramix.experts.base_layers import Kind, kind_of
 from loramix.layers.convolution import ConvolutionStack
 from loramix.layers.dora import DoraStack
@@ -107,10 +109,10 @@ def stack_class(module: nn.Module, experts: Sequence[LayerExpert]) -> type[Exper
     return None if kind is None else _STACKS[kind]
 
 
-def adapted_layer(
+def new_layer(
     module: nn.Module, experts: Sequence[LayerExpert], number: int, *, dtype: torch.dtype | None = None
 ) -> XLoraLayer:
-    """A module of the base model with its experts; arguments as for `ExpertStack`.
+    """A module of the base model with the matrices of its experts, yet to be filled; arguments as for `ExpertStack`.
 
     The module must be one that experts can adapt (`refuse_module` refuses the others).
     """
@@ -118,3 +120,31 @@ def adapted_layer(
     assert kind is not None
     wrapper = XLoraEmbedding if isinstance(module, nn.Embedding) else XLoraLayer
     return wrapper(module, kind(module, experts, number, dtype=dtype))
+
+
+def fill(layers: Sequence[XLoraLayer], experts: Sequence[Sequence[LayerExpert]]) -> None:
+    """Move the experts' tensors into new layers, one expert after the other.
+
+    So the memory map of a file is read and released before that of the next one is.
+
+    Args:
+        layers: as `new_layer` made them.
+        experts: those of each layer.
+    """
+    moves: list[tuple[int, LoraWeights, LoraWeights]] = []
+    for layer, members in zip(layers, experts, strict=True):
+        parts = layer.stack.parts
+        moves += [(e.expert, e.weights, parts[e.expert]) for e in members]
+    for _, weights, part in sorted(moves, key=itemgetter(0)):
+        weights.move_into(part)
+    for layer in layers:
+        layer.stack.settle(layer.base_layer)
+
+
+def adapted_layer(
+    module: nn.Module, experts: Sequence[LayerExpert], number: int, *, dtype: torch.dtype | None = None
+) -> XLoraLayer:
+    """A module of the base model with its experts: `new_layer`, filled."""
+    layer = new_layer(module, experts, number, dtype=dtype)
+    fill([layer], [experts])
+    return layer

@@ -5,7 +5,6 @@ R: total rank of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -56,12 +55,6 @@ class LinearStack(ExpertStack):
     def _is_plain(self, base_layer: nn.Module) -> bool:
         """Whether the delta is two matrix products, without dropout or biases, and nothing else refers to y."""
         return not (self.biased or (self.training and any(self.dropouts)) or has_hooks(base_layer))
-
-    def _stack_A(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
-
-    def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]:
-        return stacked.split(self.ranks)
 
     def _down(self, x: Tensor, A: Tensor, base_layer: nn.Module) -> Tensor:
         return F.linear(x, A)

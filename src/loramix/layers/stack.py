@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from loramix.errors import RoutingError
 from loramix.experts.adapter import LoraWeights
-from loramix.experts.base_layers import device_of
+from loramix.experts.base_layers import device_of, expected_shapes
 from loramix.layers.functional import gate
 from loramix.layers.routing import Routing
 from loramix.routers.precision import keep_dtype
@@ -54,9 +54,10 @@ class ExpertStack(nn.Module):
 
     Args:
         base_layer: the adapted layer. It is not stored: `add_to` is given it at each call.
-        experts: those that adapt the layer, in the order of the mixture; at least one.
+        experts: those that adapt the layer, in the order of the mixture; at least one. Their tensors are yet to be
+            moved into `parts`; then `settle` is to be called.
         number: the layer's number among the adapted layers.
-        dtype: of the stacked matrices; of the experts' tensors if None.
+        dtype: of the stacked matrices; of the first expert's tensors if None.
 
     Attributes:
         members: the expert of each part.
@@ -89,15 +90,14 @@ class ExpertStack(nn.Module):
         self.dropouts = tuple(e.dropout for e in experts)
         self.biased = tuple(i for i, e in enumerate(experts) if e.weights.bias is not None)
         self.arrangement = tuple((e.expert, e.rank, e.scale, i in self.biased) for i, e in enumerate(experts))
-        device = device_of(base_layer)
+        device, dtype = device_of(base_layer), dtype or experts[0].weights.A.dtype
 
-        def place(tensor: Tensor) -> nn.Parameter:
-            return nn.Parameter(tensor.to(device, dtype or tensor.dtype).contiguous(), requires_grad=False)
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
-        self.lora_A = place(self._stack_A([e.weights.A for e in experts]))
-        ups = [self._matrix(e.weights.B) for e in experts]
-        biases = [b.unsqueeze(1) for e in experts if (b := e.weights.bias) is not None]
-        self.lora_B = place(torch.cat([*ups, *biases], dim=1))
+        shape_A, shape_B = expected_shapes(base_layer, self.rank)
+        self.lora_A = empty(*(reversed(shape_A) if self.is_embedding else shape_A))
+        self.lora_B = empty(shape_B[0], self.rank + len(self.biased))
         columns = [i for i, rank in enumerate(self.ranks) for _ in range(rank)] + list(self.biased)
         scales = [experts[i].scale for i in columns]
         self._buffer("index", torch.tensor([number], device=device))
@@ -158,11 +158,9 @@ class ExpertStack(nn.Module):
         """`_down`'s result as (*tokens, R)."""
         return h
 
-    @abstractmethod
-    def _stack_A(self, parts: Sequence[Tensor]) -> Tensor: ...
-
-    @abstractmethod
-    def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]: ...
+    def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]:
+        """Each expert's A as its file holds it: views."""
+        return stacked.split(self.ranks)
 
     @abstractmethod
     def _down(self, x: Tensor, A: Tensor, base_layer: nn.Module) -> Tensor: ...
@@ -170,13 +168,17 @@ class ExpertStack(nn.Module):
     @abstractmethod
     def _up(self, y: Tensor, gated: Tensor, B: Tensor, base_layer: nn.Module) -> Tensor: ...
 
-    def _matrix(self, B: Tensor) -> Tensor:
-        """One expert's B as (out, r)."""
+    def _file_B(self, B: Tensor) -> Tensor:
+        """One expert's B (out, r) in the shape that it has in a file: a view."""
         return B
 
-    def _file_B(self, B: Tensor) -> Tensor:
-        """The inverse of `_matrix`: the shape that B has in a file."""
-        return B
+    @property
+    def parts(self) -> dict[int, LoraWeights]:
+        """Each expert's tensors as its file holds them, by expert number: views of the matrices."""
+        return self.unstack(cast("dict[str, Tensor]", self._parameters))
+
+    def settle(self, base_layer: nn.Module) -> None:
+        """Compute what follows from the experts' tensors, once they are in the matrices; nothing here."""
 
     def unstack(self, tensors: Mapping[str, Tensor]) -> dict[int, LoraWeights]:
         """The experts' tensors as their files hold them, by expert number.

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loramix import formats
 from loramix._compat import enable_checkpointing
 from loramix.config.base import PeftConfig
 from loramix.config.lora import LoraConfig
@@ -26,6 +25,8 @@ from loramix.experts.adapter import Adapter
 from loramix.experts.base_model import hidden_size_of, identifier_of
 from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
+from loramix.files.location import Location
+from loramix.formats.load import kind_at, read_expert, read_mixture
 from loramix.layers.inject import adapt, find_carrier, plan, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import check_uses
@@ -90,7 +91,8 @@ class PeftModel(_Peft):
         _check_base(model)
         options = _options(hub)
         config = copy.deepcopy(config)
-        if formats.detect(model_id, options) == "expert":
+        location = Location(model_id, options)
+        if kind_at(location) == "expert":
             lora = _of_kind(config, LoraConfig, model_id)
             if adapters is not None:
                 raise ConfigurationError(
@@ -98,9 +100,9 @@ class PeftModel(_Peft):
                     received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
                     remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
                 )
-            adapter = formats.load_adapter(adapter_name, model_id, options, lora)
+            adapter = read_expert(location, adapter_name, lora)
             return _build_lora(model, adapter, trainable=is_trainable)
-        saved = formats.load_mixture(model_id, options, adapters, _of_kind(config, XLoraConfig, model_id))
+        saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
         saved.config.inference_mode = not is_trainable
         result = _build_mixture(model, saved.config, saved.experts, saved.router, trainable=is_trainable)
         return result if is_trainable else result.eval()
@@ -160,7 +162,7 @@ def get_peft_model(
         return _build_lora(model, new_adapter(adapter_name, model, config), trainable=True)
     _check(config, len(config.adapters), hidden_size_of(model))
     config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
-    experts = [formats.load_adapter(name, source, options) for name, source in config.adapters.items()]
+    experts = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
     return _build_mixture(model, config, experts, None, trainable=not config.inference_mode)
 
 
@@ -243,7 +245,7 @@ def _build_mixture(
     names = [expert.name for expert in experts]
     carrier = find_carrier(model, sites, names)
     told = check_uses(carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
-    layers = adapt(sites, precise=config.use_trainable_adapters, dtype=model.dtype)
+    layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, tokens_told=told)
     _commit(model, carrier, layers, state, XLoraMethods)
@@ -263,7 +265,7 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     sites = plan(model, [adapter])
     carrier = find_carrier(model, sites, [adapter.name])
     check_uses(carrier, sites, [adapter.name], routed=False)
-    layers = adapt(sites, precise=True, dtype=model.dtype)
+    layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
     _commit(model, carrier, layers, state, PeftMethods)
     _set_trainable(layers, trainable)
