@@ -129,6 +129,43 @@ def test_what_cannot_be_merged_is_refused_before_anything_changes() -> None:
         model.merge_and_unload(adapter_names=["other"])
 
 
+def rounded(layer: nn.Linear) -> None:
+    """As compressed-tensors does it: a plain layer with another forward on the object, which rounds the weight."""
+    weight = (layer.weight.detach() * 8).round() / 8
+    layer.forward = lambda x: nn.functional.linear(x, weight, layer.bias)  # type: ignore[method-assign]
+
+
+class Subclass(torch.Tensor):
+    """As torchao does it: a plain layer with a tensor of another class."""
+
+
+def wrapped(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Subclass))
+
+
+@pytest.mark.parametrize("quantise", [rounded, wrapped])
+def test_a_layer_that_looks_plain_and_computes_with_another_weight_is_refused(
+    quantise: Callable[[nn.Linear], None],
+) -> None:
+    base: Any = llama()
+    quantise(base.model.layers[0].self_attn.q_proj)
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"layers\.0\.self_attn\.q_proj.* a quantised one"):
+        model.merge_and_unload()
+
+
+def test_dora_takes_the_norm_of_the_weight_that_a_layer_computes_with(tmp_path: Path) -> None:
+    plain: Any = llama()
+    for layer in plain.model.layers:
+        layer.self_attn.q_proj.weight.data = (layer.self_attn.q_proj.weight.data * 8).round() / 8
+    folder = save_expert(tmp_path / "one", plain, target_modules=["q_proj"], use_dora=True)
+    expected = logits_of(PeftModel.from_pretrained(plain, folder))
+    base: Any = llama()
+    for layer in base.model.layers:
+        rounded(layer.self_attn.q_proj)
+    assert_close(logits_of(PeftModel.from_pretrained(base, folder)), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_an_experts_bias_needs_one_in_the_base() -> None:
     model: Any = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
     with pytest.raises(UnsupportedOperationError, match="no place"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,22 @@ def device_of(layer: nn.Module) -> torch.device:
     return next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), torch.device("cpu"))
 
 
+def computes_with_its_weight(layer: nn.Module) -> bool:
+    """Whether `layer.weight` is the matrix that the layer multiplies with: no quantised one, and no forward of its own.
+
+    A quantised layer may look plain: compressed-tensors gives an `nn.Linear` another forward, torchao another weight.
+    accelerate's forward moves tensors and changes no number.
+    """
+    plain = type(layer) is nn.Linear or isinstance(layer, Conv1D | nn.Embedding | _ConvNd)
+    moved_only = "forward" not in layer.__dict__ or "_hf_hook" in layer.__dict__
+    return plain and moved_only and type(getattr(layer, "weight", None)) in (Tensor, nn.Parameter)
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
     """A linear layer's weight (out, in) in float32; a quantised one is found by applying the layer to the identity."""
-    if type(layer) is nn.Linear:
-        return layer.weight.detach().float()
-    if isinstance(layer, Conv1D):
-        return layer.weight.detach().float().T
+    if computes_with_its_weight(layer):
+        weight: Any = layer.weight
+        return weight.detach().float().T if isinstance(layer, Conv1D) else weight.detach().float()
     reference = next(t for t in (*layer.parameters(), *layer.buffers()))
     dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
     eye = torch.eye(linear_sizes(layer)[0], device=reference.device, dtype=dtype)

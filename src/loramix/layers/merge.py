@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loramix.errors import UnsupportedOperationError
+from loramix.experts.base_layers import computes_with_its_weight
 from loramix.experts.base_model import text_config
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import Routing
@@ -70,8 +70,8 @@ def put(model: PreTrainedModel, merged: Mapping[str, MergedWeights]) -> None:
 
 def _merged(path: str, layer: XLoraLayer, routing: Routing) -> MergedWeights:
     base, stack = layer.base_layer, layer.stack
-    if type(base) is not nn.Linear and not isinstance(base, Conv1D | nn.Embedding | _ConvNd):
-        raise _refused(path, f"a {type(base).__name__}, whose weight has no plain form")
+    if not computes_with_its_weight(base):
+        raise _refused(path, f"a {type(base).__name__} that does not compute with a plain weight: a quantised one")
     weight = cast("Tensor", base.weight)
     up, stretch = stack.update_matrices(routing, base)
     update = _product(stack, up[:, : stack.rank])
