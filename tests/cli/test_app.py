@@ -160,7 +160,7 @@ def test_json_is_readable_in_every_encoding(encoding: str, written: str, monkeyp
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_a_text_of_broken_bytes_is_told(content: bytes, errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors))
-    with pytest.raises(ConfigurationError, match="whole characters") as caught:
+    with pytest.raises(ConfigurationError, match="valid in its encoding") as caught:
         terminal.read_text("-")
     assert "stdin" in caught.value.received
 

@@ -164,7 +164,7 @@ def test_the_base_model_can_still_run_beside_it(of_llama: Any) -> None:
     assert not hasattr(read(llama(), tokens(), mine), "base")
 
 
-@pytest.mark.parametrize(("part", "received"), [("mixed", "7 tokens of the mixture"), ("base", "7 of the scaling")])
+@pytest.mark.parametrize(("part", "received"), [("mixture", "7 tokens of the mixture"), ("base", "7 of the scaling")])
 def test_halves_that_have_come_apart_are_refused(of_llama: Any, part: str, received: str) -> None:
     cache = read(of_llama, tokens(), DynamicCache())
     for layer in getattr(cache, part).layers:

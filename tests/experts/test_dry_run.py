@@ -112,9 +112,11 @@ def test_models_of_one_structure_are_run_once(monkeypatch: pytest.MonkeyPatch) -
 def test_a_large_model_takes_no_memory() -> None:
     with torch.device("meta"):
         model = hf.LlamaModel(hf.LlamaConfig(num_hidden_layers=2)).eval()  # blocks of 7B
-    uses = dry_run(model)
-    assert uses
-    assert {use.sees for use in uses.values()} == {"tokens"}
+        experts = hf.Qwen3MoeModel(hf.Qwen3MoeConfig(num_hidden_layers=2)).eval()  # of 30B
+    for large in (model, experts):
+        uses = dry_run(large)
+        assert uses
+        assert {use.sees for use in uses.values()} == {"tokens"}
 
 
 class Packed(nn.Module):

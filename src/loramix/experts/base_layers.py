@@ -84,6 +84,32 @@ _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|[^.]*position[^.]*)$")
 _DISPATCHED = re.compile(r"(?:^|\.)experts\.\d+(?:\.|$)")
 
 
+def why_unadaptable(module: nn.Module, path: str, *, dora: bool = False) -> str | None:
+    """Why no adapted layer can stand in for a module; None where one can.
+
+    Args:
+        module: the module.
+        path: its path.
+        dora: whether the expert uses DoRA in it.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        return f"a {type(module).__name__}"
+    if dora and kind != "linear":
+        return f"DoRA on a {type(module).__name__}"
+    if isinstance(module, nn.Embedding) and not _looks_up_its_input(module):
+        return f"a {type(module).__name__}, which does not look up its input"
+    if isinstance(module, nn.Embedding) and _POSITIONS.search(path):
+        return "an embedding of positions, which are no tokens of their own"
+    if _DISPATCHED.search(path):
+        return "an expert block, to which tokens are dispatched in another order"
+    if isinstance(module, _ConvNd) and (module.groups != 1 or set(module.dilation) != {1}):
+        return f"a convolution with groups={module.groups}, dilation={tuple(module.dilation)}"
+    if isinstance(module, _ConvNd) and module.padding_mode != "zeros":
+        return f"a convolution with padding_mode={module.padding_mode!r}"
+    return None
+
+
 def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> None:
     """Refuse a module that no adapted layer can stand in for.
 
@@ -98,22 +124,7 @@ def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> N
             positions or with a lookup of its own, a block of a mixture-of-experts base model, or a convolution with
             groups, dilation or padding other than zeros.
     """
-    reason = None
-    kind = kind_of(module)
-    if kind is None:
-        reason = f"a {type(module).__name__}"
-    elif dora and kind != "linear":
-        reason = f"DoRA on a {type(module).__name__}"
-    elif isinstance(module, nn.Embedding) and not _looks_up_its_input(module):
-        reason = f"a {type(module).__name__}, which does not look up its input"
-    elif isinstance(module, nn.Embedding) and _POSITIONS.search(path):
-        reason = "an embedding of positions, which are no tokens of their own"
-    elif _DISPATCHED.search(path):
-        reason = "an expert block, to which tokens are dispatched in another order"
-    elif isinstance(module, _ConvNd) and (module.groups != 1 or set(module.dilation) != {1}):
-        reason = f"a convolution with groups={module.groups}, dilation={tuple(module.dilation)}"
-    elif isinstance(module, _ConvNd) and module.padding_mode != "zeros":
-        reason = f"a convolution with padding_mode={module.padding_mode!r}"
+    reason = why_unadaptable(module, path, dora=dora)
     if reason is not None:
         raise UnsupportedAdapterError(
             "Experts may adapt linear layers, Conv1D, embeddings, and plain convolutions (DoRA: linear layers only).",

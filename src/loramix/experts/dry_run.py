@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loramix.experts.base_layers import kind_of, linear_sizes
 from loramix.experts.base_model import text_config
+from loramix.files.base_models import errors_only
 
 TEXTS, TOKENS, OTHERS = 3, 7, 11
 """B, S, and the tokens of another stream: of an encoder, or of images."""
@@ -62,8 +63,8 @@ def dry_run(backbone: PreTrainedModel) -> dict[str, LayerUse] | None:
     """What each layer that experts could adapt sees in a forward of the backbone, by path.
 
     The backbone is not touched: a copy of its structure is run on the CPU, in evaluation mode, on a batch of texts. In
-    it a large weight is one number seen many times, and linear layers give zeros without multiplying. Cross-attention
-    gets states of as many tokens as nothing else has.
+    it a large weight is one number seen many times, and linear layers and blocks of experts give zeros without
+    multiplying. Cross-attention gets states of as many tokens as nothing else has.
 
     Backbones of one structure are run once.
 
@@ -75,7 +76,7 @@ def dry_run(backbone: PreTrainedModel) -> dict[str, LayerUse] | None:
     if structure not in _known:
         while len(_known) >= _MOST_KNOWN:
             del _known[next(iter(_known))]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), errors_only():
             _known[structure] = _dry_run(backbone)
     return _known[structure]
 
@@ -204,6 +205,8 @@ def _hollow_copy(backbone: PreTrainedModel) -> PreTrainedModel:
         module.__dict__.pop("_hf_hook", None)
         module.__dict__.pop("_old_forward", None)
         module.__dict__.pop("forward", None)
+        if _holds_experts(module):
+            module.__dict__["forward"] = lambda hidden, *_, **__: torch.zeros_like(hidden)
         config: Any = getattr(module, "config", None)
         if "flash" in str(getattr(config, "_attn_implementation", "")):
             config._attn_implementation = "sdpa"
@@ -214,6 +217,11 @@ def _is_plain(module: nn.Module, backbone: nn.Module) -> bool:
     """Whether a layer can be copied: of torch or transformers, or of the same package as the backbone."""
     own = type(backbone).__module__.rpartition(".")[0]
     return type(module) in _PLAIN or type(module).__module__.startswith(("transformers.models.", own))
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module is the experts of a mixture-of-experts block, in tensors of one matrix for each."""
+    return any(p.dim() == 3 and len(p) > 1 and p.numel() > _SMALL for p in module.parameters(recurse=False))
 
 
 def _hollow(tensor: Tensor) -> Tensor:

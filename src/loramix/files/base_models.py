@@ -53,7 +53,7 @@ def load_tokenizer(identifier: str, revision: str | None = None) -> PreTrainedTo
 
 def _load(identifier: str, call: Callable[[], _Loaded]) -> _Loaded:
     try:
-        with _errors_only():
+        with errors_only():
             return call()
     except OSError as error:
         raise CheckpointNotFoundError(
@@ -76,8 +76,8 @@ def one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _errors_only() -> Generator[None]:
-    """Silence the warnings that transformers and huggingface_hub log while they load."""
+def errors_only() -> Generator[None]:
+    """Silence the warnings that transformers and huggingface_hub log."""
     hub = huggingface_hub.utils.logging
     before = logging.get_verbosity(), hub.get_verbosity()
     logging.set_verbosity_error()

@@ -163,7 +163,7 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
 
     Raises:
         UnsupportedAdapterError: an expert adapts the model's head.
-        ModelError: the adapted layers have no such model, or several; or their weights are not in memory.
+        ModelError: the adapted layers have no such model, or several.
     """
     modules = dict(model.named_modules())
     for site in sites:
@@ -189,13 +189,18 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
             received=f"a {type(carrier).__name__} whose forward was replaced on the object itself",
             remedy="put the experts on first, and replace or compile the forward afterwards",
         )
-    if any(device_of(site.module).type == "meta" for site in sites):
+    return carrier
+
+
+def refuse_meta(sites: Sequence[Site]) -> None:
+    """Raises ModelError: layers whose weights are not in memory."""
+    absent = [site.path for site in sites if device_of(site.module).type == "meta"]
+    if absent:
         raise ModelError(
             "The base model's weights are in memory when experts are put on it.",
-            received=f"weights on the meta device, such as those of {sites[0].path!r}",
+            received=f"weights on the meta device, such as those of {absent[0]!r}",
             remedy="load the base model without offloading to disk or CPU (device_map)",
         )
-    return carrier
 
 
 def adapt(sites: Sequence[Site], names: Sequence[str], *, precise: bool, dtype: torch.dtype) -> dict[str, XLoraLayer]:

@@ -5,8 +5,8 @@ B, S: batch, sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,47 +33,62 @@ def check_uses(carrier: PreTrainedModel, sites: Sequence[Site], names: Sequence[
         UnsupportedAdapterError: a layer whose weight is read instead of calling it, one that returns more than a
             tensor, or, if `routed`, one that sees other tokens than the backbone's, or none.
     """
-    uses = dry_run(carrier)
+    uses = uses_of(carrier, sites)
     if uses is None:
         return False
-    here = {id(module): path for path, module in carrier.named_modules()}
-    found = {site.path: uses[here[id(site.module)]] for site in sites if here.get(id(site.module)) in uses}
-    by_path = {site.path: site for site in sites}
-
-    def refuse(wrong: Callable[[LayerUse], bool], rule: str, what: Callable[[LayerUse], str], remedy: str) -> None:
-        paths = [path for path, use in found.items() if wrong(use)]
-        if paths:
-            experts = dict.fromkeys(repr(names[e.expert]) for path in paths for e in by_path[path].experts)
-            shown = "; ".join(f"{path!r} {what(found[path])}" for path in paths[:3])
-            more = f"; and {len(paths) - 3} more" if len(paths) > 3 else ""
-            ends = ", ".join(repr(end) for end in dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
-            raise UnsupportedAdapterError(
-                rule,
-                received=f"expert {', '.join(experts)} on a {type(carrier).__name__}: {shown}{more}",
-                remedy=remedy.format(names=ends),
-            )
-
-    refuse(
-        lambda use: use.is_bypassed,
-        "Experts act in a layer that the base model calls.",
-        lambda use: "is not called: the base model reads its weight",
-        "train the expert without {names} in target_modules",
-    )
-    refuse(
-        lambda use: use.returns_tuple,
-        "Experts adapt layers that return one tensor.",
-        lambda use: "returns several values",
-        "train the expert without {names} in target_modules",
-    )
-    if routed:
-        refuse(
-            lambda use: use.sees != "tokens",
-            "A router gives scalings to the tokens of the backbone: an adapted layer sees these, in their order.",
-            _described,
-            'train the expert without {names} in target_modules, or mix with router="static", which has one weight for '
-            "all tokens",
+    refused = {path: found for path, use in uses.items() if (found := refusal(use, routed=routed)) is not None}
+    if refused:
+        rule, _, remedy = next(iter(refused.values()))
+        alike = {path: found.reason for path, found in refused.items() if found.rule == rule}
+        experts = dict.fromkeys(repr(names[e.expert]) for site in sites if site.path in alike for e in site.experts)
+        shown = "; ".join(f"{path!r} {reason}" for path, reason in list(alike.items())[:3])
+        more = f"; and {len(alike) - 3} more" if len(alike) > 3 else ""
+        ends = ", ".join(repr(end) for end in dict.fromkeys(".".join(path.split(".")[-2:]) for path in alike))
+        raise UnsupportedAdapterError(
+            rule,
+            received=f"expert {', '.join(experts)} on a {type(carrier).__name__}: {shown}{more}",
+            remedy=f"train the expert without {ends} in target_modules{remedy}",
         )
     return True
+
+
+def uses_of(carrier: PreTrainedModel, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
+    """What a dry run shows of these layers, by the sites' paths; None where none is possible."""
+    uses = dry_run(carrier)
+    if uses is None:
+        return None
+    here = {id(module): path for path, module in carrier.named_modules()}
+    return {site.path: uses[here[id(site.module)]] for site in sites if here.get(id(site.module)) in uses}
+
+
+class Refusal(NamedTuple):
+    """Why experts cannot adapt a layer.
+
+    Attributes:
+        rule: what must hold.
+        reason: what the layer does instead, after its path.
+        remedy: what else can be done than to leave the layer out.
+    """
+
+    rule: str
+    reason: str
+    remedy: str = ""
+
+
+def refusal(use: LayerUse, *, routed: bool) -> Refusal | None:
+    """Why experts cannot adapt a layer of this use; None where they can. `routed` as for `check_uses`."""
+    if use.is_bypassed:
+        rule = "Experts act in a layer that the base model calls."
+        return Refusal(rule, "is not called: the base model reads its weight")
+    if use.returns_tuple:
+        return Refusal("Experts adapt layers that return one tensor.", "returns several values")
+    if not routed or use.sees == "tokens":
+        return None
+    return Refusal(
+        "A router gives scalings to the tokens of the backbone: an adapted layer sees these, in their order.",
+        _described(use),
+        ', or mix with router="static", which has one weight for all tokens',
+    )
 
 
 def _described(use: LayerUse) -> str:

@@ -27,7 +27,7 @@ from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
-from loramix.layers.inject import adapt, find_carrier, plan, replace, router_sizes
+from loramix.layers.inject import adapt, find_carrier, plan, refuse_meta, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import check_uses
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
@@ -244,6 +244,7 @@ def _build_mixture(
     router.requires_grad_(trainable).train(model.training)
     names = [expert.name for expert in experts]
     carrier = find_carrier(model, sites, names)
+    refuse_meta(sites)
     told = check_uses(carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
@@ -264,6 +265,7 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
     carrier = find_carrier(model, sites, [adapter.name])
+    refuse_meta(sites)
     check_uses(carrier, sites, [adapter.name], routed=False)
     layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)

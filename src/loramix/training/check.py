@@ -21,7 +21,9 @@ from loramix.errors import ConfigurationError, DataError, SaveError
 from loramix.experts.base_model import hidden_size_of
 from loramix.experts.targets import new_targets
 from loramix.files.hub import from_anywhere
-from loramix.layers.inject import plan
+from loramix.layers.inject import find_carrier, plan
+from loramix.layers.tokens import check_uses
+from loramix.routers import HiddenStateRouter, router_class
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base, without_weights
 from loramix.training.data import Row, read_rows
@@ -61,6 +63,8 @@ def check(settings: TrainSettings) -> CheckedRun:
     experts = [formats.load_adapter(name, place) for name, place in config.adapters.items()]
     sites = plan(base, [replace(expert, base_weights={}) for expert in experts])
     config.validate_for(len(experts), hidden_size_of(base))
+    routed = issubclass(router_class(config), HiddenStateRouter)
+    check_uses(find_carrier(base, sites, list(config.adapters)), sites, list(config.adapters), routed=routed)
     data = settings.data
     rows = read_rows(data.train, list(config.adapters), split=data.split, subset=data.subset)
     eval_rows = [] if data.eval is None else read_rows(data.eval, split=data.eval_split, subset=data.subset)

@@ -1,0 +1,146 @@
+"""What loramix can do with a base model, before there is an expert: which layers, with which routers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from loramix.config.lora import LoraConfig
+from loramix.errors import LoramixError, ModelError
+from loramix.experts.base_layers import why_unadaptable
+from loramix.experts.base_model import hidden_size_of
+from loramix.experts.targets import ALL_LINEAR, new_targets
+from loramix.files.base_models import load_config, one_line
+from loramix.layers.inject import Site, find_carrier
+from loramix.layers.tokens import refusal, uses_of
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """Targeted layers that have one name, but for the numbers in their paths, and one answer.
+
+    Attributes:
+        name: the path, with "*" for each number.
+        layers: how many there are.
+        problem: why a router cannot scale experts here; None if it can.
+        works_with_static: whether `router="static"` can.
+    """
+
+    name: str
+    layers: int
+    problem: str | None
+    works_with_static: bool
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """What a base model can carry.
+
+    Attributes:
+        model: its class.
+        backbone: the class that the passes run in; None if there is none for these targets.
+        hidden_size: of the backbone's last hidden state; None if there is no backbone.
+        problem: why the model cannot be a mixture's base with these targets, whatever the layers; None if it can.
+        told: whether a dry run told what the layers see. If not, it is only known in a forward.
+        targets: the targeted layers.
+    """
+
+    model: str
+    backbone: str | None
+    hidden_size: int | None
+    problem: str | None
+    told: bool
+    targets: tuple[TargetGroup, ...]
+
+    @property
+    def works(self) -> bool:
+        """Whether a mixture with any router can be built, with experts on all of the targeted layers."""
+        return self.problem is None and all(group.problem is None for group in self.targets)
+
+    @property
+    def working_targets(self) -> list[str]:
+        """`target_modules` that leave out what does not work; empty if nothing is left."""
+        if self.problem is not None:
+            return []
+        bad = [_end(group.name) for group in self.targets if group.problem is not None]
+        return sorted({_end(group.name) for group in self.targets if group.problem is None} - set(bad))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in JSON's types."""
+        return {**asdict(self), "works": self.works, "working_targets": self.working_targets}
+
+
+def check_base(base: PreTrainedModel, target_modules: str | Sequence[str] = ALL_LINEAR) -> Compatibility:
+    """What experts on these modules would meet in a base model; it is not changed, and may be without weights.
+
+    Args:
+        base: the base model.
+        target_modules: as in `LoraConfig`.
+
+    Raises:
+        ConfigurationError: targets that no module of the model matches.
+    """
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    sites = [Site(path, base.get_submodule(path), ()) for path in new_targets(base, LoraConfig(target_modules=targets))]
+    name, reasons = type(base).__name__, {site.path: why_unadaptable(site.module, site.path) for site in sites}
+    try:
+        carrier = find_carrier(base, sites, [])
+        hidden_size = hidden_size_of(base)
+    except (LoramixError, AttributeError) as error:
+        problem = error.received if isinstance(error, LoramixError) else one_line(error)
+        return Compatibility(
+            name, None, None, problem, False, _groups([(s.path, reasons[s.path], False) for s in sites])
+        )
+    uses = uses_of(carrier, sites)
+    answers: list[tuple[str, str | None, bool]] = []
+    for site in sites:
+        use = (uses or {}).get(site.path)
+        always = refusal(use, routed=False) if use else None
+        routed = refusal(use, routed=True) if use else None
+        reason = reasons[site.path] or (routed and routed.reason)
+        answers.append((site.path, reason, not (reasons[site.path] or always)))
+    return Compatibility(name, type(carrier).__name__, hidden_size, None, uses is not None, _groups(answers))
+
+
+def without_weights(place: str, revision: str | None = None) -> PreTrainedModel:
+    """The model of a folder or Hub id on the meta device, of the class that its configuration names.
+
+    Raises:
+        CheckpointError: as `load_config`.
+        ModelError: no model can be made of the configuration.
+    """
+    config = load_config(place, revision)
+    named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
+    auto: list[Any] = [AutoModelForCausalLM.from_config, AutoModel.from_config]
+    failures: list[Exception] = []
+    for make in (*filter(None, named), *auto):
+        try:
+            with torch.device("meta"):
+                return make(config).eval()
+        except Exception as error:  # a configuration of another kind, or one that its class cannot take
+            failures.append(error)
+    raise ModelError(
+        "A base model can be made of its configuration.",
+        received=f"{place!r}, of type {config.model_type!r}: {one_line(failures[0])[:200]}",
+        remedy="name a model of transformers",
+    ) from failures[0]
+
+
+def _groups(answers: Sequence[tuple[str, str | None, bool]]) -> tuple[TargetGroup, ...]:
+    found: dict[tuple[str, str | None, bool], int] = {}
+    for path, problem, static in answers:
+        key = (re.sub(r"(?<=\.)\d+(?=\.)|(?<=\.)\d+$", "*", path), problem, static)
+        found[key] = found.get(key, 0) + 1
+    return tuple(TargetGroup(name, layers, problem, static) for (name, problem, static), layers in found.items())
+
+
+def _end(name: str) -> str:
+    """What `target_modules` matches by: the last part, or the last two where that says nothing by itself."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1] in ("dense", "*", "linear") else parts[-1]
