@@ -14,7 +14,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +42,18 @@ class LayerUse:
         tokens: the sizes of what it sees, without the features, call by call.
         weight_read: whether its weight was read from outside.
         returns_tuple: whether it returned more than a tensor.
+        outside: whether it was called outside the forward of the backbone, by the model around it.
     """
 
     sees: Sees = "nothing"
     tokens: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     weight_read: bool = False
     returns_tuple: bool = False
+    outside: bool = False
 
     def clear(self) -> None:
         """Forget what a forward that failed has shown."""
-        self.sees, self.tokens, self.weight_read, self.returns_tuple = "nothing", [], False, False
+        self.__dict__.update(vars(LayerUse()))
 
     @property
     def is_bypassed(self) -> bool:
@@ -59,25 +61,30 @@ class LayerUse:
         return self.sees == "nothing" and self.weight_read
 
 
-def dry_run(backbone: PreTrainedModel) -> dict[str, LayerUse] | None:
-    """What each layer that experts could adapt sees in a forward of the backbone, by path.
+def dry_run(model: PreTrainedModel, backbone: str = "") -> dict[str, LayerUse] | None:
+    """What each layer that experts could adapt sees in a forward, by path.
 
-    The backbone is not touched: a copy of its structure is run on the CPU, in evaluation mode, on a batch of texts. In
+    The model is not touched: a copy of its structure is run on the CPU, in evaluation mode, on a batch of texts. In
     it a large weight is one number seen many times, and linear layers and blocks of experts give zeros without
     multiplying. Cross-attention gets states of as many tokens as nothing else has.
 
-    Backbones of one structure are run once.
+    Models of one structure are run once.
+
+    Args:
+        model: what is run, without a head.
+        backbone: the path of its part whose tokens count: the model itself, or the language model in one of several
+            parts.
 
     Returns:
-        None where the backbone could not be run so: it takes inputs that are not known here, or its code needs a device
-        or numbers that the copy does not have.
+        None where the model could not be run so: it takes inputs that are not known here, or its code needs a device or
+        numbers that the copy does not have.
     """
-    structure = _structure(backbone)
+    structure = (_structure(model), backbone)
     if structure not in _known:
         while len(_known) >= _MOST_KNOWN:
             del _known[next(iter(_known))]
         with torch.random.fork_rng(devices=[]), errors_only():
-            _known[structure] = _dry_run(backbone)
+            _known[structure] = _dry_run(model, backbone)
     return _known[structure]
 
 
@@ -95,27 +102,46 @@ def _structure(backbone: PreTrainedModel) -> object:
     )
 
 
-def _dry_run(backbone: PreTrainedModel) -> dict[str, LayerUse] | None:
+def _dry_run(model: PreTrainedModel, backbone: str) -> dict[str, LayerUse] | None:
     try:
-        hollow = _hollow_copy(backbone)
+        hollow = _hollow_copy(model)
     except Exception:  # whatever a module's own way of being copied comes up with
         return None
     seen = {path: LayerUse() for path, module in hollow.named_modules() if kind_of(module) is not None}
+    backbone_run = _Running(hollow.get_submodule(backbone))
     for path, use in seen.items():
-        _watch(hollow.get_submodule(path), use)
+        _watch(hollow.get_submodule(path), use, backbone_run)
     for inputs in _attempts(hollow):
         for use in seen.values():
             use.clear()
         try:
             with torch.no_grad():
-                out = type(hollow).forward(hollow, **inputs)
-            batch, length = out.last_hidden_state.shape[:2]
+                hollow(**inputs)
+            batch, length = backbone_run.out.last_hidden_state.shape[:2]
         except Exception:  # the model refuses these inputs in a way of its own: on to the next
             continue
         for use in seen.values():
             use.sees = _judged(use.tokens, batch, length)
         return seen
     return None
+
+
+class _Running:
+    """Whether the backbone of the copy is running, and what it returned last."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.now, self.out = False, cast(Any, None)
+        forward = type(backbone).forward
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            outer, self.now = self.now, True
+            try:
+                self.out = forward(backbone, *args, **kwargs)
+            finally:
+                self.now = outer
+            return self.out
+
+        backbone.__dict__["forward"] = noted
 
 
 def _judged(inputs: list[tuple[int, ...]], batch: int, length: int) -> Sees:
@@ -206,7 +232,7 @@ def _hollow_copy(backbone: PreTrainedModel) -> PreTrainedModel:
         module.__dict__.pop("_old_forward", None)
         module.__dict__.pop("forward", None)
         if _holds_experts(module):
-            module.__dict__["forward"] = lambda hidden, *_, **__: torch.zeros_like(hidden)
+            module.__dict__["forward"] = _zeros_like
         config: Any = getattr(module, "config", None)
         if "flash" in str(getattr(config, "_attn_implementation", "")):
             config._attn_implementation = "sdpa"
@@ -224,6 +250,10 @@ def _holds_experts(module: nn.Module) -> bool:
     return any(p.dim() == 3 and len(p) > 1 and p.numel() > _SMALL for p in module.parameters(recurse=False))
 
 
+def _zeros_like(hidden: Tensor, *_: object, **__: object) -> Tensor:
+    return torch.zeros_like(hidden)
+
+
 def _hollow(tensor: Tensor) -> Tensor:
     """One number, seen as often as the tensor is large; small ones are real, so that they can be written to."""
     dtype = torch.float32 if tensor.dtype.is_floating_point else tensor.dtype
@@ -231,7 +261,7 @@ def _hollow(tensor: Tensor) -> Tensor:
     return one.clone() if tensor.numel() <= _SMALL else one
 
 
-def _watch(layer: nn.Module, use: LayerUse) -> None:
+def _watch(layer: nn.Module, use: LayerUse, backbone: _Running) -> None:
     """Let a layer of the copy note what it sees, and whether its weight is read."""
     kind = type(layer)
     forward = _zeros_of(layer) if kind.forward is nn.Linear.forward else layer.forward
@@ -239,6 +269,7 @@ def _watch(layer: nn.Module, use: LayerUse) -> None:
     def watched(*args: Any, **kwargs: Any) -> Any:
         out: Any = forward(*args, **kwargs)
         use.tokens.append(_tokens(layer, args[0] if args else next(iter(kwargs.values())), out))
+        use.outside |= not backbone.now
         use.returns_tuple |= not isinstance(out, Tensor)
         return out
 

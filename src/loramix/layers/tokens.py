@@ -6,10 +6,10 @@ B, S: batch, sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix.errors import RoutingError, UnsupportedAdapterError
@@ -17,10 +17,13 @@ from loramix.experts.dry_run import OTHERS, TEXTS, TOKENS, LayerUse, dry_run
 from loramix.layers.inject import Site
 
 
-def check_uses(carrier: PreTrainedModel, sites: Sequence[Site], names: Sequence[str], *, routed: bool) -> bool:
+def check_uses(
+    model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site], names: Sequence[str], *, routed: bool
+) -> bool:
     """Check by a dry run what the layers to adapt see.
 
     Args:
+        model: the base model.
         carrier: the backbone that runs the passes.
         sites: the layers to adapt.
         names: the experts' names, for errors.
@@ -33,7 +36,7 @@ def check_uses(carrier: PreTrainedModel, sites: Sequence[Site], names: Sequence[
         UnsupportedAdapterError: a layer whose weight is read instead of calling it, one that returns more than a
             tensor, or, if `routed`, one that sees other tokens than the backbone's, or none.
     """
-    uses = uses_of(carrier, sites)
+    uses = uses_of(model, carrier, sites)
     if uses is None:
         return False
     refused = {path: found for path, use in uses.items() if (found := refusal(use, routed=routed)) is not None}
@@ -52,13 +55,26 @@ def check_uses(carrier: PreTrainedModel, sites: Sequence[Site], names: Sequence[
     return True
 
 
-def uses_of(carrier: PreTrainedModel, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
-    """What a dry run shows of these layers, by the sites' paths; None where none is possible."""
-    uses = dry_run(carrier)
-    if uses is None:
+def uses_of(model: PreTrainedModel, carrier: nn.Module, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
+    """What a dry run shows of these layers, by the sites' paths; None where none is possible.
+
+    Args:
+        model: the base model.
+        carrier: the backbone that runs the passes.
+        sites: the layers.
+    """
+    whole = model.base_model
+    backbone = next((path for path, part in whole.named_modules() if part is carrier), None)
+    run = (
+        None if backbone is None else dry_run(cast(PreTrainedModel, whole), backbone)
+    )  # with what is around it, where that can be run
+    top: nn.Module = whole
+    if run is None:
+        top, run = carrier, dry_run(cast(PreTrainedModel, carrier))
+    if run is None:
         return None
-    here = {id(module): path for path, module in carrier.named_modules()}
-    return {site.path: uses[here[id(site.module)]] for site in sites if here.get(id(site.module)) in uses}
+    here = {id(module): path for path, module in top.named_modules()}
+    return {site.path: run[here[id(site.module)]] for site in sites if here.get(id(site.module)) in run}
 
 
 class Refusal(NamedTuple):
@@ -80,6 +96,9 @@ def refusal(use: LayerUse, *, routed: bool) -> Refusal | None:
     if use.is_bypassed:
         rule = "Experts act in a layer that the base model calls."
         return Refusal(rule, "is not called: the base model reads its weight")
+    if use.outside:
+        rule = "Experts act in a layer that is called inside the backbone, whose passes have its scalings."
+        return Refusal(rule, "is called by the model around the backbone")
     if use.returns_tuple:
         return Refusal("Experts adapt layers that return one tensor.", "returns several values")
     if not routed or use.sees == "tokens":

@@ -245,7 +245,7 @@ def _build_mixture(
     names = [expert.name for expert in experts]
     carrier = find_carrier(model, sites, names)
     refuse_meta(sites)
-    told = check_uses(carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
+    told = check_uses(model, carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, tokens_told=told)
@@ -266,7 +266,7 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     sites = plan(model, [adapter])
     carrier = find_carrier(model, sites, [adapter.name])
     refuse_meta(sites)
-    check_uses(carrier, sites, [adapter.name], routed=False)
+    check_uses(model, carrier, sites, [adapter.name], routed=False)
     layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
     _commit(model, carrier, layers, state, PeftMethods)

@@ -97,7 +97,7 @@ def check_base(base: PreTrainedModel, target_modules: str | Sequence[str] = ALL_
         return Compatibility(
             name, None, None, problem, False, _groups([(s.path, reasons[s.path], False) for s in sites])
         )
-    uses = uses_of(carrier, sites)
+    uses = uses_of(base, carrier, sites)
     answers: list[tuple[str, str | None, bool]] = []
     for site in sites:
         use = (uses or {}).get(site.path)

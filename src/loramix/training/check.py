@@ -64,7 +64,8 @@ def check(settings: TrainSettings) -> CheckedRun:
     sites = plan(base, [replace(expert, base_weights={}) for expert in experts])
     config.validate_for(len(experts), hidden_size_of(base))
     routed = issubclass(router_class(config), HiddenStateRouter)
-    check_uses(find_carrier(base, sites, list(config.adapters)), sites, list(config.adapters), routed=routed)
+    names = list(config.adapters)
+    check_uses(base, find_carrier(base, sites, names), sites, names, routed=routed)
     data = settings.data
     rows = read_rows(data.train, list(config.adapters), split=data.split, subset=data.subset)
     eval_rows = [] if data.eval is None else read_rows(data.eval, split=data.eval_split, subset=data.subset)

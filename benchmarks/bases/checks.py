@@ -1,0 +1,333 @@
+"""What a mixture on a base model is checked for: equal to a slow reference, and the same in every mode.
+
+B, S: batch, sequence. L: adapted layers. E: experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from benchmarks.bases.configurations import VOCABULARY, tiny_model
+from loramix import LoraConfig, LoramixError, PeftModel, XLoraConfig, get_peft_model
+from loramix._compat import enable_checkpointing
+from loramix.experts.adapter import Adapter, LoraWeights
+from loramix.experts.base_layers import expected_shapes, kind_of, why_unadaptable
+from loramix.experts.targets import carrier_path, in_head
+from loramix.formats import save_adapter
+from loramix.layers.inject import Site
+from loramix.layers.layer import XLoraLayer
+from loramix.layers.tokens import refusal, uses_of
+
+WORKS, BASE_FAILS, ABSENT = "works", "base fails", ""
+WRONG = "WRONG"
+EXPERTS, RANK, SCALE = 2, 4, 2.0
+NEW_TOKENS = 6
+CLOSE = {"atol": 2e-4, "rtol": 2e-3}
+
+
+@dataclass
+class Case:
+    """A base model, its experts, and inputs of a forward.
+
+    Attributes:
+        name: its class.
+        inputs: of two texts, or two images.
+        paths: the layers that are adapted.
+        folders: the experts, by name.
+    """
+
+    name: str
+    inputs: dict[str, Tensor]
+    paths: list[str]
+    folders: dict[str, str]
+
+    def base(self) -> PreTrainedModel:
+        """A new base model."""
+        return tiny_model(self.name)
+
+    def mixture(self, **config: Any) -> Any:
+        """A new mixture whose routing is far from uniform."""
+        base = self.base()
+        torch.manual_seed(3)
+        settings = XLoraConfig(adapters=self.folders, layerwise_scalings=True, xlora_dropout_p=0.0, **config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: Any = get_peft_model(base, settings).eval()
+        with torch.no_grad():
+            for parameter in model.router.parameters():
+                parameter.copy_(0.4 * torch.randn_like(parameter))
+        return model
+
+
+def make_case(name: str, folder: Path) -> Case:
+    """A base model with two experts on all layers that can have some.
+
+    Raises:
+        LoramixError: there is none.
+    """
+    base = tiny_model(name)
+    modules = dict(base.named_modules())
+    candidates = [p for p, m in modules.items() if kind_of(m) and not why_unadaptable(m, p) and not in_head(modules, p)]
+    backbone = Counter(carrier_path(modules, path) for path in candidates).most_common(1)[0][0]
+    if _reads_text(base):
+        embedding = next(path for path, m in modules.items() if m is base.get_input_embeddings())
+        backbone = carrier_path(modules, embedding)
+    sites = [Site(p, modules[p], ()) for p in candidates if carrier_path(modules, p) == backbone]
+    uses = uses_of(base, base.get_submodule(backbone), sites)
+    paths = [s.path for s in sites if uses is None or refusal(uses[s.path], routed=True) is None]
+    torch.manual_seed(1)
+    folders: dict[str, str] = {}
+    for number in range(EXPERTS):
+        weights = {path: _random_expert(modules[path]) for path in paths}
+        config = LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_modules=paths)
+        save_adapter(folder / str(number), Adapter(f"e{number}", config, weights))
+        folders[f"e{number}"] = str(folder / str(number))
+    return Case(name, _inputs(base), paths, folders)
+
+
+def _random_expert(layer: nn.Module) -> LoraWeights:
+    A, B = (torch.randn(shape) for shape in expected_shapes(layer, RANK))
+    return LoraWeights(A / A[0].numel() ** 0.5, 0.3 * B, embedding=isinstance(layer, nn.Embedding))
+
+
+def _reads_text(base: PreTrainedModel) -> bool:
+    return "input_ids" in inspect.signature(type(base).forward).parameters
+
+
+def _inputs(base: PreTrainedModel) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if not _reads_text(base):
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    ids = torch.randint(4, VOCABULARY - 8, (2, 9), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def output(model: Any, **inputs: Tensor) -> Tensor:
+    """The logits of a forward, or its last hidden state."""
+    out = model(**inputs)
+    found = getattr(out, "logits", None)
+    return out.last_hidden_state if found is None else found
+
+
+def forward_equals_reference(case: Case) -> None:
+    """Two plain forwards of the base model, the second with one expert at a time added to each layer by a hook."""
+    mixture = case.mixture()
+    found = output(mixture, **case.inputs)
+    scalings = mixture.get_latest_scalings()  # (B, S, L, E)
+    base = case.base()
+    tensors = {e: _read(folder) for e, folder in enumerate(case.folders.values())}
+    for number, path in enumerate(mixture.adapted_modules):
+        layer = base.get_submodule(path)
+
+        def add(module: nn.Module, args: Any, y: Tensor, number: int = number, path: str = path) -> Tensor:
+            for e, weights in tensors.items():
+                delta = _delta(module, args[0], weights[path].A, weights[path].B)
+                s = scalings[:, :, number, e]
+                s = s.reshape(*([s.numel()] if delta.dim() == 2 and s.dim() == 2 else s.shape), 1)
+                y = y + SCALE * s * delta
+            return y
+
+        layer.register_forward_hook(add)
+    assert_close(found, output(base, **case.inputs), **CLOSE)
+
+
+def _read(folder: str) -> dict[str, LoraWeights]:
+    from loramix.formats import load_adapter
+
+    return load_adapter("e", folder).weights
+
+
+def _delta(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    if isinstance(layer, nn.Embedding):
+        scale = getattr(layer, "embed_scale", 1.0)
+        return nn.functional.embedding(x, A.T, layer.padding_idx) @ B.T * scale
+    return x @ A.T @ B.T
+
+
+def every_layer_acts(case: Case) -> None:
+    """Each adapted layer has a gradient for its experts."""
+    model = case.mixture(use_trainable_adapters=True)
+    _loss(model, case).backward()
+    idle = [path for path in case.paths if not _gradient(model.get_submodule(path)).abs().max() > 0]
+    assert not idle, f"no expert acts in {', '.join(idle[:3])}"
+
+
+def _gradient(layer: XLoraLayer) -> Tensor:
+    gradient = layer.stack.lora_B.grad
+    return torch.zeros(1) if gradient is None else gradient
+
+
+def _loss(model: Any, case: Case) -> Tensor:
+    out = model(**case.inputs)
+    found = getattr(out, "logits", None)
+    weights = torch.linspace(0.5, 1.5, (found if found is not None else out.last_hidden_state).shape[-1])
+    return ((found if found is not None else out.last_hidden_state).float() * weights).square().mean()
+
+
+def cached_equals_uncached(case: Case, model: Any) -> None:
+    """Greedy generation."""
+    _same_tokens(case, model)
+
+
+def beams(case: Case, model: Any) -> None:
+    """Beam search, cached and not."""
+    _same_tokens(case, model, num_beams=2)
+
+
+def _same_tokens(case: Case, model: Any, **settings: Any) -> None:
+    cached, whole = (generated(model, case.inputs, use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached, whole), f"{cached.tolist()} cached, {whole.tolist()} uncached"
+
+
+def left_padding(case: Case, model: Any) -> None:
+    """A short text in a padded batch, and alone."""
+    ids, mask = case.inputs["input_ids"].clone(), torch.ones_like(case.inputs["input_ids"])
+    mask[1, :3] = 0
+    ids[1, :3] = 0
+    padded = generated(model, {"input_ids": ids, "attention_mask": mask})[1, 9:]
+    alone = generated(model, {"input_ids": ids[1:, 3:], "attention_mask": mask[1:, 3:]})[0, 6:]
+    assert torch.equal(padded, alone), f"{padded.tolist()} in the batch, {alone.tolist()} alone"
+
+
+def generated(model: Any, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
+    """Greedy tokens, as many for every row."""
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    with torch.no_grad():
+        return model.generate(**inputs, **lengths, eos_token_id=None, pad_token_id=0, **settings)
+
+
+def checkpointed_gradients(case: Case, model: Any) -> None:
+    """Those of a training step, with and without recomputation."""
+    found: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(model)
+        if checkpointing:
+            enable_checkpointing(model)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.zero_grad(set_to_none=True)
+        _loss(model, case).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0], "nothing trains"
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def training_step(case: Case) -> None:
+    """The router gets gradients and moves."""
+    model = case.mixture().train()
+    before = [parameter.clone() for parameter in model.router.parameters()]
+    optimizer = torch.optim.SGD(model.router.parameters(), lr=1.0)
+    _loss(model, case).backward()
+    optimizer.step()
+    moved = [
+        not torch.equal(a, b) and bool(b.isfinite().all())
+        for a, b in zip(before, model.router.parameters(), strict=True)
+    ]
+    assert all(moved)
+
+
+def saved_and_loaded(case: Case, folder: Path) -> None:
+    """A folder gives the same numbers again."""
+    model = case.mixture()
+    model.save_pretrained(folder)
+    loaded: Any = PeftModel.from_pretrained(case.base(), str(folder))
+    assert torch.equal(output(loaded, **case.inputs), output(model, **case.inputs))
+
+
+def compiled(case: Case, model: Any) -> None:
+    """torch.compile gives the same numbers."""
+    expected = output(model, **case.inputs)
+    model = copy.deepcopy(model)
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    assert_close(output(model, **case.inputs), expected, **CLOSE)
+
+
+CHECKS = [
+    "build",
+    "reference",
+    "acts",
+    "cached",
+    "left padding",
+    "beams",
+    "checkpointing",
+    "training",
+    "saved",
+    "compiled",
+]
+COMPILED = {"LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "MixtralForCausalLM"}
+
+
+def check(name: str, folder: Path) -> dict[str, str]:
+    """A cell for each check: works, that the base model fails too, refused with the reason, or WRONG with what."""
+    try:
+        case = make_case(name, folder / "experts")
+        if not case.paths:
+            return {"build": "refused: no layer sees the tokens of its backbone"}
+        output(case.base(), **case.inputs)
+        case.mixture()
+    except LoramixError as error:
+        return {"build": f"refused: {error.received}"}
+    except Exception as error:
+        return {"build": f"no tiny model: {type(error).__name__}"}
+    generates = case.base().can_generate() and "input_ids" in case.inputs
+    cells = dict.fromkeys(CHECKS, ABSENT) | {"build": WORKS}
+    cells["reference"] = _cell(lambda: forward_equals_reference(case))
+    cells["acts"] = _cell(lambda: every_layer_acts(case))
+    for label, run in (("cached", cached_equals_uncached), ("left padding", left_padding), ("beams", beams)):
+        if generates:
+            cells[label] = _beside_base(case, lambda model, run=run: run(case, model))
+    trainable = case.mixture(use_trainable_adapters=True)
+    cells["checkpointing"] = _beside(
+        lambda: checkpointed_gradients(case, trainable), lambda: checkpointed_gradients(case, _thawed(case.base()))
+    )
+    cells["training"] = _beside(lambda: training_step(case), lambda: _loss(case.base().train(), case).backward())
+    cells["saved"] = _cell(lambda: saved_and_loaded(case, folder / "saved"))
+    if name in COMPILED:
+        cells["compiled"] = _cell(lambda: compiled(case, case.mixture()))
+    return cells
+
+
+def _thawed(base: PreTrainedModel) -> PreTrainedModel:
+    return base.requires_grad_(True)  # pyright: ignore[reportReturnType]
+
+
+def _beside_base(case: Case, run: Callable[[Any], None]) -> str:
+    return _beside(lambda: run(case.mixture()), lambda: run(case.base()))
+
+
+def _beside(run: Callable[[], None], base: Callable[[], None]) -> str:
+    found = _cell(run)
+    if found.startswith((WRONG, "fails")) and _cell(base) != WORKS:
+        return BASE_FAILS
+    return found
+
+
+def _cell(run: Callable[[], None]) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run()
+    except LoramixError as error:
+        return f"refused: {error.rule}"
+    except AssertionError as error:
+        return f"{WRONG}: {' '.join(str(error).split())[:200]}"
+    except Exception as error:
+        return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return WORKS
