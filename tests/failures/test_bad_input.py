@@ -291,6 +291,16 @@ def test_a_hidden_size_that_was_not_given_is_the_base_models(experts: Any) -> No
     assert model.internal_xlora_classifier.layers[0].in_features == 64
 
 
+def test_a_base_whose_weights_are_divided_among_processes(experts: Any, tmp_path: Path) -> None:
+    base = llama()
+    head = base.get_output_embeddings()
+    assert head is not None
+    head.weight.ds_id = 3  # type: ignore[attr-defined]
+    config = XLoraConfig(hidden_size=64, adapters=experts("llama"))
+    told = refused(errors.ModelError, base, tmp_path, lambda: get_peft_model(base, config))
+    assert "divided among processes" in told.received
+
+
 def test_a_base_that_is_a_mixture_already(experts: Any, tmp_path: Path) -> None:
     config = XLoraConfig(hidden_size=64, adapters=experts("llama"))
     model: Any = get_peft_model(llama(), config)

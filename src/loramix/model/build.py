@@ -7,13 +7,14 @@ The model stays a `PreTrainedModel` of its own class, and gains the methods of `
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, ABCMeta
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix._compat import enable_checkpointing
@@ -208,10 +209,20 @@ def prepare_model_for_kbit_training(
 
 def _check_base(model: PreTrainedModel) -> None:
     if not isinstance(cast(object, model), PreTrainedModel):
+        wrapped = any(isinstance(getattr(model, name, None), PreTrainedModel) for name in ("module", "_orig_mod"))
         raise ModelError(
             "The base model is a transformers PreTrainedModel.",
-            received=f"a {type(model).__name__}",
-            remedy="load it with AutoModelForCausalLM.from_pretrained(…)",
+            received=f"a {type(model).__name__}{' around one' if wrapped else ''}",
+            remedy="put the experts on the model itself, and wrap or compile the result"
+            if wrapped
+            else "load it with AutoModelForCausalLM.from_pretrained(…); of a model of PEFT, pass model.unload()",
+        )
+    if any(_is_divided(parameter) for parameter in model.parameters()):
+        raise ModelError(
+            "The base model's weights are whole when experts are put on it.",
+            received=f"a {type(model).__name__} whose weights are divided among processes (FSDP, DeepSpeed, tensor "
+            "parallelism)",
+            remedy="put the experts on first, and let the trainer or launcher divide the result",
         )
     if any(isinstance(module, XLoraLayer) or _is_of_peft(module) for module in model.modules()):
         raise ModelError(
@@ -220,6 +231,19 @@ def _check_base(model: PreTrainedModel) -> None:
             remedy="call model.unload() first, or load the base model anew",
         )
     route_checkpoints(model, dry_run=True)
+
+
+def _is_divided(parameter: Tensor) -> bool:
+    if hasattr(parameter, "ds_id"):  # DeepSpeed's mark
+        return True
+    return type(parameter) not in (Tensor, nn.Parameter) and isinstance(parameter, _dtensor())
+
+
+@functools.cache
+def _dtensor() -> type[Tensor]:
+    from torch.distributed.tensor import DTensor  # takes long to import, and few need it
+
+    return DTensor
 
 
 def _is_of_peft(module: object) -> bool:
