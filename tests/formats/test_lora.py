@@ -58,8 +58,8 @@ class TestAgainstPeft:
 
     def test_an_adapted_embedding_brings_the_base_s_weight(self, peft_folder):
         expert = load_adapter("embedding", peft_folder / "embedding")
-        (path, weight), *others = expert.base_weights.items()
-        assert (path, others) == ("model.embed_tokens", [])
+        (name, weight), *others = expert.base_weights.items()
+        assert (name, others) == ("model.embed_tokens.weight", [])
         assert torch.equal(weight, tiny_llama().model.embed_tokens.weight)
 
     @pytest.mark.parametrize("name", PEFT_EXPERTS)
@@ -220,9 +220,9 @@ class TestWrongFiles:
             load_adapter("math", folder)
 
     def test_an_unsupported_feature_is_named_before_weights_are_read(self, folder):
-        edit_config(folder, modules_to_save=["lm_head"])
+        edit_config(folder, trainable_token_indices=[1])
         (folder / WEIGHTS).write_bytes(b"never read")
-        with pytest.raises(UnsupportedAdapterError, match=r"'math'.*modules_to_save=\['lm_head'\]"):
+        with pytest.raises(UnsupportedAdapterError, match=r"'math'.*trainable_token_indices=\[1\]"):
             load_adapter("math", folder)
 
 
@@ -266,7 +266,7 @@ class TestWrongTensors:
         kind = IncompleteCheckpointError if "embedding" in part else CorruptCheckpointError
         self.refused(folder, kind, Q0, part.replace("__", "."))
 
-    @pytest.mark.parametrize("key", ["model.norm.weight", f"{Q0}.bias", f"{Q0}.lora_A.bias", f"{Q0}.lora_E", "x"])
+    @pytest.mark.parametrize("key", [f"{Q0}.lora_A.bias", f"{Q0}.lora_C.weight", f"{Q0}.lora_E", "x"])
     def test_a_key_that_is_not_lora_s(self, folder, key):
         edit_tensors(folder, lambda tensors: tensors | {f"base_model.model.{key}": torch.ones(2)})
         self.refused(folder, UnsupportedAdapterError, repr(f"base_model.model.{key}"))

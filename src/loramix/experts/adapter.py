@@ -70,8 +70,9 @@ class Adapter:
         config: its configuration.
         weights: module path, as in `base.named_modules()`, -> tensors.
         source: the folder or Hub identifier that it was read from; for messages and records.
-        base_weights: module path -> the base model's own weight, if the file holds it (PEFT saves that of an embedding
-            which is adapted or was resized). It differs from the base model's if the expert belongs to another one.
+        base_weights: parameter name, as in `base.named_parameters()`, -> the weight of the base model that the file
+            holds: of an embedding that was adapted, resized or trained, or of a module in `modules_to_save`
+            (`base_weights.py`).
     """
 
     name: str

@@ -3,7 +3,8 @@
 Keys are `base_model.model.<module path>.<part>`. Also read: keys with the prefix missing or repeated, with an adapter's
 name after the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. An expert that adapts an embedding
 also holds that embedding's own weight, `<module path>.base_layer.weight`; one whose vocabulary was resized holds
-`<module path>.weight`.
+`<module path>.weight`, and so does one with `modules_to_save`. Whether the base model has such a weight, and which of
+them an expert may bring, is told when the expert is put on it.
 
 Source: PEFT 0.21.2, `utils/save_and_load.py`.
 """
@@ -38,7 +39,9 @@ _LORA_KEY = re.compile(
     r"(?:(?P<matrix>lora_[AB])(?:\.[^.]+)?\.(?P<leaf>weight|bias)"
     r"|(?P<vector>lora_embedding_[AB]|lora_magnitude_vector)(?:\.[^.]+){0,2})"
 )
-_BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.weight|(?P<embedding>(?:.+\.)?(?:embed_tokens|lm_head))\.weight")
+_BASE_KEY = re.compile(
+    r"(?P<path>(?!.*\blora_).+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(?P<leaf>weight|bias)"
+)
 
 
 class LoraFormat(ExpertFormat):
@@ -82,7 +85,7 @@ def parse_tensors(
     """Sort a file's tensors by module.
 
     Returns:
-        module path -> the expert's tensors; and module path -> the base model's own weight, if the file holds it.
+        module path -> the expert's tensors; and parameter name -> the weight of the base model, if the file holds it.
 
     Raises:
         UnsupportedAdapterError: a key that is not LoRA's.
@@ -97,7 +100,7 @@ def parse_tensors(
         if (part or path) in parts:
             raise CorruptCheckpointError(
                 "A weights file must hold each tensor once.",
-                received=f"expert {name!r}: {key!r} is the second for {part or 'the weight'} of {path!r}",
+                received=f"expert {name!r}: {key!r} is the second for {part or 'the base model'} of {path!r}",
                 remedy="Save the adapter again.",
             )
         parts[part or path] = tensor
@@ -118,14 +121,14 @@ def format_tensors(adapter: Adapter) -> dict[str, Tensor]:
         names = (EMBEDDING_A, EMBEDDING_B) if weights.embedding else (A, B)
         parts = zip((*names, BIAS, MAGNITUDE), (weights.A, weights.B, weights.bias, weights.magnitude), strict=True)
         tensors.update({f"{PREFIX}{path}.{part}": tensor for part, tensor in parts if tensor is not None})
-    for path, tensor in adapter.base_weights.items():
-        inner = "base_layer.weight" if path in adapter.weights else "weight"
-        tensors[f"{PREFIX}{path}.{inner}"] = tensor
+    for name, tensor in adapter.base_weights.items():
+        path, _, leaf = name.rpartition(".")
+        tensors[f"{PREFIX}{path}.base_layer.{leaf}" if path in adapter.weights else PREFIX + name] = tensor
     return tensors
 
 
 def _parse_key(name: str, key: str) -> tuple[str, str | None]:
-    """The module path, and the part; None instead of the part for the base model's own weight."""
+    """The module path, and the part; the parameter's name, and None, for a weight of the base model."""
     stripped = key
     while stripped.startswith(PREFIX):
         stripped = stripped.removeprefix(PREFIX)
@@ -136,9 +139,9 @@ def _parse_key(name: str, key: str) -> tuple[str, str | None]:
             return lora["path"], part
     base = _BASE_KEY.fullmatch(stripped)
     if base is not None:
-        return base["path"] or base["embedding"], None
+        return f"{base['path']}.{base['leaf']}", None
     raise UnsupportedAdapterError(
-        "An expert's file holds LoRA tensors and nothing else.",
+        "An expert's file holds LoRA tensors and weights of its base model.",
         received=f"expert {name!r}: key {key!r}",
         remedy="Leave this expert out, or train it without what this tensor belongs to.",
     )

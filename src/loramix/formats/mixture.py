@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -35,11 +35,14 @@ class MixtureCheckpoint:
         config: its `adapters` names the experts, in order.
         router: the router's tensors by their names in its `state_dict`, such as "layers.0.weight".
         experts: in the order of `config.adapters`.
+        base_weights: parameter name -> the weight of the base model that is the mixture's own: an embedding or a head
+            that came with an expert or was trained.
     """
 
     config: XLoraConfig
     router: Mapping[str, Tensor]
     experts: Sequence[Adapter]
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def num_layers(self) -> int:

@@ -60,6 +60,7 @@ def save_mixture(
     experts: Sequence[Adapter],
     trainer_state: Mapping[str, Tensor] | None = None,
     *,
+    base_weights: Mapping[str, Tensor] | None = None,
     format: str = "xlora",
 ) -> None:
     """Save a mixture with its experts, self-contained in PEFT's layout unless another format is named.
@@ -72,6 +73,7 @@ def save_mixture(
         router: the router's tensors by their names in its `state_dict`, such as "layers.0.weight".
         experts: in the order of `config.adapters`.
         trainer_state: as for `save_adapter`.
+        base_weights: weights of the base model that are the mixture's own, by parameter name.
         format: the name of a registered format of mixtures.
 
     Raises:
@@ -80,7 +82,7 @@ def save_mixture(
         UnsupportedOperationError: a read-only format.
         SaveError: as for `save_adapter`.
     """
-    checkpoint = MixtureCheckpoint(config, router, experts)
+    checkpoint = MixtureCheckpoint(config, router, experts, base_weights or {})
     _check_unchanged(checkpoint)
     _save(folder, mixture_format(format), checkpoint, trainer_state)
 

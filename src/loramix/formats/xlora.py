@@ -3,7 +3,8 @@
     adapter_config.json             peft_type XLORA, or LORAMIX if PEFT does not have the router or the gating;
                                     adapters: name -> where the expert came from
     adapter_model.safetensors       base_model.internal_xlora_classifier.layers.{i}.{weight,bias}, or
-                                    base_model.internal_xlora_router.* of another kind of router
+                                    base_model.internal_xlora_router.* of another kind of router; and
+                                    base_model.model.<parameter> of an embedding or a head of the mixture's own
     <name>/adapter_config.json      each expert in PEFT's LoRA format
     <name>/adapter_model.safetensors
 
@@ -37,7 +38,7 @@ from loramix.files.location import Location
 from loramix.files.tensors import is_ours, read_tensors, write_tensors
 from loramix.formats.format import MixtureFormat, register_format
 from loramix.formats.load import read_expert
-from loramix.formats.lora import expert_writers
+from loramix.formats.lora import PREFIX, expert_writers
 from loramix.formats.mixture import (
     MixtureCheckpoint,
     check_before_experts,
@@ -71,7 +72,7 @@ class XLoraFormat(MixtureFormat):
         saved = XLoraConfig.from_json_file(find_config(location))
         config, replaced = select_experts(saved, adapters, config, str(location))
         path = find_weights(location)
-        router = _parse_router(config, read_tensors(path), path)
+        router, base_weights = _parse_tensors(config, read_tensors(path), path)
         check_before_experts(config, router, str(path))
         self_contained = is_ours(path)
         experts: list[Adapter] = []
@@ -80,7 +81,7 @@ class XLoraFormat(MixtureFormat):
                 experts.append(read_expert(location.elsewhere(place), name))
             else:
                 experts.append(_member(location, name, place, config, self_contained))
-        checkpoint = MixtureCheckpoint(config, router, experts)
+        checkpoint = MixtureCheckpoint(config, router, experts, base_weights)
         check_router(checkpoint, str(path), replaced)
         return checkpoint
 
@@ -91,6 +92,7 @@ class XLoraFormat(MixtureFormat):
             writers |= {f"{expert.name}/{place}": write for place, write in expert_writers(expert).items()}
         prefix = f"base_model.{router_class(content.config).attribute}."
         tensors = {prefix + name: tensor for name, tensor in content.router.items()}
+        tensors |= {PREFIX + name: tensor for name, tensor in content.base_weights.items()}
         writers[WEIGHTS_NAME] = partial(write_tensors, tensors=tensors)
         saved = copy.copy(content.config)
         saved.adapters = {name: name if is_local(place) else place for name, place in saved.adapters.items()}
@@ -155,12 +157,22 @@ def _has_adapter(location: Location) -> bool:
         return False
 
 
-def _parse_router(config: XLoraConfig, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The router's tensors by their names in its `state_dict`; PEFT's prefixes may be missing or repeated."""
+def _parse_tensors(
+    config: XLoraConfig, tensors: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The router's tensors by their names in its `state_dict`, and the base model's by the names of its parameters.
+
+    PEFT's prefixes of the router's may be missing or repeated.
+    """
+    own = is_ours(path)
     expression = re.compile(rf"(?:base_model\.)*(?:model\.)*{router_class(config).attribute}\.(.+)")
     router: dict[str, Tensor] = {}
+    base_weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = expression.fullmatch(key)
+        if match is None and own and key.startswith(PREFIX):
+            base_weights[key.removeprefix(PREFIX)] = tensor
+            continue
         if match is None or match[1] in router:
             raise CorruptCheckpointError(
                 "A mixture's file holds each tensor of its router once, and nothing else.",
@@ -168,4 +180,4 @@ def _parse_router(config: XLoraConfig, tensors: Mapping[str, Tensor], path: Path
                 remedy="Give the folder of a mixture, or save it again.",
             )
         router[match[1]] = tensor
-    return router
+    return router, base_weights

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights, refuse_infinite
 from loramix.experts.base_layers import Kind, device_of, expected_shapes, kind_of, refuse_module
+from loramix.experts.base_weights import check_base_weights
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.files.tensors import all_finite
 from loramix.layers.layer import XLoraLayer, fill, new_layer
@@ -48,6 +49,7 @@ def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
     base = _Base(modules, adaptable(modules))
     for adapter in adapters:
         _check(adapter, base)
+        check_base_weights(model, adapter)
     paths = [path for path in modules if any(path in adapter.weights for adapter in adapters)]
     return [Site(path, modules[path], tuple(_experts_at(path, adapters))) for path in paths]
 
@@ -94,12 +96,9 @@ class _Base:
 
 def _check(adapter: Adapter, base: _Base) -> None:
     modules = base.modules
-    absent = [path for path in (*adapter.weights, *adapter.base_weights) if path not in modules]
+    absent = [path for path in adapter.weights if path not in modules]
     if absent:
         raise _mismatch(adapter, "the base model has no such module", absent)
-    foreign = [path for path, weight in adapter.base_weights.items() if not _is_weight_of(modules[path], weight)]
-    if foreign:
-        raise _mismatch(adapter, "the file holds the weight of its own base model, and it is another one", foreign)
     for path, weights in adapter.weights.items():
         base.check(adapter, path, weights)
     missing = [path for path in targeted(modules, base.kinds, adapter.config) if path not in adapter.weights]
@@ -107,15 +106,6 @@ def _check(adapter: Adapter, base: _Base) -> None:
         raise _mismatch(
             adapter, "target_modules names it in this base model, and the file has no tensors for it", missing
         )
-
-
-def _is_weight_of(module: nn.Module, saved: Tensor) -> bool:
-    """Whether a weight saved with an expert is the base model's, as far as rounding to another dtype lets it be."""
-    own = getattr(module, "weight", None)
-    if not isinstance(own, Tensor) or own.shape != saved.shape:
-        return False
-    own, saved = own.detach().float(), saved.to(own.device).float()
-    return bool((own - saved).abs().max() <= 0.01 * own.abs().max())
 
 
 def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraWeights) -> None:

@@ -34,6 +34,7 @@ class AutoPeftModel:
         config: PeftConfig | None = None,
         *,
         adapters: dict[str, str] | None = None,
+        base_weights_of: str | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
@@ -50,6 +51,7 @@ class AutoPeftModel:
             is_trainable: whether the trained parameters can be trained further.
             config: a configuration to use instead of the saved one.
             adapters: experts to use instead of the saved ones.
+            base_weights_of: the expert whose embeddings and head are used, where experts disagree.
             revision: of the adapter; the base model's is in the adapter's configuration.
             subfolder: of the adapter.
             token: access token, for adapter and base model, like the next three.
@@ -79,7 +81,14 @@ class AutoPeftModel:
             saved.base_model_name_or_path, revision=saved.revision or "main", **access, **base
         )
         return PeftModel.from_pretrained(
-            model, model_id, adapter_name, is_trainable, config, adapters=adapters, **vars(options)
+            model,
+            model_id,
+            adapter_name,
+            is_trainable,
+            config,
+            adapters=adapters,
+            base_weights_of=base_weights_of,
+            **vars(options),
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, ABCMeta
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -24,6 +24,7 @@ from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, ModelError
 from loramix.experts.adapter import Adapter
 from loramix.experts.base_model import hidden_size_of, identifier_of
+from loramix.experts.base_weights import OwnRows, own_rows
 from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.files.location import Location
@@ -31,6 +32,7 @@ from loramix.formats.load import kind_at, read_expert, read_mixture
 from loramix.layers.inject import adapt, find_carrier, plan, refuse_meta, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import check_uses
+from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
 from loramix.passes.checkpointing import route_checkpoints
@@ -66,6 +68,7 @@ class PeftModel(_Peft):
         config: PeftConfig | None = None,
         *,
         adapters: Mapping[str, str] | None = None,
+        base_weights_of: str | None = None,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved mixture, or one saved LoRA expert, on a base model.
@@ -79,6 +82,7 @@ class PeftModel(_Peft):
                 that it names otherwise than the saved one count as `adapters`.
             adapters: experts to use instead of the saved ones: the same names replace by name, all-new names replace
                 in order and become the names.
+            base_weights_of: as for `get_peft_model`; what a saved mixture holds itself comes first.
             **hub: revision, subfolder, token, cache_dir, local_files_only, force_download. PEFT's `torch_device`,
                 `device_map`, `autocast_adapter_dtype`, `low_cpu_mem_usage` and `ephemeral_gpu_offload` are taken and
                 mean nothing: experts go where the base model's layers are.
@@ -105,7 +109,8 @@ class PeftModel(_Peft):
             return _build_lora(model, adapter, trainable=is_trainable)
         saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
         saved.config.inference_mode = not is_trainable
-        result = _build_mixture(model, saved.config, saved.experts, saved.router, trainable=is_trainable)
+        own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
+        result = _build_mixture(model, saved.config, saved.experts, saved.router, own, trainable=is_trainable)
         return result if is_trainable else result.eval()
 
 
@@ -131,7 +136,13 @@ def get_peft_model(
 
 
 def get_peft_model(
-    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, mixed: bool = False, **hub: Any
+    model: PreTrainedModel,
+    peft_config: PeftConfig,
+    adapter_name: str = ADAPTER_NAME,
+    mixed: bool = False,
+    *,
+    base_weights_of: str | None = None,
+    **hub: Any,
 ) -> PeftModel:
     """Make a mixture of a base model and the experts a configuration names, with a new router; or a new LoRA expert.
 
@@ -140,6 +151,8 @@ def get_peft_model(
         peft_config: an `XLoraConfig`, or a `LoraConfig` to train a new expert with. The model keeps a copy.
         adapter_name: kept for PEFT's sake.
         mixed: likewise; False.
+        base_weights_of: the expert whose embeddings and head are used where the experts were saved with different
+            ones: all experts of a mixture share them.
         **hub: as for `PeftModel.from_pretrained`, for the experts; but `revision` is the base model's, as in PEFT, and
             kept in the configuration. An expert says its own: "user/repo@revision".
 
@@ -164,7 +177,8 @@ def get_peft_model(
     _check(config, len(config.adapters), hidden_size_of(model))
     config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
     experts = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
-    return _build_mixture(model, config, experts, None, trainable=not config.inference_mode)
+    own = functools.partial(own_rows, chosen=base_weights_of)
+    return _build_mixture(model, config, experts, None, own, trainable=not config.inference_mode)
 
 
 def _options(hub: Mapping[str, Any]) -> HubOptions:
@@ -255,6 +269,7 @@ def _build_mixture(
     config: XLoraConfig,
     experts: Sequence[Adapter],
     saved: Mapping[str, Tensor] | None,
+    find_own: Callable[[PreTrainedModel, Sequence[Adapter]], list[OwnRows]],
     *,
     trainable: bool,
 ) -> PeftModel:
@@ -273,7 +288,7 @@ def _build_mixture(
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, tokens_told=told)
-    _commit(model, carrier, layers, state, XLoraMethods)
+    _commit(model, carrier, layers, state, XLoraMethods, find_own(model, experts))
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
 
@@ -293,7 +308,7 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     check_uses(model, carrier, sites, [adapter.name], routed=False)
     layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
-    _commit(model, carrier, layers, state, PeftMethods)
+    _commit(model, carrier, layers, state, PeftMethods, own_rows(model, [adapter]))
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())
 
@@ -304,11 +319,13 @@ def _commit(
     layers: Mapping[str, XLoraLayer],
     state: AdaptedState,
     methods: type,
+    own: Sequence[OwnRows],
 ) -> None:
     """Change the model. All checks have been made: nothing in here may fail."""
     state.thawed = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     route_checkpoints(model)
+    put_rows(model, state, own)
     for path, layer in layers.items():
         replace(model, path, layer)
     if isinstance(state, MixtureState):

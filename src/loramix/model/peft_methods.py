@@ -24,6 +24,7 @@ from loramix.layers.layer import STACK, XLoraLayer
 from loramix.layers.merge import merge, put
 from loramix.layers.routing import ConstantRouting, Routing
 from loramix.layers.slot import override
+from loramix.model.own_weights import own_weights, restore_rows, saved_weights, with_trained_modules
 from loramix.passes.specialise import Specialised
 from loramix.passes.state import AdaptedState, MixtureState
 from loramix.routers.classifier import XLoraClassifier
@@ -91,6 +92,7 @@ class PeftMethods:
         model, state = self.get_base_model(), self._loramix
         for path, layer in layers_of(model).items():
             replace(model, path, layer.base_layer)
+        restore_rows(model, state)
         if isinstance(state, MixtureState):
             delattr(model, state.router.attribute)
         for part in [module for module in model.modules() if isinstance(module, Specialised)]:
@@ -203,6 +205,7 @@ class PeftMethods:
                 remedy="keep the experts unmerged, or call model.fix_routing([…]) first",
             )
         merged = merge(layers_of(model), routing)
+        self._loramix.replaced = {}  # the merged weights go on with these rows
         self.unload()
         put(model, merged)
         return model
@@ -264,16 +267,20 @@ def _save(
     training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer_state = training if given is not _NO_TRAINER and training else None
     if not isinstance(state, MixtureState):
-        formats.save_adapter(folder, experts[0], trainer_state)
+        formats.save_adapter(folder, with_trained_modules(experts[0], model, state, tensors), trainer_state)
         return
     prefix = f"{state.router.attribute}."
     router = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    formats.save_mixture(folder, state.config, router, experts, trainer_state)
+    base_weights = own_weights(model, state, tensors)
+    formats.save_mixture(folder, state.config, router, experts, trainer_state, base_weights=base_weights)
 
 
 def _experts(model: PreTrainedModel, state: AdaptedState, tensors: Mapping[str, Tensor]) -> list[Adapter]:
     """The experts as they are now, from the stacked tensors."""
-    experts = [dataclasses.replace(expert, weights={}) for expert in state.experts]
+    experts = [
+        dataclasses.replace(expert, weights={}, base_weights=saved_weights(state, expert.name, tensors))
+        for expert in state.experts
+    ]
     for path, layer in layers_of(model).items():
         own = {name: tensors[f"{path}.{STACK}.{name}"] for name, _ in layer.stack.named_parameters()}
         for expert, weights in layer.stack.unstack(own).items():

@@ -44,6 +44,18 @@ class RoutedPass(NamedTuple):
     losses: list[Tensor]
 
 
+class ReplacedRows(NamedTuple):
+    """Rows of a parameter of the base model that the mixture has replaced.
+
+    Attributes:
+        rows: (n,) their numbers.
+        values: (n, …) what they were before.
+    """
+
+    rows: Tensor
+    values: Tensor
+
+
 class PassSettings(NamedTuple):
     """The settings of a forward, which may change between two forwards."""
 
@@ -70,6 +82,8 @@ class AdaptedState:
     ) -> None:
         self.config = config
         self.experts = [replace(expert, weights={}, base_weights={}) for expert in experts]
+        self.saved_weights = {expert.name: list(expert.base_weights) for expert in experts}
+        self.replaced: dict[str, ReplacedRows] = {}  # of the base model's parameters
         self.paths = list(layers)
         self.layouts = list({layer.stack.layout: layer.stack for layer in layers.values()}.values())
         self.owner = uuid.uuid4().hex

@@ -1,0 +1,90 @@
+"""Weights of the base model that are a mixture's own: put in, taken out, and saved.
+
+They are rows that came with an expert (`experts/base_weights.py`), and modules that were trained beside the experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loramix.experts.adapter import Adapter
+from loramix.experts.base_weights import OwnRows, embedding_paths
+from loramix.layers.layer import STACK
+from loramix.passes.state import AdaptedState, MixtureState, ReplacedRows
+
+
+@torch.no_grad()
+def put_rows(model: nn.Module, state: AdaptedState, own: Sequence[OwnRows]) -> None:
+    """Write the rows into the base model, before its layers are replaced; the state keeps what they were."""
+    for name, rows, values in own:
+        weight = model.get_parameter(name)
+        state.replaced[name] = ReplacedRows(rows, weight.detach()[rows])
+        weight.data[rows] = values.to(weight)
+
+
+@torch.no_grad()
+def restore_rows(model: nn.Module, state: AdaptedState) -> None:
+    """Put back what the rows were, once the base model's layers are in their places."""
+    for name, (rows, values) in state.replaced.items():
+        weight = model.get_parameter(name)
+        there = (rows < len(weight)).to(weight.device)  # the vocabulary may have shrunk
+        rows = rows.to(weight.device)[there]
+        weight.data[rows] = values.to(weight.device)[there]
+
+
+def own_weights(model: nn.Module, state: AdaptedState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole weights that are the mixture's own, by the base model's names.
+
+    Args:
+        model: the mixture.
+        state: its state.
+        tensors: by the mixture's names.
+    """
+    names = dict.fromkeys([*state.replaced, *_trained(model, state)])
+    return {name: tensors[_name_here(name, state)] for name in names}
+
+
+def saved_weights(state: AdaptedState, expert: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base model's weights that an expert's file held, as they are now."""
+    return {name: tensors[_name_here(name, state)] for name in state.saved_weights[expert]}
+
+
+def with_trained_modules(
+    expert: Adapter, model: nn.Module, state: AdaptedState, tensors: Mapping[str, Tensor]
+) -> Adapter:
+    """The only expert, with the modules that were trained beside it; `modules_to_save` names them."""
+    trained = own_weights(model, state, tensors)
+    embeddings = embedding_paths(model)  # pyright: ignore[reportArgumentType]
+    paths = {name.rpartition(".")[0] for name in _trained(model, state)}
+    declared = sorted({*(expert.config.modules_to_save or []), *(paths - embeddings)})
+    config = dataclasses.replace(expert.config, modules_to_save=declared) if paths - embeddings else expert.config
+    return dataclasses.replace(expert, config=config, base_weights=expert.base_weights | trained)
+
+
+def _trained(model: nn.Module, state: AdaptedState) -> list[str]:
+    """The base model's names of all parameters of the modules in which one requires gradients."""
+    router = f"{state.router.attribute}." if isinstance(state, MixtureState) else None
+    stacks = tuple(f"{path}.{STACK}." for path in state.paths)
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith(stacks) and not (router and name.startswith(router))
+    }
+    modules = {name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.requires_grad}
+    return [_base_name(name, state) for name in parameters if name.rpartition(".")[0] in modules]
+
+
+def _name_here(name: str, state: AdaptedState) -> str:
+    """The mixture's name of a parameter of the base model."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.base_layer.{leaf}" if path in state.paths else name
+
+
+def _base_name(name: str, state: AdaptedState) -> str:
+    path, _, leaf = name.rpartition(".")
+    inner = path.removesuffix(".base_layer")
+    return f"{inner}.{leaf}" if inner in state.paths else name
