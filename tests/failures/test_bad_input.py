@@ -83,6 +83,11 @@ EXPERTS: dict[str, tuple[type[errors.LoramixError], Make, list[str]]] = {
         of_base(["embed_tokens"], vocab_size=80),
         ["embed_tokens", "80", "96"],
     ),
+    "a module to save that is missing": (
+        errors.IncompleteCheckpointError,
+        lambda good, bad: edited(good, bad, modules_to_save=["lm_head"]),
+        ["modules_to_save=['lm_head']", "'lm_head.weight'"],
+    ),
     "wrong rank": (errors.CorruptCheckpointError, lambda good, bad: edited(good, bad, r=7), ["r=7"]),
     "another method": (
         errors.UnsupportedAdapterError,
@@ -91,7 +96,6 @@ EXPERTS: dict[str, tuple[type[errors.LoramixError], Make, list[str]]] = {
     ),
 }
 FEATURES: dict[str, Any] = {
-    "modules_to_save": ["lm_head"],
     "target_parameters": ["mlp.experts.up"],
     "bias": "lora_only",
     "trainable_token_indices": [1, 2],
@@ -143,12 +147,12 @@ def test_a_feature_is_refused_before_any_weight_is_read(feature: str, experts: A
     assert "'the-bad-one'" in caught.received
 
 
-@pytest.mark.parametrize("module", ["lm_head", "norm"])
+@pytest.mark.parametrize("module", ["lm_head", "trainable_token_indices"])
 @pytest.mark.filterwarnings(*PEFT_WARNINGS, "ignore:Could not find a config file:UserWarning")
 def test_an_expert_of_peft_that_reaches_where_no_expert_can(module: str, experts: Any, tmp_path: Path) -> None:
     import peft
 
-    settings = {"target_modules": ["q_proj", "lm_head"]} if module == "lm_head" else {"modules_to_save": ["norm"]}
+    settings = {"target_modules": ["q_proj", "lm_head"]} if module == "lm_head" else {module: [5]}
     config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **settings})
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "bad")
     base = llama()

@@ -49,7 +49,7 @@ FAILURES: dict[str, tuple[type[errors.LoramixError], Build]] = {
         second(lambda e, bad: without(e["code"], bad, "layers.1.mlp.up_proj")),
     ),
     "modules_to_save": (
-        errors.UnsupportedAdapterError,
+        errors.IncompleteCheckpointError,
         second(lambda e, bad: edited(e["code"], bad, modules_to_save=["lm_head"])),
     ),
     "another rank": (errors.CorruptCheckpointError, second(lambda e, bad: edited(e["code"], bad, r=5))),

@@ -6,7 +6,6 @@ from loramix.config.lora import LoraConfig
 from loramix.errors import UnsupportedAdapterError
 
 _WITHOUT_MEANING_HERE = (
-    "modules_to_save",
     "target_parameters",
     "layer_replication",
     "megatron_config",
@@ -56,7 +55,7 @@ def refuse_unsupported(config: LoraConfig, name: str) -> None:
     changed_base = any(feature.startswith("init_lora_weights") for feature in found)
     convert = " (PEFT converts it on saving: path_initial_model_for_weight_conversion)" if changed_base else ""
     raise UnsupportedAdapterError(
-        "A mixture supports LoRA, rsLoRA, DoRA and LoRA biases, and no other features of an expert.",
+        "A mixture supports LoRA, rsLoRA, DoRA, LoRA biases and modules_to_save, and no other features of an expert.",
         received=f"expert {name!r} with {', '.join(found)}",
         remedy=f"Leave this expert out, or train it without them{convert}.",
     )

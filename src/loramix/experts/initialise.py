@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix.config.lora import LoraConfig
-from loramix.errors import ConfigurationError
+from loramix.errors import ConfigurationError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights, pattern_value
 from loramix.experts.base_layers import dense_weight, expected_shapes, kind_of, refuse_module
 from loramix.experts.features import refuse_unsupported
@@ -33,6 +33,13 @@ def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapte
         ConfigurationError: no module to adapt, or an unknown `init_lora_weights`.
     """
     refuse_unsupported(config, name)
+    if config.modules_to_save:
+        raise UnsupportedAdapterError(
+            "Modules that train beside a new expert are named by their gradients.",
+            received=f"a new expert {name!r} with modules_to_save={config.modules_to_save!r}",
+            remedy="leave it out, and call requires_grad_(True) on these modules once the expert is there: they are "
+            "saved with it",
+        )
     initialise = _initialiser(config)
     paths = new_targets(model, config)
     if config.target_modules == ALL_LINEAR:
