@@ -61,7 +61,6 @@ def test_without_targets_nothing_is_adapted():
 
 
 REFUSED = {
-    "modules_to_save": ["lm_head"],
     "target_parameters": ["experts.up"],
     "layer_replication": [(0, 1)],
     "megatron_config": {"x": 1},
@@ -92,7 +91,7 @@ CARRIED = {
     "alpha_pattern": {"q": 2},
     "exclude_modules": ["q"],
     "layers_to_transform": [0],
-    "modules_to_save": [],
+    "modules_to_save": ["lm_head"],
     "qalora_group_size": 4,
 }
 

@@ -147,12 +147,12 @@ def test_a_feature_is_refused_before_any_weight_is_read(feature: str, experts: A
     assert "'the-bad-one'" in caught.received
 
 
-@pytest.mark.parametrize("module", ["lm_head", "trainable_token_indices"])
+@pytest.mark.parametrize("module", ["target_parameters", "trainable_token_indices"])
 @pytest.mark.filterwarnings(*PEFT_WARNINGS, "ignore:Could not find a config file:UserWarning")
 def test_an_expert_of_peft_that_reaches_where_no_expert_can(module: str, experts: Any, tmp_path: Path) -> None:
     import peft
 
-    settings = {"target_modules": ["q_proj", "lm_head"]} if module == "lm_head" else {module: [5]}
+    settings = {module: [5] if module == "trainable_token_indices" else ["v_proj.weight"]}
     config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **settings})
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "bad")
     base = llama()

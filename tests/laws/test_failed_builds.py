@@ -15,6 +15,7 @@ import loramix
 from loramix import errors
 from support.disk import WEIGHTS, edited, truncated, without
 from support.mixtures import logits_of, mixture
+from support.routers import EnergyRouter
 from support.tiny import gpt2, llama, qwen3, save_expert
 
 Experts = Callable[[str], dict[str, str]]
@@ -69,7 +70,10 @@ FAILURES: dict[str, tuple[type[errors.LoramixError], Build]] = {
         errors.AdapterMismatchError,
         second(lambda _, bad: save_expert(bad, gpt2(), target_modules=["c_attn"], fan_in_fan_out=True)),
     ),
-    "the head": (errors.UnsupportedAdapterError, second(lambda e, bad: _of_the_head(e["code"], bad))),
+    "the head, with a router that reads activations": (
+        errors.UnsupportedAdapterError,
+        second(lambda e, bad: _of_the_head(e["code"], bad), router=EnergyRouter.kind),
+    ),
     "another hidden size": (errors.ConfigurationError, second(lambda e, _: e["code"], hidden_size=65)),
     "top-k above E": (errors.ConfigurationError, second(lambda e, _: e["code"], top_k_lora=3)),
     "no experts": (errors.ConfigurationError, lambda base, *_: build(base, {})),
@@ -77,9 +81,11 @@ FAILURES: dict[str, tuple[type[errors.LoramixError], Build]] = {
         errors.ConfigurationError,
         lambda base, *_: loramix.get_peft_model(base, loramix.LoraConfig(target_modules=["no_such"])),
     ),
-    "a new expert of the head": (
+    "a new expert with a head of its own": (
         errors.UnsupportedAdapterError,
-        lambda base, *_: loramix.get_peft_model(base, loramix.LoraConfig(target_modules=["q_proj", "lm_head"])),
+        lambda base, *_: loramix.get_peft_model(
+            base, loramix.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+        ),
     ),
     "a new expert with an unknown start": (
         errors.ConfigurationError,

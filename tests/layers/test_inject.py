@@ -17,7 +17,7 @@ from loramix.experts.base_layers import expected_shapes
 from loramix.experts.targets import new_targets
 from loramix.layers.inject import adapt, find_carrier, plan
 from loramix.layers.layer import XLoraLayer
-from support.tiny import ARCHITECTURES, TARGETS, build, gpt2, llama, opt, tokens
+from support.tiny import ARCHITECTURES, GATED, TARGETS, build, gpt2, llama, opt, tokens
 
 Q, V = "model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj"
 
@@ -94,13 +94,21 @@ def test_an_expert_of_a_shallower_base_is_refused() -> None:
     assert Q.format(1) in caught.value.received
 
 
-def test_the_head_is_refused() -> None:
-    model = llama()
-    sites = plan(model, [adapter("heady", model, [Q.format(0), "lm_head"])])
+def test_a_head_that_gives_no_token_its_logits_is_refused() -> None:
+    model = build(transformers.LlamaForSequenceClassification, **GATED)
+    sites = plan(model, [adapter("heady", model, [Q.format(0), "score"])])
     with pytest.raises(UnsupportedAdapterError, match="after both passes") as caught:
         find_carrier(model, sites, ["heady"])
     assert "'heady'" in caught.value.received
-    assert "'lm_head'" in caught.value.received
+    assert "'score'" in caught.value.received
+
+
+@pytest.mark.parametrize("paths", [["lm_head", V.format(1)], ["lm_head"]])
+def test_the_head_is_the_last_layer_and_its_backbone_carries_the_passes(paths: list[str]) -> None:
+    model = llama()
+    sites = plan(model, [adapter("heady", model, paths)])
+    assert sites[-1].path == "lm_head"
+    assert find_carrier(model, sites, ["heady"]) is model.model
 
 
 @pytest.mark.parametrize(

@@ -118,5 +118,5 @@ def carrier_path(modules: Mapping[str, nn.Module], path: str) -> str:
 
 
 def in_head(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Whether a module belongs to the model's head, which runs after the passes; arguments as for `carrier_path`."""
+    """Whether a module belongs to what runs after the passes, such as the head; arguments as for `carrier_path`."""
     return carrier_path(modules, path) == "" and cast(PreTrainedModel, modules[""]).base_model is not modules[""]

@@ -152,19 +152,22 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
         names: the experts' names, for errors.
 
     Raises:
-        UnsupportedAdapterError: an expert adapts the model's head.
+        UnsupportedAdapterError: an expert adapts what runs after the backbone, other than the output embeddings.
         ModelError: the adapted layers have no such model, or several.
     """
     modules = dict(model.named_modules())
+    inner = [site for site in sites if not in_head(modules, site.path)]
     for site in sites:
-        if in_head(modules, site.path):
+        if site not in inner and site is not head_site(model, sites):
             experts = ", ".join(repr(names[e.expert]) for e in site.experts)
             raise UnsupportedAdapterError(
-                "The head of the model runs after both passes and cannot be routed.",
-                received=f"expert {experts} adapts {site.path!r}",
+                "What runs after both passes cannot be routed, except a head that gives each token its logits.",
+                received=f"expert {experts} adapts {site.path!r} of a {type(model).__name__}",
                 remedy=f"train the expert without {site.path.rpartition('.')[2]!r} in target_modules",
             )
-    paths = sorted({carrier_path(modules, site.path) for site in sites})
+    paths = sorted({carrier_path(modules, site.path) for site in inner}) or [
+        path for path, module in modules.items() if module is model.base_model
+    ]
     if len(paths) != 1 or model.config.is_encoder_decoder:
         raise ModelError(
             "All adapted layers lie under one decoder.",
@@ -191,6 +194,12 @@ def refuse_meta(sites: Sequence[Site]) -> None:
             received=f"weights on the meta device, such as those of {absent[0]!r}",
             remedy="load the base model without offloading to disk or CPU (device_map)",
         )
+
+
+def head_site(model: PreTrainedModel, sites: Sequence[Site]) -> Site | None:
+    """The site of the output embeddings, which run after the backbone; None if no expert adapts them."""
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    return next((site for site in sites if site.module is head and in_head(modules, site.path)), None)
 
 
 def adapt(sites: Sequence[Site], names: Sequence[str], *, precise: bool, dtype: torch.dtype) -> dict[str, XLoraLayer]:

@@ -65,6 +65,11 @@ class XLoraLayer(nn.Module):
         """The base layer's bias, likewise."""
         return self.base_layer.bias
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Weight and bias go to the base layer: transformers ties a head to its embedding anew."""
+        own = super() if name not in ("weight", "bias") else cast(Any, self.base_layer)
+        own.register_parameter(name, param)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         routing = current()
         modules = cast("dict[str, nn.Module]", self._modules)  # as attributes they are looked for, each time

@@ -71,6 +71,10 @@ class Routing(Protocol):
         """The columns that count, where multiplying these alone is cheaper; None where it is not."""
         ...
 
+    def of_tokens(self, kept: int | Tensor) -> Routing:
+        """The routing of the last `kept` tokens, of all if 0, or of those that a tensor numbers."""
+        ...
+
 
 class ConstantRouting:
     """Every expert has one scaling, in every layer and for every token. 0 means the base model."""
@@ -93,6 +97,10 @@ class ConstantRouting:
     def gathered(self, stack: Stack) -> None:
         """None: all columns count."""
 
+    def of_tokens(self, kept: int | Tensor) -> ConstantRouting:
+        """Itself."""
+        return self
+
 
 class TensorRouting:
     """Scalings as a tensor: (B, S, L, E) for each token, or (L, E) for all tokens alike.
@@ -111,6 +119,7 @@ class TensorRouting:
 
     def __init__(self, scalings: Tensor, weight: float = 1.0, layouts: Sequence[Stack] = ()) -> None:
         self.scalings = scalings
+        self._weight = weight
         self._weighted = scalings if weight == 1.0 else scalings * float(weight)
         self._shared = scalings.shape[-2] == 1
         self._by_layer = self._weighted.unbind(-2)  # one stack in backward, not a zero-filled tensor for each layer
@@ -134,6 +143,12 @@ class TensorRouting:
         if key not in self._gathered:
             self._gathered[key] = self._gather(stack)
         return self._gathered[key]
+
+    def of_tokens(self, kept: int | Tensor) -> TensorRouting:
+        if self.scalings.dim() == 2 or (isinstance(kept, int) and kept == 0):
+            return self
+        tokens = slice(-kept, None) if isinstance(kept, int) else kept
+        return TensorRouting(self.scalings[:, tokens], self._weight)
 
     def _is_sparse(self) -> bool:
         """Whether most scalings are 0. Asked on a CPU only: elsewhere the answer would wait for the device."""
@@ -198,6 +213,10 @@ class LayerRouting:
 
     def gathered(self, stack: Stack) -> None:
         """None: which columns count is known too late."""
+
+    def of_tokens(self, kept: int | Tensor) -> LayerRouting:
+        """Itself: a layer makes the scalings of the tokens that it sees."""
+        return self
 
     def _weighted(self, stack: Stack, low_rank: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not low_rank:

@@ -42,11 +42,38 @@ Override = Callable[[], Routing | ObservedPass]
 """Gives the one pass that a model is to make instead of routing."""
 
 
+class HeadCall:
+    """One forward of a model whose head is adapted: the head runs after the passes, in none of them.
+
+    Args:
+        kept: which tokens go on to the head: the last ones, all if 0, or their numbers.
+
+    Attributes:
+        routing: that of the last pass, once there was one.
+    """
+
+    def __init__(self, kept: int | Tensor) -> None:
+        self.kept = kept
+        self.routing: Routing | None = None
+        self._is_called = False
+
+    def take(self) -> Routing | None:
+        """The routing of the tokens that go on to the head."""
+        self._is_called = True
+        return None if self.routing is None else self.routing.of_tokens(self.kept)
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether experts were to act, and the head was not called."""
+        return self.routing is not None and not self.routing.silent and not self._is_called
+
+
 class _Slot(threading.local):
     def __init__(self) -> None:  # set here, not on the class: compiled code guards on the instance's own dictionary
         self.routing: Routing | None = None
         self.bypassed: dict[int, object] = {}
         self.overrides: tuple[tuple[object, Override], ...] = ()
+        self.head: HeadCall | None = None
 
 
 _slot = _Slot()
@@ -59,6 +86,8 @@ def current() -> Routing:
         RoutingError: no pass is under way in this thread.
     """
     routing = _slot.routing
+    if routing is None and _slot.head is not None:
+        routing = _slot.head.take()
     if routing is None:
         raise RoutingError(
             "An adapted layer runs only inside the passes of its model.",
@@ -69,12 +98,24 @@ def current() -> Routing:
 
 
 def routed(routing: Routing, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call with `routing` in force for this thread, and restore what was in force before."""
+    """Call with `routing` in force for this thread, and restore what was in force before; the head reads it then."""
     outer, _slot.routing = _slot.routing, routing
     try:
         return call(*args, **kwargs)
     finally:
         _slot.routing = outer
+        if _slot.head is not None:
+            _slot.head.routing = routing
+
+
+@contextmanager
+def head_call(kept: int | Tensor) -> Generator[HeadCall]:
+    """Inside, in this thread, one forward of a model whose head is adapted."""
+    outer, _slot.head = _slot.head, HeadCall(kept)
+    try:
+        yield _slot.head
+    finally:
+        _slot.head = outer
 
 
 def weight_read(layer: object) -> None:

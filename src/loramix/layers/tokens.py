@@ -6,6 +6,7 @@ B, S: batch, sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -61,8 +62,21 @@ def uses_of(model: PreTrainedModel, carrier: nn.Module, sites: Sequence[Site]) -
     Args:
         model: the base model.
         carrier: the backbone that runs the passes.
-        sites: the layers.
+        sites: the layers; that of a head lies outside the backbone.
     """
+    inside = {id(module) for module in carrier.modules()}
+    inner = [site for site in sites if id(site.module) in inside]
+    found = _inner_uses(model, carrier, inner)
+    if found is None or len(inner) == len(sites):
+        return found
+    path = next(path for path, part in model.named_modules() if part is carrier)
+    run = dry_run(model, path)
+    if run is None:
+        return None
+    return found | {site.path: replace(run[site.path], outside=False) for site in sites if site not in inner}
+
+
+def _inner_uses(model: PreTrainedModel, carrier: nn.Module, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
     whole = model.base_model
     backbone = next((path for path, part in whole.named_modules() if part is carrier), None)
     run = (

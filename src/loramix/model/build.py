@@ -21,7 +21,7 @@ from loramix._compat import enable_checkpointing
 from loramix.config.base import PeftConfig
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import ConfigurationError, ModelError
+from loramix.errors import ConfigurationError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter
 from loramix.experts.base_model import hidden_size_of, identifier_of
 from loramix.experts.base_weights import OwnRows, own_rows
@@ -29,7 +29,7 @@ from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
-from loramix.layers.inject import adapt, find_carrier, plan, refuse_meta, replace, router_sizes
+from loramix.layers.inject import Site, adapt, find_carrier, head_site, plan, refuse_meta, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import check_uses
 from loramix.model.own_weights import put_rows
@@ -284,10 +284,14 @@ def _build_mixture(
     names = [expert.name for expert in experts]
     carrier = find_carrier(model, sites, names)
     refuse_meta(sites)
+    head = head_site(model, sites)
+    if head is not None:
+        _check_head(head, names, kind)
     told = check_uses(model, carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, tokens_told=told)
+    state.head = None if head is None else head.path
     _commit(model, carrier, layers, state, XLoraMethods, find_own(model, experts))
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
@@ -300,14 +304,27 @@ def _check(config: XLoraConfig, num_experts: int, hidden_size: int) -> type[Rout
     return router_class(config)
 
 
+def _check_head(head: Site, names: Sequence[str], kind: type[Router]) -> None:
+    """Raises UnsupportedAdapterError: a router whose logits are collected before the head has run."""
+    if kind.reads == "low-rank activation":
+        raise UnsupportedAdapterError(
+            "A router that reads a layer's activation ends with the backbone, before the head runs.",
+            received=f"expert {', '.join(repr(names[e.expert]) for e in head.experts)} adapts {head.path!r}",
+            remedy=f"train the expert without {head.path.rpartition('.')[2]!r} in target_modules, or use "
+            'router="classifier"',
+        )
+
+
 def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
     carrier = find_carrier(model, sites, [adapter.name])
     refuse_meta(sites)
+    head = head_site(model, sites)
     check_uses(model, carrier, sites, [adapter.name], routed=False)
     layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
+    state.head = None if head is None else head.path
     _commit(model, carrier, layers, state, PeftMethods, own_rows(model, [adapter]))
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 
 from loramix.passes.checkpointing import RoutedCheckpointing
 from loramix.passes.forward import mixture_forward
+from loramix.passes.head import routes_head
 from loramix.passes.hooks import takes_expert_ids
 
 
@@ -29,7 +30,7 @@ def specialise(kind: type, *mixins: type, carrier: bool) -> type:
     if carrier:
         body["forward"] = mixture_forward(cast(Any, kind).forward)
     if mixins:
-        body["forward"] = takes_expert_ids(body.get("forward", cast(Any, kind).forward))
+        body["forward"] = takes_expert_ids(body["forward"] if carrier else routes_head(cast(Any, kind).forward))
     return type(kind.__name__, (*mixins, Specialised, RoutedCheckpointing, kind), body)
 
 

@@ -83,6 +83,7 @@ class AdaptedState:
         self.config = config
         self.experts = [replace(expert, weights={}, base_weights={}) for expert in experts]
         self.saved_weights = {expert.name: list(expert.base_weights) for expert in experts}
+        self.head: str | None = None  # the path of the model's head, if it is adapted
         self.replaced: dict[str, ReplacedRows] = {}  # of the base model's parameters
         self.paths = list(layers)
         self.layouts = list({layer.stack.layout: layer.stack for layer in layers.values()}.values())
