@@ -77,12 +77,9 @@ def uses_of(model: PreTrainedModel, carrier: nn.Module, sites: Sequence[Site]) -
 
 
 def _inner_uses(model: PreTrainedModel, carrier: nn.Module, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
-    whole = model.base_model
-    backbone = next((path for path, part in whole.named_modules() if part is carrier), None)
-    run = (
-        None if backbone is None else dry_run(cast(PreTrainedModel, whole), backbone)
-    )  # with what is around it, where that can be run
-    top: nn.Module = whole
+    top: Any = model.base_model  # what is around the backbone, where that can be run
+    backbone = next((path for path, part in top.named_modules() if part is carrier), None)
+    run = None if backbone is None else dry_run(top, backbone)
     if run is None:
         top, run = carrier, dry_run(cast(PreTrainedModel, carrier))
     if run is None:
