@@ -67,6 +67,10 @@ def finish_reset(cache: Cache) -> None:
 CACHE = "past_key_values" if _VERSION < (5, 24) else "cache"
 """What the key-value cache is called among a model's arguments and in its output; renamed in transformers 5.24."""
 
+CACHES = tuple(dict.fromkeys(("past_key_values", "cache_params", CACHE)))
+"""The names of the cache in arguments and outputs, in this version of transformers; before 5.24, `cache` is what
+continuous batching passes to the attention."""
+
 _OLD, _NEW = "gradient_checkpointing", "activation_checkpointing"
 CHECKPOINTING = _NEW if hasattr(PreTrainedModel, f"{_NEW}_enable") else _OLD
 """What gradient checkpointing is called, in models and in training arguments: transformers 5.23 renamed it."""

@@ -13,7 +13,8 @@ from transformers import (
     T5Config,
 )
 
-from loramix.experts.base_model import blocks_of, hidden_size_of, identifier_of, positions_of, vocabulary_of
+from loramix.experts.base_model import blocks_of, identifier_of, positions_of, vocabulary_of
+from loramix.experts.dry_run import hidden_size_of
 from support.checkpoints import HIDDEN, tiny_gpt2, tiny_llama
 
 CONFIGS = {

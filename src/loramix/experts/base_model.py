@@ -2,8 +2,6 @@
 
 A model of several parts, such as a language model and a vision tower, has a configuration for each; the language
 model's is read.
-
-H: hidden size.
 """
 
 from __future__ import annotations
@@ -16,15 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 def text_config(config: PreTrainedConfig) -> Any:
     """The language model's configuration: the whole one, or a part of it."""
     return config.get_text_config()
-
-
-def hidden_size_of(model: PreTrainedModel) -> int:
-    """H: the width of the last hidden state, which is the input of the head if there is one."""
-    width = getattr(model.get_output_embeddings(), "in_features", None)
-    if isinstance(width, int):
-        return width
-    config = text_config(model.config)
-    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT projects its last hidden state
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

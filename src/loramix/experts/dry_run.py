@@ -1,4 +1,4 @@
-"""Which tokens each layer of a base model sees: its forward, run once on a copy whose weights take no memory.
+"""Which tokens each layer of a base model sees: its forward, run on a copy whose weights take no memory.
 
 Scalings belong to tokens. Whether a layer sees those of the backbone, in their order, cannot be told from the sizes of
 one call: a sequence-first block looks the same where there are as many texts as tokens, cross-attention where both
@@ -22,8 +22,10 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loramix.errors import ModelError
 from loramix.experts.base_layers import kind_of, linear_sizes
 from loramix.experts.base_model import text_config
+from loramix.experts.kept_state import NOTHING_KEPT, KeptState, Watch, kept_state, run_copy
 from loramix.files.base_models import errors_only
 
 TEXTS, TOKENS, OTHERS = 3, 7, 11
@@ -61,8 +63,20 @@ class LayerUse:
         return self.sees == "nothing" and self.weight_read
 
 
-def dry_run(model: PreTrainedModel, backbone: str = "") -> dict[str, LayerUse] | None:
+class DryRun(dict[str, LayerUse]):
     """What each layer that experts could adapt sees in a forward, by path.
+
+    Attributes:
+        kept: what the forward keeps outside the cache.
+        hidden_size: the width of the backbone's last hidden state.
+    """
+
+    kept: KeptState
+    hidden_size: int
+
+
+def dry_run(model: PreTrainedModel, backbone: str = "") -> DryRun | None:
+    """What a forward shows of a model's layers, and of what it keeps.
 
     The model is not touched: a copy of its structure is run on the CPU, in evaluation mode, on a batch of texts. In
     it a large weight is one number seen many times, and linear layers and blocks of experts give zeros without
@@ -88,7 +102,28 @@ def dry_run(model: PreTrainedModel, backbone: str = "") -> dict[str, LayerUse] |
     return _known[structure]
 
 
-_known: dict[object, dict[str, LayerUse] | None] = {}
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """H: the width of the backbone's last hidden state.
+
+    Raises:
+        ModelError: neither a dry run nor the configuration tells it.
+    """
+    base: Any = model.base_model
+    run = dry_run(base)
+    if run is not None:
+        return run.hidden_size
+    config = text_config(model.config)
+    width = getattr(config, "word_embed_proj_dim", None) or _width(config)  # OPT projects its last hidden state
+    if width is None:
+        raise ModelError(
+            "The width of a base model's last hidden state is known.",
+            received=f"a {type(model).__name__} without hidden_size in its configuration, which could not be tried",
+            remedy="set hidden_size in its configuration",
+        )
+    return width
+
+
+_known: dict[object, DryRun | None] = {}
 _MOST_KNOWN = 32
 
 
@@ -102,26 +137,26 @@ def _structure(backbone: PreTrainedModel) -> object:
     )
 
 
-def _dry_run(model: PreTrainedModel, backbone: str) -> dict[str, LayerUse] | None:
+def _dry_run(model: PreTrainedModel, backbone: str) -> DryRun | None:
     try:
         hollow = _hollow_copy(model)
     except Exception:  # whatever a module's own way of being copied comes up with
         return None
-    seen = {path: LayerUse() for path, module in hollow.named_modules() if kind_of(module) is not None}
-    backbone_run = _Running(hollow.get_submodule(backbone))
+    seen = DryRun({path: LayerUse() for path, module in hollow.named_modules() if kind_of(module) is not None})
+    watch, running = Watch(), _Running(hollow.get_submodule(backbone))
     for path, use in seen.items():
-        _watch(hollow.get_submodule(path), use, backbone_run)
+        _watch(hollow.get_submodule(path), use, watch, running)
     for inputs in _attempts(hollow):
         for use in seen.values():
             use.clear()
         try:
-            with torch.no_grad():
-                hollow(**inputs)
-            batch, length = backbone_run.out.last_hidden_state.shape[:2]
+            out = run_copy(hollow, inputs)
+            batch, length, seen.hidden_size = running.out.last_hidden_state.shape
         except Exception:  # the model refuses these inputs in a way of its own: on to the next
             continue
         for use in seen.values():
             use.sees = _judged(use.tokens, batch, length)
+        seen.kept = NOTHING_KEPT if backbone else kept_state(hollow, inputs, out, watch)
         return seen
     return None
 
@@ -162,15 +197,15 @@ def _attempts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if "input_ids" in names:
         main.append({"input_ids": torch.arange(TEXTS * TOKENS).view(TEXTS, TOKENS) % _entries(model)})
     if "inputs_embeds" in names:
-        main.append({"inputs_embeds": torch.rand(TEXTS, TOKENS, _width(config))})
+        main.append({"inputs_embeds": torch.rand(TEXTS, TOKENS, _width(config) or 1)})
     if "hidden_states" in names:
-        main.append({"hidden_states": torch.rand(TEXTS, TOKENS, _width(config))})
+        main.append({"hidden_states": torch.rand(TEXTS, TOKENS, _width(config) or 1)})
     if "pixel_values" in names and "input_ids" not in names:
         main.append({"pixel_values": torch.rand(TEXTS, *_image(model.config))})
     others: list[dict[str, Any]] = [{}]
     for name in ("encoder_hidden_states", "cross_attention_states"):
         if name in names:
-            widths = dict.fromkeys((*_widths(model.config), _width(config)))
+            widths = dict.fromkeys((*_widths(model.config), _width(config) or 1))
             others = [{name: torch.rand(TEXTS, OTHERS, width)} for width in widths] + others
     for inputs in main:
         for other in others:
@@ -185,10 +220,9 @@ def _entries(model: PreTrainedModel) -> int:
     return max(1, min(vocabulary or 2**30, max(sizes, default=1)))
 
 
-def _width(config: Any) -> int:
-    return next(
-        (w for name in ("hidden_size", "d_model", "n_embd") if isinstance(w := getattr(config, name, None), int)), 1
-    )
+def _width(config: Any) -> int | None:
+    widths = (getattr(config, name, None) for name in ("hidden_size", "d_model", "n_embd"))
+    return next((width for width in widths if isinstance(width, int)), None)
 
 
 def _widths(config: Any) -> list[int]:
@@ -261,20 +295,21 @@ def _hollow(tensor: Tensor) -> Tensor:
     return one.clone() if tensor.numel() <= _SMALL else one
 
 
-def _watch(layer: nn.Module, use: LayerUse, backbone: _Running) -> None:
+def _watch(layer: nn.Module, use: LayerUse, watch: Watch, running: _Running) -> None:
     """Let a layer of the copy note what it sees, and whether its weight is read."""
     kind = type(layer)
     forward = _zeros_of(layer) if kind.forward is nn.Linear.forward else layer.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         out: Any = forward(*args, **kwargs)
-        use.tokens.append(_tokens(layer, args[0] if args else next(iter(kwargs.values())), out))
-        use.outside |= not backbone.now
-        use.returns_tuple |= not isinstance(out, Tensor)
-        return out
+        if watch.stage == "whole":
+            use.tokens.append(_tokens(layer, args[0] if args else next(iter(kwargs.values())), out))
+            use.outside |= not running.now
+            use.returns_tuple |= not isinstance(out, Tensor)
+        return out * float("nan") if watch.poisoned and isinstance(layer, nn.Embedding) else out
 
     def read(self: nn.Module, name: str) -> Any:
-        use.weight_read |= name == "weight"
+        use.weight_read |= name == "weight" and watch.stage == "whole"
         return kind.__getattr__(self, name)
 
     layer.__class__ = type(kind.__name__, (kind,), {"__getattr__": read})
@@ -283,7 +318,7 @@ def _watch(layer: nn.Module, use: LayerUse, backbone: _Running) -> None:
 
 def _zeros_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     width = linear_sizes(layer)[1]
-    return lambda x: x.new_zeros(*x.shape[:-1], width)
+    return lambda x: x.new_zeros(*x.shape[:-1], width) + 0 * x.sum(-1, keepdim=True)  # NaN stays NaN
 
 
 def _tokens(layer: nn.Module, x: Any, out: Any) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loramix.errors import RoutingError, UnsupportedAdapterError
+from loramix.errors import ModelError, RoutingError, UnsupportedAdapterError
 from loramix.experts.dry_run import OTHERS, TEXTS, TOKENS, LayerUse, dry_run
+from loramix.experts.kept_state import KeptState
 from loramix.layers.inject import Site
 
 
@@ -36,7 +37,15 @@ def check_uses(
     Raises:
         UnsupportedAdapterError: a layer whose weight is read instead of calling it, one that returns more than a
             tensor, or, if `routed`, one that sees other tokens than the backbone's, or none.
+        ModelError: if `routed`, a forward that goes on where the one before it stopped, without any cache.
     """
+    if routed and kept_by(carrier).always:
+        raise ModelError(
+            "The forward of a mixture's base model depends on its arguments alone: the two passes run one after the "
+            "other.",
+            received=f"a {type(carrier).__name__}, whose forward without a cache depends on the text read before",
+            remedy='use another base model, or router="static", which needs one pass',
+        )
     uses = uses_of(model, carrier, sites)
     if uses is None:
         return False
@@ -54,6 +63,12 @@ def check_uses(
             remedy=f"train the expert without {ends} in target_modules{remedy}",
         )
     return True
+
+
+def kept_by(carrier: PreTrainedModel) -> KeptState:
+    """What a backbone keeps outside the cache."""
+    run = dry_run(carrier)
+    return KeptState.by_names(carrier) if run is None else run.kept
 
 
 def uses_of(model: PreTrainedModel, carrier: nn.Module, sites: Sequence[Site]) -> dict[str, LayerUse] | None:

@@ -23,15 +23,16 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter
-from loramix.experts.base_model import hidden_size_of, identifier_of
+from loramix.experts.base_model import identifier_of
 from loramix.experts.base_weights import OwnRows, own_rows
+from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
 from loramix.layers.inject import Site, adapt, find_carrier, head_site, plan, refuse_meta, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
-from loramix.layers.tokens import check_uses
+from loramix.layers.tokens import check_uses, kept_by
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
@@ -290,7 +291,7 @@ def _build_mixture(
     told = check_uses(model, carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
-    state = MixtureState(config, experts, layers, router, hidden_size, tokens_told=told)
+    state = MixtureState(config, experts, layers, router, hidden_size, tokens_told=told, kept=kept_by(carrier))
     state.head = None if head is None else head.path
     _commit(model, carrier, layers, state, XLoraMethods, find_own(model, experts))
     _set_trainable(layers, trainable and config.use_trainable_adapters)

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from loramix.config.lora import LoraConfig
 from loramix.errors import LoramixError, ModelError
 from loramix.experts.base_layers import why_unadaptable
-from loramix.experts.base_model import hidden_size_of
+from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.targets import ALL_LINEAR, new_targets
 from loramix.files.base_models import load_config, one_line
 from loramix.layers.inject import Site, find_carrier

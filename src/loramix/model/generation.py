@@ -42,6 +42,8 @@ class LockstepMethods(MixtureMethods):
     def generate(self, *args: Any, lockstep: LockstepArgument = None, **kwargs: Any) -> Any:
         """transformers' `generate`, with drafts where they are exact and cheaper.
 
+        Where the base model keeps state outside the cache, as RWKV does, there is no cache, and a warning says so.
+
         Args:
             *args: as for the base model.
             lockstep: how to decode; the tokens are the same. True: the scaling pass runs one token ahead, in the
@@ -60,6 +62,11 @@ class LockstepMethods(MixtureMethods):
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         settings = given or self.get_base_model().generation_config
         choice = _choice(settings, parse(lockstep))
+        state = self._loramix
+        if state.kept.is_any and state.needs_scaling_pass and state.single_pass() is None:
+            if kwargs.get("use_cache", getattr(settings, "use_cache", None)) is not False:
+                _warn_once("the base model keeps state outside the cache, which two passes would share", "use_cache")
+            kwargs["use_cache"] = False
         with new_request(choice, self._loramix, cache_in(kwargs)) as call:
             try:
                 out = super().generate(*args, **kwargs)  # pyright: ignore
@@ -133,7 +140,7 @@ _warned: set[str] = set()
 
 
 def _warn_once(reason: str, asked_for: str) -> None:
-    """Warn once for each reason why requested drafts were not used."""
+    """Warn once for each reason why what was asked for is not done."""
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"{asked_for} has no effect: {reason}.", stacklevel=3)

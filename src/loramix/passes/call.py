@@ -10,12 +10,9 @@ from typing import Any
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from loramix._compat import CACHE
+from loramix._compat import CACHE, CACHES
 from loramix.passes.hooks import EXPERT_IDS
 
-CACHES = tuple(dict.fromkeys(("past_key_values", "cache_params", CACHE)))
-"""The names of the cache in arguments and outputs, in this version of transformers; before 5.24, `cache` is what
-continuous batching passes to the attention."""
 _QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 

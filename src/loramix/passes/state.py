@@ -20,6 +20,7 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
+from loramix.experts.kept_state import NOTHING_KEPT, KeptState
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import ConstantRouting, Routing, TensorRouting
 from loramix.layers.slot import ObservedPass, overriding
@@ -121,6 +122,7 @@ class MixtureState(AdaptedState):
         router: its router.
         hidden_size: H of the base model.
         tokens_told: whether a dry run has told which tokens the adapted layers see.
+        kept: what the base model keeps outside the cache.
     """
 
     config: XLoraConfig  # pyright: ignore[reportIncompatibleVariableOverride] - set once, here
@@ -134,11 +136,13 @@ class MixtureState(AdaptedState):
         hidden_size: int,
         *,
         tokens_told: bool = True,
+        kept: KeptState = NOTHING_KEPT,
     ) -> None:
         super().__init__(config, experts, layers)
         self.router = router
         self.hidden_size = hidden_size
         self.tokens_told = tokens_told
+        self.kept = kept
         self.log = ScalingsLog()
         self.measurements: dict[object, Any] = {}  # of decoding, by batch, device and dtype; see `decoding.scheduler`
         self.report: Any = None  # of the last generation

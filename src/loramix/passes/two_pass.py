@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loramix.errors import CacheError
 from loramix.layers.slot import routed
 from loramix.passes.cache import TwoPassCache
 from loramix.passes.call import BackboneCall
@@ -33,8 +34,9 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
     """A forward of a mixture whose router reads hidden states.
 
     Raises:
-        CacheError: a cache that this mixture did not fill.
+        CacheError: a cache that this mixture did not fill; any, if the base model keeps state elsewhere.
     """
+    _refuse_shared_state(state, call)
     cache = None if call.cache is None else TwoPassCache.adopt(call.cache, state.owner)
     if cache is None:
         _keep_no_cache_in_training(call)
@@ -51,6 +53,24 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
         for hook in state.hooks:
             hook.cached(pair)
     return call.returned(out)
+
+
+def _refuse_shared_state(state: MixtureState, call: BackboneCall) -> None:
+    """Use no cache where the base model keeps state outside it, which the two passes would share."""
+    kept = state.kept
+    if not kept.is_any:
+        return
+    asked = [f"{name}=…" for name in (call.signature.cache, *kept.fields) if call.arguments.get(name) is not None]
+    if not asked and call.arguments.get("use_cache") is not True:
+        call.arguments["use_cache"] = False
+        return
+    what = asked[0] if asked else "use_cache=True"
+    where = "its modules" if kept.in_modules else ", ".join(kept.fields)
+    raise CacheError(
+        "With a cache, each of a mixture's two passes goes on from its own: a base model keeps nothing elsewhere.",
+        received=f"{what} for a {type(call.model).__name__}, which keeps state in {where}",
+        remedy="pass use_cache=False and the whole text; generate does so by itself",
+    )
 
 
 def _keep_no_cache_in_training(call: BackboneCall) -> None:

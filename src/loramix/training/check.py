@@ -18,7 +18,7 @@ from loramix import formats
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError, SaveError
-from loramix.experts.base_model import hidden_size_of
+from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.targets import new_targets
 from loramix.files.hub import from_anywhere
 from loramix.layers.inject import find_carrier, plan
