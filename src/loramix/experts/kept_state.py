@@ -152,8 +152,9 @@ class _Unwritten(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-        hollow = in_place and isinstance(args[0], nn.Parameter) and 0 in args[0].stride()
-        return args[0] if hollow else func(*args, **(kwargs or {}))
+        written = args[0] if args and in_place else None
+        hollow = isinstance(written, nn.Parameter) and 0 in written.stride()
+        return written if hollow else func(*args, **(kwargs or {}))
 
 
 def _poison(value: Any) -> Any:

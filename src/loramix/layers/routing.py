@@ -187,6 +187,34 @@ class TensorRouting:
         return self._by_layer[stack.number]
 
 
+class RoutingByTokens:
+    """The routing of a pass whose layers do not all see the same tokens: each layer reads that of the tokens it sees.
+
+    Args:
+        every: of the tokens of the call.
+        kept: of those that the backbone keeps where it drops tokens on its way (`logits_to_keep`).
+    """
+
+    silent = False
+    reads_low_rank = False
+
+    def __init__(self, every: TensorRouting, kept: TensorRouting) -> None:
+        self._every, self._kept = every, kept
+
+    def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        return self._seen_by(low_rank).columns(stack, low_rank)
+
+    def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
+        return self._seen_by(low_rank).experts(stack, chosen, low_rank)
+
+    def gathered(self, stack: Stack) -> None:
+        """None: which tokens the layer sees is known too late."""
+
+    def _seen_by(self, low_rank: Tensor) -> TensorRouting:
+        kept = self._kept.scalings.shape[:-2]
+        return self._kept if low_rank.shape[:-1] in (kept, (kept.numel(),)) else self._every
+
+
 class LayerRouting:
     """Scalings that each layer makes of its own low-rank activation, in the one pass there is.
 

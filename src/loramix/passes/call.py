@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from loramix._compat import CACHE, CACHES
 from loramix.passes.hooks import EXPERT_IDS
 
+KEEP = "logits_to_keep"
+"""The argument by which some backbones drop tokens before their last blocks; 0 keeps all."""
 _QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
@@ -75,6 +78,22 @@ class BackboneCall:
     def cache(self) -> Any:
         """The cache that the caller passed, or None."""
         return self.arguments.get(self.signature.cache)
+
+    @property
+    def keeps(self) -> int | Tensor | None:
+        """The tokens whose last hidden states the caller wants: the last ones, or some by index. None: all."""
+        keep = self.arguments.get(KEEP)
+        return None if isinstance(keep, int) and keep == 0 else keep
+
+    def tokens(self, out: Any) -> torch.Size:
+        """(B, S), of the text rather than of those that are kept.
+
+        Args:
+            out: the output.
+        """
+        texts = (self.arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+        text = next((text for text in texts if text is not None), None)
+        return (out.last_hidden_state if text is None or self.keeps is None else text).shape[:2]
 
     @property
     def hook_inputs(self) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from loramix.errors import RoutingError
 from loramix.layers.routing import LayerRouting
 from loramix.layers.slot import routed
 from loramix.passes.cache import follow, refuse_two_pass_cache
-from loramix.passes.call import BackboneCall
+from loramix.passes.call import KEEP, BackboneCall
 from loramix.passes.hooks import join_losses
 from loramix.passes.state import MixtureState
 from loramix.routers.router import ConstantRouter, LayerRouter
@@ -37,9 +37,10 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
         logits = state.changed_logits(router.constant_logits(), call.training)
         routing = state.routing(state.gating.select(state.gating.activate(logits)))
         out = routed(routing, call.run)
-        tokens = out.last_hidden_state.shape[:2]
-        logits = logits.expand(*tokens, *logits.shape)
+        logits = logits.expand(*call.tokens(out), *logits.shape)
     else:
+        if call.keeps is not None:
+            call.arguments[KEEP] = 0  # the scalings of every layer and token are made known
         layers = _LayerScalings(state, router, call.training)
         out = routed(LayerRouting(layers.of, state.config.global_scaling_weight), call.run)
         logits = layers.logits(out.last_hidden_state.shape[:2])

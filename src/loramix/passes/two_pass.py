@@ -1,6 +1,6 @@
 """Two passes: a scaling pass without gradients, then the mixture pass, each with a cache of its own.
 
-B, S: batch, sequence. H: hidden size.
+B, S: batch, sequence. H: hidden size. L: adapted layers, 1 where they share their scalings. E: experts.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from loramix.errors import CacheError
+from loramix.errors import CacheError, RoutingError
+from loramix.layers.routing import Routing, RoutingByTokens, TensorRouting
 from loramix.layers.slot import routed
 from loramix.passes.cache import TwoPassCache
-from loramix.passes.call import BackboneCall
+from loramix.passes.call import KEEP, BackboneCall
 from loramix.passes.hooks import join_losses
 from loramix.passes.state import MixtureState
 
@@ -34,6 +36,7 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
     """A forward of a mixture whose router reads hidden states.
 
     Raises:
+        RoutingError: a layer that sees other tokens than the scalings were made for.
         CacheError: a cache that this mixture did not fill; any, if the base model keeps state elsewhere.
     """
     _refuse_shared_state(state, call)
@@ -44,7 +47,7 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
         cache.torn = True
     first = _scaling_pass(state, call, cache)
     second = state.route(first.hidden, call.hook_inputs, call.training)
-    out = routed(second.routing, call.run)
+    out = routed(_by_tokens(state, call, second.routing), call.run)
     join_losses(out, second.losses)
     if cache is not None:
         cache.torn = False
@@ -79,9 +82,40 @@ def _keep_no_cache_in_training(call: BackboneCall) -> None:
         call.arguments["use_cache"] = False
 
 
+def _by_tokens(state: MixtureState, call: BackboneCall, routing: TensorRouting) -> Routing:
+    """The routing of the mixture pass, whose last layers may see only the tokens that the caller keeps.
+
+    Raises:
+        RoutingError: as many tokens are kept as there are, in another order.
+    """
+    if call.keeps is None:
+        return routing
+    kept = _kept(routing.scalings, call.keeps)
+    if kept.shape != routing.scalings.shape:
+        return RoutingByTokens(routing, state.routing(kept))
+    if isinstance(call.keeps, Tensor) and not torch.equal(kept, routing.scalings):
+        raise RoutingError(
+            "Tokens that are kept for the head are fewer than those of the text, or in their order.",
+            received=f"{KEEP}=… with an index of {tuple(call.keeps.shape)} for tokens {tuple(kept.shape[:2])}",
+            remedy="sort the index, or keep all tokens and choose among the logits",
+        )
+    return routing
+
+
+def _kept(scalings: Float[Tensor, "B S #L E"], keep: int | Tensor) -> Tensor:
+    """Those of the tokens that are kept, as transformers keeps them: (B, n, L, E), of a mask (n, L, E)."""
+    if isinstance(keep, int):
+        return scalings[:, -keep:]
+    if keep.dim() == 1:
+        return scalings[:, keep]
+    return scalings[keep] if keep.dtype == torch.bool else torch.take_along_dim(scalings, keep[..., None, None], 1)
+
+
 def _scaling_pass(state: MixtureState, call: BackboneCall, cache: TwoPassCache | None) -> ScalingPass:
     """The backbone's last hidden states with every expert at `scaling_pass_value`, recalled by a hook if possible."""
     arguments = call.arguments | call.signature.quiet
+    if call.keeps is not None:
+        arguments[KEEP] = 0  # the scalings of every token are needed
     if cache is not None:
         arguments[call.signature.cache] = cache.base
     repeats = cache is None and arguments.get("use_cache") is False  # a training step: its texts occur again
