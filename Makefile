@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml $(CONSTRAINTS)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) -c $(CONSTRAINTS)
 export PYTHONUTF8 = 1
+# Of the base models that a run of the suite draws (tests/model/test_bases.py).
+export SEED ?= $(shell date +%Y%m%d)
 
 .PHONY: help demo test test-lowest test-latest slow packages workflows check lint imports types documents site format docs readme repin clean
 .DEFAULT_GOAL := help

@@ -27,11 +27,10 @@ from loramix.experts.base_layers import expected_shapes, kind_of, why_unadaptabl
 from loramix.experts.targets import carrier_path, in_head
 from loramix.formats import save_adapter
 from loramix.layers.inject import Site
-from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import refusal, uses_of
 
-WORKS, BASE_FAILS, ABSENT = "works", "base fails", ""
-WRONG = "WRONG"
+WORKS, BASE_FAILS, ABSENT, REFUSED, WRONG, FAILS = "works", "base fails", "", "refused", "WRONG", "fails"
+NO_MODEL = "no tiny model"
 EXPERTS, RANK, SCALE = 2, 4, 2.0
 NEW_TOKENS = 6
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}
@@ -56,6 +55,11 @@ class Case:
     def base(self) -> PreTrainedModel:
         """A new base model."""
         return tiny_model(self.name)
+
+    def lone(self) -> Any:
+        """A new base model with the first expert alone: one pass, whose weights are as large as a mixture's."""
+        model: Any = PeftModel.from_pretrained(self.base(), self.folders["e0"])
+        return model.eval()
 
     def mixture(self, **config: Any) -> Any:
         """A new mixture whose routing is far from uniform."""
@@ -134,10 +138,8 @@ def forward_equals_reference(case: Case) -> None:
 
         def add(module: nn.Module, args: Any, y: Tensor, number: int = number, path: str = path) -> Tensor:
             for e, weights in tensors.items():
-                delta = _delta(module, args[0], weights[path].A, weights[path].B)
-                s = scalings[:, :, number, e]
-                s = s.reshape(*([s.numel()] if delta.dim() == 2 and s.dim() == 2 else s.shape), 1)
-                y = y + SCALE * s * delta
+                delta, tokens = _delta(module, args[0], weights[path].A, weights[path].B)
+                y = y + SCALE * scalings[:, :, number, e].reshape(tokens) * delta
             return y
 
         layer.register_forward_hook(add)
@@ -150,24 +152,35 @@ def _read(folder: str) -> dict[str, LoraWeights]:
     return load_adapter("e", folder).weights
 
 
-def _delta(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def _delta(layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What one expert adds at scaling 1, and the shape in which the scalings of its tokens fit it."""
     if isinstance(layer, nn.Embedding):
-        scale = getattr(layer, "embed_scale", 1.0)
-        return nn.functional.embedding(x, A.T, layer.padding_idx) @ B.T * scale
-    return x @ A.T @ B.T
+        delta = nn.functional.embedding(x, A.T, layer.padding_idx) @ B.T * getattr(layer, "embed_scale", 1.0)
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        convolve: Any = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[A.dim() - 3]
+        delta = convolve(convolve(x, A, None, layer.stride, layer.padding), B)
+        return delta, (len(delta), 1, *delta.shape[2:])
+    else:
+        delta = x @ A.T @ B.T
+    return delta, (*delta.shape[:-1], 1)
 
 
 def every_layer_acts(case: Case) -> None:
-    """Each adapted layer has a gradient for its experts."""
-    model = case.mixture(use_trainable_adapters=True)
-    _loss(model, case).backward()
-    idle = [path for path in case.paths if not _gradient(model.get_submodule(path)).abs().max() > 0]
+    """Each adapted layer that the base model calls returns something else than its base layer; not where it gets 0."""
+    model, called, acting = case.mixture(), set[str](), set[str]()
+    base = case.base()
+    for path in case.paths:
+        base.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
+
+        def compare(layer: Any, args: Any, y: Tensor, path: str = path) -> None:
+            if not args[0].any() or not torch.equal(layer.base_layer(*args), y):
+                acting.add(path)
+
+        model.get_submodule(path).register_forward_hook(compare)
+    output(base, **case.inputs)
+    output(model, **case.inputs)
+    idle = sorted(called - acting)
     assert not idle, f"no expert acts in {', '.join(idle[:3])}"
-
-
-def _gradient(layer: XLoraLayer) -> Tensor:
-    gradient = layer.stack.lora_B.grad
-    return torch.zeros(1) if gradient is None else gradient
 
 
 def _loss(model: Any, case: Case) -> Tensor:
@@ -178,18 +191,25 @@ def _loss(model: Any, case: Case) -> Tensor:
 
 
 def cached_equals_uncached(case: Case, model: Any) -> None:
-    """Greedy generation."""
-    _same_tokens(case, model)
+    """Greedy generation: the logits of each step are those of one forward over all tokens."""
+    found = generated(model, case.inputs, return_dict_in_generate=True, output_logits=True)
+    ids = found.sequences[:, :-1]
+    whole = output(model, input_ids=ids, attention_mask=torch.ones_like(ids), **_no_cache(model))
+    assert_close(torch.stack(found.logits, 1).float(), whole[:, -NEW_TOKENS:].float(), **CLOSE)
+
+
+def _no_cache(model: Any) -> dict[str, Any]:
+    names = inspect.signature(type(model).forward).parameters
+    return {"use_cache": False} if "use_cache" in names else {}
 
 
 def beams(case: Case, model: Any) -> None:
-    """Beam search, cached and not."""
-    _same_tokens(case, model, num_beams=2)
-
-
-def _same_tokens(case: Case, model: Any, **settings: Any) -> None:
-    cached, whole = (generated(model, case.inputs, use_cache=use, **settings) for use in (True, False))
-    assert torch.equal(cached, whole), f"{cached.tolist()} cached, {whole.tolist()} uncached"
+    """Beam search, cached and not; with several numbers of beams, as some never change places."""
+    for number in (2, 3, 5):
+        settings = {"num_beams": number, "return_dict_in_generate": True, "output_scores": True}
+        cached, whole = (generated(model, case.inputs, use_cache=use, **settings) for use in (True, False))
+        assert_close(cached.sequences_scores, whole.sequences_scores, **CLOSE)
+        assert torch.equal(cached.sequences, whole.sequences)
 
 
 def left_padding(case: Case, model: Any) -> None:
@@ -197,13 +217,14 @@ def left_padding(case: Case, model: Any) -> None:
     ids, mask = case.inputs["input_ids"].clone(), torch.ones_like(case.inputs["input_ids"])
     mask[1, :3] = 0
     ids[1, :3] = 0
-    padded = generated(model, {"input_ids": ids, "attention_mask": mask})[1, 9:]
-    alone = generated(model, {"input_ids": ids[1:, 3:], "attention_mask": mask[1:, 3:]})[0, 6:]
-    assert torch.equal(padded, alone), f"{padded.tolist()} in the batch, {alone.tolist()} alone"
+    settings = {"return_dict_in_generate": True, "output_logits": True}
+    padded = generated(model, {"input_ids": ids, "attention_mask": mask}, **settings)
+    alone = generated(model, {"input_ids": ids[1:, 3:], "attention_mask": mask[1:, 3:]}, **settings)
+    assert_close(torch.stack(padded.logits, 1)[1], torch.stack(alone.logits, 1)[0], **CLOSE)
 
 
-def generated(model: Any, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
-    """Greedy tokens, as many for every row."""
+def generated(model: Any, inputs: dict[str, Tensor], **settings: Any) -> Any:
+    """What `generate` gives, with as many tokens for every row."""
     lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     with torch.no_grad():
         return model.generate(**inputs, **lengths, eos_token_id=None, pad_token_id=0, **settings)
@@ -259,64 +280,72 @@ def compiled(case: Case, model: Any) -> None:
     assert_close(output(model, **case.inputs), expected, **CLOSE)
 
 
-CHECKS = [
-    "build",
-    "reference",
-    "acts",
-    "cached",
-    "left padding",
-    "beams",
-    "checkpointing",
-    "training",
-    "saved",
-    "compiled",
-]
+CHECKS = {
+    "build": "a mixture can be built",
+    "reference": "a forward equals that of the plain base model with one expert at a time added to each layer",
+    "acts": "every adapted layer has a gradient for its experts",
+    "cached": "greedy generation with a cache gives the logits of one forward over all tokens",
+    "left padding": "a short text in a padded batch gives the logits that it gives alone",
+    "beams": "beam search with a cache gives the tokens of recomputing everything",
+    "checkpointing": "gradients with and without recomputation are equal",
+    "training": "a training step moves the router",
+    "saved": "a saved mixture gives the same numbers again",
+    "compiled": "a compiled forward gives the same numbers",
+}
 COMPILED = {"LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "MixtralForCausalLM"}
 
 
-def check(name: str, folder: Path) -> dict[str, str]:
-    """A cell for each check: works, that the base model fails too, refused with the reason, or WRONG with what."""
+def check(name: str, folder: Path, *, compiling: bool = False) -> dict[str, str]:
+    """A cell for each check: works, that the base model fails too, refused with the reason, or WRONG with what.
+
+    Args:
+        name: the base model's class.
+        folder: for files.
+        compiling: whether a few classes are compiled too, which takes longer than all other checks.
+    """
     try:
         case = make_case(name, folder / "experts")
         if not case.paths:
-            return {"build": "refused: no layer sees the tokens of its backbone"}
+            return {"build": f"{REFUSED}: no layer sees the tokens of its backbone"}
         output(case.base(), **case.inputs)
         case.mixture()
     except LoramixError as error:
-        return {"build": f"refused: {error.received}"}
+        return {"build": f"{REFUSED}: {error.received}"}
     except Exception as error:
-        return {"build": f"no tiny model: {type(error).__name__}"}
+        return {"build": f"{NO_MODEL}: {type(error).__name__}"}
     generates = case.base().can_generate() and "input_ids" in case.inputs
     cells = dict.fromkeys(CHECKS, ABSENT) | {"build": WORKS}
     cells["reference"] = _cell(lambda: forward_equals_reference(case))
     cells["acts"] = _cell(lambda: every_layer_acts(case))
-    for label, run in (("cached", cached_equals_uncached), ("left padding", left_padding), ("beams", beams)):
-        if generates:
-            cells[label] = _beside_base(case, lambda model, run=run: run(case, model))
+    if generates:
+        cells["cached"] = _beside(case, cached_equals_uncached)
+        cells["left padding"] = _beside(case, left_padding)
+        cells["beams"] = BASE_FAILS if cells["cached"] == BASE_FAILS else _beside(case, beams)
     trainable = case.mixture(use_trainable_adapters=True)
-    cells["checkpointing"] = _beside(
-        lambda: checkpointed_gradients(case, trainable), lambda: checkpointed_gradients(case, _thawed(case.base()))
+    cells["checkpointing"] = _unless(
+        lambda: checkpointed_gradients(case, trainable), lambda: checkpointed_gradients(case, case.base())
     )
-    cells["training"] = _beside(lambda: training_step(case), lambda: _loss(case.base().train(), case).backward())
+    cells["training"] = _unless(lambda: training_step(case), lambda: _loss(case.base().train(), case).backward())
     cells["saved"] = _cell(lambda: saved_and_loaded(case, folder / "saved"))
-    if name in COMPILED:
+    if compiling and name in COMPILED:
         cells["compiled"] = _cell(lambda: compiled(case, case.mixture()))
     return cells
 
 
-def _thawed(base: PreTrainedModel) -> PreTrainedModel:
-    return base.requires_grad_(True)  # pyright: ignore[reportReturnType]
+def _beside(case: Case, run: Callable[[Case, Any], None]) -> str:
+    """A cell of a check of generation; its plain models are the base model, and that with one expert."""
+    return _unless(lambda: run(case, case.mixture()), lambda: run(case, case.base()), lambda: run(case, case.lone()))
 
 
-def _beside_base(case: Case, run: Callable[[Any], None]) -> str:
-    return _beside(lambda: run(case.mixture()), lambda: run(case.base()))
-
-
-def _beside(run: Callable[[], None], base: Callable[[], None]) -> str:
+def _unless(run: Callable[[], None], *plain: Callable[[], None]) -> str:
+    """A cell; what a plain model fails too is the base model's own failure."""
     found = _cell(run)
-    if found.startswith((WRONG, "fails")) and _cell(base) != WORKS:
-        return BASE_FAILS
-    return found
+    return BASE_FAILS if status(found) in (WRONG, FAILS) and any(_cell(one) != WORKS for one in plain) else found
+
+
+def status(cell: str) -> str:
+    """A cell without its reason."""
+    return cell.partition(":")[0]
 
 
 def _cell(run: Callable[[], None]) -> str:
@@ -325,9 +354,9 @@ def _cell(run: Callable[[], None]) -> str:
             warnings.simplefilter("ignore")
             run()
     except LoramixError as error:
-        return f"refused: {error.rule}"
+        return f"{REFUSED}: {error.rule}"
     except AssertionError as error:
         return f"{WRONG}: {' '.join(str(error).split())[:200]}"
     except Exception as error:
-        return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{FAILS}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return WORKS

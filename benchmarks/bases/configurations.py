@@ -22,12 +22,12 @@ _ALIKE: dict[int, str] = {  # a size, and the names of all fields that get it
     "linear_num_key_heads o_groups index_n_heads n_mamba_heads eos_token_id sep_token_id type_vocab_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
     "num_encoder_attention_heads num_decoder_attention_heads num_experts num_local_experts n_routed_experts "
-    "moe_num_experts index_topk mamba_d_conv linear_num_value_heads linear_conv_kernel_dim sliding_window "
+    "moe_num_experts mamba_d_conv linear_num_value_heads linear_conv_kernel_dim sliding_window "
     "attention_window_size sliding_window_size local_attention_window patch_size block_size",
     16: "head_dim d_kv dim_head global_head_dim attention_head_size q_lora_rank kv_lora_rank v_head_dim qk_head_dim "
     "index_head_dim o_lora_rank mamba_d_state mamba_d_head ssm_state_size mamba_head_dim mamba_headdim "
     "linear_key_head_dim linear_value_head_dim image_size",
-    128: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
+    128: "index_topk max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
     "max_source_positions",
     1: "n_shared_experts n_group topk_group first_k_dense_replace moe_layer_start_index moe_num_shared_experts "
     "num_shared_experts mamba_n_groups n_groups mamba_ngroups bos_token_id decoder_start_token_id cls_token_id "
@@ -58,9 +58,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # by model type, where sizes must fit 
     **{kind: {"n_inner": None} for kind in ("gpt2", "gpt-sw3", "gpt_bigcode", "gptj", "codegen")},
     **{kind: {"num_hidden_layers": 4} for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")},
     **{kind: {"layer_types": ["conv", "full_attention"]} for kind in ("lfm2", "lfm2_moe", "lfm3")},
-    **dict.fromkeys(
-        _THREE_AXES, {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
-    ),
+    **{kind: {"rope_parameters": {**_ROPE["full_attention"], "mrope_section": [2, 3, 3]}} for kind in _THREE_AXES},
     "bailing_hybrid": {"layer_group_size": 2, **_FOUR_KEYS},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": _TWO["sliding"], "rope_parameters": _ROPE},
