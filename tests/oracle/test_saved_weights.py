@@ -150,6 +150,9 @@ def test_an_expert_on_a_base_that_was_not_resized_says_how_to(tmp_path: Path) ->
     folder = write(tmp_path, resized(untied)())
     with pytest.raises(AdapterMismatchError, match=r"base\.resize_token_embeddings\(100\) before"):
         ours(untied(), [folder])
+    adapted = write(tmp_path / "adapted", resized(untied)(), target_modules=["embed_tokens"])
+    with pytest.raises(AdapterMismatchError, match=r"base\.resize_token_embeddings\(100\) before"):
+        ours(untied(), [adapted])
     folder = write(tmp_path / "small", untied())
     with pytest.raises(AdapterMismatchError, match=r"model\.resize_token_embeddings\(100\)"):
         ours(resized(untied)(), [folder])

@@ -293,16 +293,21 @@ def _another(adapter: Adapter, path: str, what: str) -> AdapterMismatchError:
 def _other_shape(adapter: Adapter, path: str, own: Tensor, saved: Tensor) -> AdapterMismatchError:
     if own.shape[1:] != saved.shape[1:] or not own.dim():
         return _another(adapter, path, f"expected {tuple(own.shape)}, found {tuple(saved.shape)}:")
-    more = len(saved) > len(own)
-    call = f"resize_token_embeddings({len(saved)})"
     return AdapterMismatchError(
         "An expert is put on a base model with the vocabulary it was trained with.",
         received=f"expert {adapter.name!r}, module {path!r}: saved with {len(saved)} rows; the base model has "
         f"{len(own)}, so its vocabulary was resized, or it is another one",
-        remedy=f"call base.{call} before the experts are put on"
-        if more
-        else "put the experts on the base model before its vocabulary is resized, and then call "
-        f"model.resize_token_embeddings({len(own)})",
+        remedy=resizing_remedy(len(saved), len(own)),
+    )
+
+
+def resizing_remedy(saved: int, own: int) -> str:
+    """What to do with an expert that was trained with `saved` tokens, and a base model with `own`."""
+    if saved > own:
+        return f"call base.resize_token_embeddings({saved}) before the experts are put on"
+    return (
+        "put the experts on the base model before its vocabulary is resized, and then call "
+        f"model.resize_token_embeddings({own})"
     )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights, refuse_infinite
 from loramix.experts.base_layers import Kind, device_of, expected_shapes, kind_of, refuse_module
-from loramix.experts.base_weights import check_base_weights
+from loramix.experts.base_weights import check_base_weights, resizing_remedy
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.files.tensors import all_finite
 from loramix.layers.layer import XLoraLayer, fill, new_layer
@@ -122,10 +122,13 @@ def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraW
         if tensor is not None:
             found[part], expected[part] = (tensor.numel(),), (shapes[1][0],)
     if found != expected:
+        remedy = f"use an expert that was trained on this base model, not on {_base_of(adapter)}"
+        if isinstance(module, nn.Embedding) and weights.embedding and found["B"] == expected["B"]:
+            remedy = f"{resizing_remedy(weights.A.shape[1], module.num_embeddings)}; or {remedy}"
         raise AdapterMismatchError(
             "An expert's matrices fit the base model's layer.",
             received=f"expert {adapter.name!r}, module {path!r}: expected {expected}, found {found}",
-            remedy=f"use an expert that was trained on this base model, not on {_base_of(adapter)}",
+            remedy=remedy,
         )
 
 

@@ -10,6 +10,7 @@ import functools
 from types import MethodType
 from typing import Any, ClassVar, cast
 
+from loramix.layers.resize import resizing
 from loramix.passes.checkpointing import RoutedCheckpointing
 from loramix.passes.forward import mixture_forward
 from loramix.passes.head import routes_head
@@ -49,6 +50,12 @@ class Specialised:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in the base model's class: a new, plain base model."""
         return cast(Any, cls._loramix_made_of[0]).from_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base model; experts of the embeddings add nothing to new tokens, and save their new sizes."""
+        with resizing(cast(Any, self)):
+            super().resize_token_embeddings(*args, **kwargs)  # pyright: ignore
+        return cast(Any, self).get_input_embeddings()
 
     def restore(self) -> None:
         """Become an instance of the model's own class again."""
