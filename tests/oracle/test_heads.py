@@ -87,8 +87,11 @@ def test_equal_heads_are_used(task: str, tmp_path: Path) -> None:
     assert_close(outputs(single), theirs(task, experts[1]), atol=1e-5, rtol=1e-5)
     routed = outputs(model)
     model.save_pretrained(tmp_path / "mixture")
-    again = loramix.PeftModel.from_pretrained(base_of(task, seed=9), tmp_path / "mixture")
+    again: Any = loramix.PeftModel.from_pretrained(base_of(task, seed=9), tmp_path / "mixture")
     assert torch.equal(outputs(again), routed)
+    again.fix_routing([0.4, 0.6])
+    again.save_fixed(tmp_path / "fixed")
+    assert_close(theirs(task, str(tmp_path / "fixed")), outputs(again), atol=1e-5, rtol=1e-5)
     plain = model.unload()
     assert all(map(torch.equal, plain.state_dict().values(), base_of(task, seed=7).state_dict().values()))
 

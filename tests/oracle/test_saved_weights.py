@@ -215,6 +215,30 @@ def test_the_rows_are_saved_with_the_mixture_and_taken_out_with_the_experts(tmp_
     assert all(map(torch.equal, plain.state_dict().values(), resized(untied)().state_dict().values()))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapted_embeddings_and_heads_take_the_saved_rows_too(dora: bool, tmp_path: Path) -> None:
+    targets = ["q_proj", "lm_head"] if dora else ["q_proj", "embed_tokens", "lm_head"]
+    config = {"target_modules": targets, "use_dora": dora}
+    folder = write(tmp_path / "expert", resized(untied)(), **config)
+    with pytest.warns(UserWarning, match=USED):
+        model = ours(resized(untied, seed=7)(), [folder])
+    expected = theirs(resized(untied, seed=7)(), folder)
+    assert_close(alone(model), expected, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "mixture")
+    # where the head alone is adapted, PEFT does not save the embedding
+    base = resized(untied, seed=7 if dora else 8)()
+    assert_close(theirs(base, str(tmp_path / "mixture" / "expert-0")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_fixed_mixture_is_saved_with_its_rows(tmp_path: Path) -> None:
+    folder = write(tmp_path / "expert", resized(untied)(), bend)
+    with pytest.warns(UserWarning, match=USED):
+        model = ours(resized(untied)(), [folder])
+    model.fix_routing([1.0])
+    model.save_fixed(tmp_path / "fixed")
+    assert_close(theirs(resized(untied, seed=7)(), str(tmp_path / "fixed")), alone(model), atol=1e-5, rtol=1e-5)
+
+
 def test_what_an_expert_may_not_bring_is_named(tmp_path: Path) -> None:
     for key, kind in [("model.norm.weight", UnsupportedAdapterError), ("model.odd.weight", AdapterMismatchError)]:
         folder = Path(write(tmp_path / key, untied()))

@@ -345,6 +345,8 @@ def _commit(
     route_checkpoints(model)
     put_rows(model, state, own)
     for path, layer in layers.items():
+        if f"{path}.weight" in state.replaced:
+            layer.stack.settle(layer.base_layer)
         replace(model, path, layer)
     if isinstance(state, MixtureState):
         model.add_module(state.router.attribute, state.router)

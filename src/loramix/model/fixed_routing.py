@@ -19,6 +19,7 @@ from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperatio
 from loramix.layers.compress import single_adapter
 from loramix.layers.routing import TensorRouting
 from loramix.layers.slot import override
+from loramix.model.own_weights import with_base_weights
 from loramix.model.peft_methods import MixtureMethods, layers_of
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.state import observing
@@ -135,7 +136,8 @@ class FixedMethods(MixtureMethods):
             )
         like = self._loramix.experts[0].config
         adapter, error = single_adapter(layers_of(self.get_base_model()), routing, like, rank=rank)
-        formats.save_adapter(save_directory, adapter)
+        model = self.get_base_model()
+        formats.save_adapter(save_directory, with_base_weights(adapter, model, self._loramix, model.state_dict()))
         return error
 
 

@@ -6,13 +6,15 @@ They are rows that came with an expert (`experts/base_weights.py`), and modules 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loramix.experts.adapter import Adapter
-from loramix.experts.base_weights import OwnRows, embedding_paths
+from loramix.experts.base_weights import OwnRows, embedding_paths, is_declared
 from loramix.layers.layer import STACK
 from loramix.passes.state import AdaptedState, MixtureState, ReplacedRows
 
@@ -53,16 +55,25 @@ def saved_weights(state: AdaptedState, expert: str, tensors: Mapping[str, Tensor
     return {name: tensors[_name_here(name, state)] for name in state.saved_weights[expert]}
 
 
-def with_trained_modules(
-    expert: Adapter, model: nn.Module, state: AdaptedState, tensors: Mapping[str, Tensor]
+def with_base_weights(
+    expert: Adapter, model: PreTrainedModel, state: AdaptedState, tensors: Mapping[str, Tensor]
 ) -> Adapter:
-    """The only expert, with the modules that were trained beside it; `modules_to_save` names them."""
-    trained = own_weights(model, state, tensors)
-    embeddings = embedding_paths(model)  # pyright: ignore[reportArgumentType]
-    paths = {name.rpartition(".")[0] for name in _trained(model, state)}
-    declared = sorted({*(expert.config.modules_to_save or []), *(paths - embeddings)})
-    config = dataclasses.replace(expert.config, modules_to_save=declared) if paths - embeddings else expert.config
-    return dataclasses.replace(expert, config=config, base_weights=expert.base_weights | trained)
+    """An expert that is saved alone, with all weights of the base model that are its own or its model's.
+
+    `modules_to_save` names their modules, whole, and of a head the whole head, as PEFT wants them; embeddings need no
+    name.
+    """
+    names = dict.fromkeys([*own_weights(model, state, tensors), *itertools.chain(*state.saved_weights.values())])
+    paths = {name.rpartition(".")[0] for name in names} - embedding_paths(model)
+    in_backbone = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    paths = {path if path.startswith(in_backbone) else path.partition(".")[0] for path in paths}
+    here = (_base_name(name, state) for name, _ in model.named_parameters(remove_duplicate=False))
+    whole = [name for name in here if any(name.startswith(f"{path}.") for path in paths)]
+    unnamed = sorted(path for path in paths if not is_declared(expert, path))
+    declared = [*(expert.config.modules_to_save or []), *unnamed]
+    config = dataclasses.replace(expert.config, modules_to_save=declared) if unnamed else expert.config
+    weights = {name: tensors[_name_here(name, state)] for name in [*names, *whole]}
+    return dataclasses.replace(expert, config=config, base_weights=weights)
 
 
 def _trained(model: nn.Module, state: AdaptedState) -> list[str]:

@@ -24,7 +24,7 @@ from loramix.layers.layer import STACK, XLoraLayer
 from loramix.layers.merge import merge, put
 from loramix.layers.routing import ConstantRouting, Routing
 from loramix.layers.slot import override
-from loramix.model.own_weights import own_weights, restore_rows, saved_weights, with_trained_modules
+from loramix.model.own_weights import own_weights, restore_rows, saved_weights, with_base_weights
 from loramix.passes.specialise import Specialised
 from loramix.passes.state import AdaptedState, MixtureState
 from loramix.routers.classifier import XLoraClassifier
@@ -267,7 +267,7 @@ def _save(
     training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer_state = training if given is not _NO_TRAINER and training else None
     if not isinstance(state, MixtureState):
-        formats.save_adapter(folder, with_trained_modules(experts[0], model, state, tensors), trainer_state)
+        formats.save_adapter(folder, with_base_weights(experts[0], model, state, tensors), trainer_state)
         return
     prefix = f"{state.router.attribute}."
     router = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
