@@ -89,7 +89,9 @@ def make_case(name: str, folder: Path) -> Case:
         embedding = next(path for path, m in modules.items() if m is base.get_input_embeddings())
         backbone = carrier_path(modules, embedding)
     sites = [Site(p, modules[p], ()) for p in candidates if carrier_path(modules, p) == backbone]
-    uses = uses_of(base, base.get_submodule(backbone), sites)
+    carrier = base.get_submodule(backbone)
+    assert isinstance(carrier, PreTrainedModel)
+    uses = uses_of(base, carrier, sites)
     paths = [s.path for s in sites if uses is None or refusal(uses[s.path], routed=True) is None]
     torch.manual_seed(1)
     folders: dict[str, str] = {}

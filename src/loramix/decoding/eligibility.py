@@ -52,6 +52,7 @@ def why_not_this_generation(
     reasons = {
         "sequential decoding was requested": isinstance(choice, Sequential) and mixture.fixed_after is None,
         "there is only one pass": mixture.single_pass() is not None or not mixture.needs_scaling_pass,
+        "a layer sees the tokens in the cache": bool(mixture.uses.seeing_cached),
         "the model is in training mode, where dropout draws for each pass": model.training,
         f"{config.model_type} models have not been shown to be exact": config.model_type not in MODELS,
         "rotary frequencies depend on the longest text of a batch": "dynamic" in settings or "longrope" in settings,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -25,13 +26,13 @@ from transformers.pytorch_utils import Conv1D
 from loramix.errors import ModelError
 from loramix.experts.base_layers import kind_of, linear_sizes
 from loramix.experts.base_model import text_config
-from loramix.experts.kept_state import NOTHING_KEPT, KeptState, Watch, kept_state, run_copy
+from loramix.experts.kept_state import KeptState, Watch, kept_state, run_copy
 from loramix.files.base_models import errors_only
 
 TEXTS, TOKENS, OTHERS = 3, 7, 11
 """B, S, and the tokens of another stream: of an encoder, or of images."""
 
-Sees = Literal["tokens", "other tokens", "nothing"]
+Sees = Literal["tokens", "cached tokens", "other tokens", "nothing"]
 
 
 @dataclass
@@ -39,9 +40,11 @@ class LayerUse:
     """What the dry run showed of one layer.
 
     Attributes:
-        sees: the backbone's tokens, as (B, S) or flattened as (B · S,), in every call; other ones in some call; or
-            nothing, where it was not called.
+        sees: the backbone's tokens, as (B, S), (B, 1, S) or flattened as (B · S,), in every call; with a cache, those
+            that are in it too, as in multi-head latent attention; other ones in some call; or nothing, where it was not
+            called.
         tokens: the sizes of what it sees, without the features, call by call.
+        continued: the same of the next token, with a cache.
         weight_read: whether its weight was read from outside.
         returns_tuple: whether it returned more than a tensor.
         outside: whether it was called outside the forward of the backbone, by the model around it.
@@ -49,6 +52,7 @@ class LayerUse:
 
     sees: Sees = "nothing"
     tokens: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
+    continued: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     weight_read: bool = False
     returns_tuple: bool = False
     outside: bool = False
@@ -154,9 +158,9 @@ def _dry_run(model: PreTrainedModel, backbone: str) -> DryRun | None:
             batch, length, seen.hidden_size = running.out.last_hidden_state.shape
         except Exception:  # the model refuses these inputs in a way of its own: on to the next
             continue
+        seen.kept = KeptState() if backbone else kept_state(hollow, inputs, out, watch)
         for use in seen.values():
-            use.sees = _judged(use.tokens, batch, length)
-        seen.kept = NOTHING_KEPT if backbone else kept_state(hollow, inputs, out, watch)
+            use.sees = _judged(use, batch, length)
         return seen
     return None
 
@@ -179,10 +183,22 @@ class _Running:
         backbone.__dict__["forward"] = noted
 
 
-def _judged(inputs: list[tuple[int, ...]], batch: int, length: int) -> Sees:
-    if not inputs:
+def _judged(use: LayerUse, batch: int, length: int) -> Sees:
+    if not use.tokens:
         return "nothing"
-    return "tokens" if all(each in ((batch, length), (batch * length,)) for each in inputs) else "other tokens"
+    usual = ((batch, length), (batch * length,))
+    if any(each not in (*usual, (batch, 1, length)) for each in use.tokens):
+        return "other tokens"
+    counts = {_count(each, batch) for each in use.continued}
+    if len(counts) == 1 and counts <= {*range(2, length + 2)}:
+        return "cached tokens"
+    return "tokens" if counts == {1} or all(each in usual for each in use.tokens) else "other tokens"
+
+
+def _count(sizes: tuple[int, ...], batch: int) -> int:
+    """The tokens of each text in these sizes; 0 where they are no tokens of the texts."""
+    count, rest = divmod(math.prod(sizes), batch)
+    return count if not rest and sizes in ((batch, count), (batch, 1, count), (batch * count,)) else 0
 
 
 def _attempts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
@@ -302,8 +318,10 @@ def _watch(layer: nn.Module, use: LayerUse, watch: Watch, running: _Running) -> 
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         out: Any = forward(*args, **kwargs)
+        if watch.stage != "none":
+            seen = use.tokens if watch.stage == "whole" else use.continued
+            seen.append(_tokens(layer, args[0] if args else next(iter(kwargs.values())), out))
         if watch.stage == "whole":
-            use.tokens.append(_tokens(layer, args[0] if args else next(iter(kwargs.values())), out))
             use.outside |= not running.now
             use.returns_tuple |= not isinstance(out, Tensor)
         return out * float("nan") if watch.poisoned and isinstance(layer, nn.Embedding) else out

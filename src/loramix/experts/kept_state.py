@@ -26,6 +26,7 @@ from loramix.experts.base_model import text_config
 
 STATES = ("state", "mems", "past_buckets_states")
 """Other names than a cache's by which models of transformers take what an earlier forward returned."""
+_TEXTS = ("input_ids", "inputs_embeds", "hidden_states")
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,13 @@ class KeptState:
         return bool(self.fields) or self.in_modules
 
 
-NOTHING_KEPT = KeptState()
-
-
 @dataclass
 class Watch:
     """What the watched layers of a copy do in a forward, beside what they compute.
 
     Attributes:
         poisoned: embeddings give NaN.
-        stage: of what they note: a whole text, one that goes on with a cache, or nothing.
+        stage: of what they note: a whole text, the next token with a cache, or nothing.
     """
 
     poisoned: bool = False
@@ -80,7 +78,7 @@ def kept_state(model: PreTrainedModel, inputs: Mapping[str, Any], whole: Any, wa
     """
     watch.stage = "none"
     found = KeptState.by_names(model)
-    if "use_cache" in inputs:
+    if "use_cache" in inputs and not inputs.keys().isdisjoint(_TEXTS):
         for make in (_empty_cache, _no_cache):
             try:
                 found = _with_cache(model, inputs, whole, make(model), watch)
@@ -101,11 +99,13 @@ def _with_cache(model: PreTrainedModel, inputs: Mapping[str, Any], whole: Any, c
     start, other = ({**inputs, "use_cache": True, **_given(model, each)} for each in (cache, copy.deepcopy(cache)))
     first = _run(model, start, watch)
     made = next((first[name] for name in CACHES if isinstance(first.get(name), Cache)), cache)
+    watch.stage = "continued"
+    going_on = _run(model, {**_next_token(start), **_given(model, copy.deepcopy(made))}, watch)
+    watch.stage = "none"
     returned = (name for name in first if whole.get(name) is None and not isinstance(first[name], Cache))
     fields = tuple(dict.fromkeys((*KeptState.by_names(model).fields, *returned)))
-    if not _is_poisoned(_run(model, other, watch, poisoned=True)) or _is_poisoned(first):
+    if _is_poisoned(going_on) or not _is_poisoned(_run(model, other, watch, poisoned=True)):
         return KeptState(fields)
-    watch.stage = "continued"
     last = _run(model, {**_next_token(start), **_given(model, made)}, watch)
     return KeptState(fields, in_modules=_is_poisoned(last))
 
@@ -128,8 +128,7 @@ def _names(model: PreTrainedModel) -> Collection[str]:
 
 
 def _next_token(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    texts = ("input_ids", "inputs_embeds", "hidden_states")
-    found = {name: value[:, :1] if name in texts else value for name, value in inputs.items()}
+    found = {name: value[:, :1] if name in _TEXTS else value for name, value in inputs.items()}
     mask = found.get("attention_mask")
     return found if mask is None else found | {"attention_mask": torch.cat([mask, mask[:, :1]], 1)}
 

@@ -7,10 +7,11 @@ B, S: batch, sequence. L: adapted layers. E: experts. R: total rank of an adapte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GATHERED_SHARE = 32  # gather, in float32, only if at most 1/32 of the rank columns count (docs/products.md)
@@ -191,28 +192,60 @@ class RoutingByTokens:
     """The routing of a pass whose layers do not all see the same tokens: each layer reads that of the tokens it sees.
 
     Args:
-        every: of the tokens of the call.
-        kept: of those that the backbone keeps where it drops tokens on its way (`logits_to_keep`).
+        make: the routing of some scalings.
+        every: (B, S, L, E), of the tokens of the call.
+        kept: (B, n, L, E), of those that the backbone keeps where it drops tokens on its way (`logits_to_keep`).
+        cached: (B, T, L, E), of all tokens of the text, those of the call last.
+        seeing_cached: the numbers of the layers that see the tokens in the cache: all of them, or the last ones where
+            the cache holds a window; with a static cache, empty slots after them too.
+
+    Attributes:
+        every: the routing of the tokens of the call.
     """
 
     silent = False
     reads_low_rank = False
 
-    def __init__(self, every: TensorRouting, kept: TensorRouting) -> None:
-        self._every, self._kept = every, kept
+    def __init__(
+        self,
+        make: Callable[[Tensor], TensorRouting],
+        every: Tensor,
+        kept: Tensor | None = None,
+        cached: Tensor | None = None,
+        seeing_cached: Collection[int] = (),
+    ) -> None:
+        self._make = make
+        self.every = make(every)
+        self._kept = None if kept is None else make(kept)
+        self._cached, self._seeing_cached = cached, seeing_cached
+        self._last: dict[int, TensorRouting] = {}  # of as many of the last tokens
 
     def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
-        return self._seen_by(low_rank).columns(stack, low_rank)
+        return self._seen_by(stack, low_rank).columns(stack, low_rank)
 
     def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
-        return self._seen_by(low_rank).experts(stack, chosen, low_rank)
+        return self._seen_by(stack, low_rank).experts(stack, chosen, low_rank)
 
     def gathered(self, stack: Stack) -> None:
         """None: which tokens the layer sees is known too late."""
 
-    def _seen_by(self, low_rank: Tensor) -> TensorRouting:
-        kept = self._kept.scalings.shape[:-2]
-        return self._kept if low_rank.shape[:-1] in (kept, (kept.numel(),)) else self._every
+    def of_tokens(self, kept: int | Tensor) -> TensorRouting:
+        return self.every.of_tokens(kept)
+
+    def _seen_by(self, stack: Stack, low_rank: Tensor) -> TensorRouting:
+        tokens = low_rank.shape[:-1]
+        if self._cached is not None and stack.number in self._seeing_cached:
+            return self._of_last(self._cached, tokens.numel() // len(self._cached))
+        if self._kept is not None:
+            kept = self._kept.scalings.shape[:-2]
+            return self._kept if tokens in (kept, (kept.numel(),)) else self.every
+        return self.every
+
+    def _of_last(self, cached: Tensor, count: int) -> TensorRouting:
+        if count not in self._last:
+            empty = max(0, count - cached.shape[1])
+            self._last[count] = self._make(F.pad(cached[:, -count:], (0, 0, 0, 0, 0, empty)))
+        return self._last[count]
 
 
 class LayerRouting:

@@ -238,7 +238,9 @@ class MergedMatrices(NamedTuple):
 
 
 def fit_tokens(columns: Tensor, tokens: torch.Size, layer: str) -> Tensor:
-    """Columns (B, S, R) for tokens (B, S), or (B · S,) if the block has flattened them; columns (R,) fit any tokens.
+    """Columns (B, S, R) for tokens (B, S), (B, 1, S), or (B · S,) if the block has flattened them.
+
+    Columns (R,) fit any tokens.
 
     Raises:
         RoutingError: the scalings are those of other tokens.
@@ -247,6 +249,8 @@ def fit_tokens(columns: Tensor, tokens: torch.Size, layer: str) -> Tensor:
         return columns
     if len(tokens) == 1 and columns.shape[:-1].numel() == tokens[0]:
         return columns.flatten(0, -2)
+    if columns.dim() == 3 and tokens == (columns.shape[0], 1, columns.shape[1]):
+        return columns.unsqueeze(1)
     raise RoutingError(
         "A layer's input must hold the tokens that the scalings were made for, in their order.",
         received=f"scalings for tokens {tuple(columns.shape[:-1])} at a {layer} with input tokens {tuple(tokens)}",

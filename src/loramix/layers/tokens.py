@@ -19,9 +19,23 @@ from loramix.experts.kept_state import KeptState
 from loramix.layers.inject import Site
 
 
+class BaseUses(NamedTuple):
+    """What a dry run told of a base model and the layers to adapt.
+
+    Attributes:
+        told: whether it was possible; if not, nothing is known before the first forward.
+        kept: what the base model keeps outside the cache.
+        seeing_cached: the numbers of the layers that see the tokens in the cache too.
+    """
+
+    told: bool
+    kept: KeptState
+    seeing_cached: frozenset[int] = frozenset()
+
+
 def check_uses(
     model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site], names: Sequence[str], *, routed: bool
-) -> bool:
+) -> BaseUses:
     """Check by a dry run what the layers to adapt see.
 
     Args:
@@ -32,14 +46,16 @@ def check_uses(
         routed: whether scalings of the backbone's tokens reach the layers; without, a layer may see any tokens.
 
     Returns:
-        whether the dry run was possible; if not, nothing is known before the first forward.
+        what the dry run told.
 
     Raises:
         UnsupportedAdapterError: a layer whose weight is read instead of calling it, one that returns more than a
             tensor, or, if `routed`, one that sees other tokens than the backbone's, or none.
         ModelError: if `routed`, a forward that goes on where the one before it stopped, without any cache.
     """
-    if routed and kept_by(carrier).always:
+    run = dry_run(carrier)
+    kept = KeptState.by_names(carrier) if run is None else run.kept
+    if routed and kept.always:
         raise ModelError(
             "The forward of a mixture's base model depends on its arguments alone: the two passes run one after the "
             "other.",
@@ -48,7 +64,7 @@ def check_uses(
         )
     uses = uses_of(model, carrier, sites)
     if uses is None:
-        return False
+        return BaseUses(False, kept)
     refused = {path: found for path, use in uses.items() if (found := refusal(use, routed=routed)) is not None}
     if refused:
         rule, _, remedy = next(iter(refused.values()))
@@ -62,45 +78,41 @@ def check_uses(
             received=f"expert {', '.join(experts)} on a {type(carrier).__name__}: {shown}{more}",
             remedy=f"train the expert without {ends} in target_modules{remedy}",
         )
-    return True
+    seeing = {path for path, use in uses.items() if use.sees == "cached tokens"}
+    return BaseUses(True, kept, frozenset(number for number, site in enumerate(sites) if site.path in seeing))
 
 
-def kept_by(carrier: PreTrainedModel) -> KeptState:
-    """What a backbone keeps outside the cache."""
-    run = dry_run(carrier)
-    return KeptState.by_names(carrier) if run is None else run.kept
-
-
-def uses_of(model: PreTrainedModel, carrier: nn.Module, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
-    """What a dry run shows of these layers, by the sites' paths; None where none is possible.
+def uses_of(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
+    """What dry runs show of these layers, by the sites' paths; None where none is possible.
 
     Args:
         model: the base model.
         carrier: the backbone that runs the passes.
         sites: the layers; that of a head lies outside the backbone.
     """
-    inside = {id(module) for module in carrier.modules()}
-    inner = [site for site in sites if id(site.module) in inside]
-    found = _inner_uses(model, carrier, inner)
-    if found is None or len(inner) == len(sites):
-        return found
-    path = next(path for path, part in model.named_modules() if part is carrier)
-    run = dry_run(model, path)
-    if run is None:
+    own, base = dry_run(carrier), cast(PreTrainedModel, model.base_model)
+    within_base, within_model = _path_in(base, carrier), _path_in(model, carrier)
+    around = dry_run(base, within_base) if within_base else None  # of several parts
+    if own is None and around is None:
         return None
-    return found | {site.path: replace(run[site.path], outside=False) for site in sites if site not in inner}
+    here = {id(module): path for path, module in carrier.named_modules()}
+    found: dict[str, LayerUse] = {}
+    for site in sites:
+        path = here.get(id(site.module))
+        outer = None if path is None or around is None else around.get(f"{within_base}.{path}")
+        use = outer if path is None or own is None else own.get(path)
+        if path is None:  # a head
+            whole = dry_run(model, within_model or "")
+            if whole is None:
+                return None
+            found[site.path] = replace(whole[site.path], outside=False)
+        elif use is not None:
+            found[site.path] = replace(use, outside=outer is not None and outer.outside)
+    return found
 
 
-def _inner_uses(model: PreTrainedModel, carrier: nn.Module, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
-    top: Any = model.base_model  # what is around the backbone, where that can be run
-    backbone = next((path for path, part in top.named_modules() if part is carrier), None)
-    run = None if backbone is None else dry_run(top, backbone)
-    if run is None:
-        top, run = carrier, dry_run(cast(PreTrainedModel, carrier))
-    if run is None:
-        return None
-    here = {id(module): path for path, module in top.named_modules()}
-    return {site.path: run[here[id(site.module)]] for site in sites if here.get(id(site.module)) in run}
+def _path_in(model: nn.Module, part: nn.Module) -> str | None:
+    return next((path for path, module in model.named_modules() if module is part), None)
 
 
 class Refusal(NamedTuple):
@@ -127,7 +139,7 @@ def refusal(use: LayerUse, *, routed: bool) -> Refusal | None:
         return Refusal(rule, "is called by the model around the backbone")
     if use.returns_tuple:
         return Refusal("Experts adapt layers that return one tensor.", "returns several values")
-    if not routed or use.sees == "tokens":
+    if not routed or use.sees in ("tokens", "cached tokens"):
         return None
     return Refusal(
         "A router gives scalings to the tokens of the backbone: an adapted layer sees these, in their order.",

@@ -32,7 +32,7 @@ from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
 from loramix.layers.inject import Site, adapt, find_carrier, head_site, plan, refuse_meta, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
-from loramix.layers.tokens import check_uses, kept_by
+from loramix.layers.tokens import check_uses
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
@@ -288,10 +288,10 @@ def _build_mixture(
     head = head_site(model, sites)
     if head is not None:
         _check_head(head, names, kind)
-    told = check_uses(model, carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
+    uses = check_uses(model, carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
-    state = MixtureState(config, experts, layers, router, hidden_size, tokens_told=told, kept=kept_by(carrier))
+    state = MixtureState(config, experts, layers, router, hidden_size, uses)
     state.head = None if head is None else head.path
     _commit(model, carrier, layers, state, XLoraMethods, find_own(model, experts))
     _set_trainable(layers, trainable and config.use_trainable_adapters)

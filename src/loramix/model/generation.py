@@ -63,7 +63,7 @@ class LockstepMethods(MixtureMethods):
         settings = given or self.get_base_model().generation_config
         choice = _choice(settings, parse(lockstep))
         state = self._loramix
-        if state.kept.is_any and state.needs_scaling_pass and state.single_pass() is None:
+        if state.uses.kept.is_any and state.needs_scaling_pass and state.single_pass() is None:
             if kwargs.get("use_cache", getattr(settings, "use_cache", None)) is not False:
                 _warn_once("the base model keeps state outside the cache, which two passes would share", "use_cache")
             kwargs["use_cache"] = False

@@ -80,11 +80,13 @@ class TwoPassCache(FollowedCache):
         base: the scaling pass's cache, of the same kind.
         owner: the mixture that filled it; another one refuses it.
         torn: whether a forward is filling it, or was interrupted while filling it.
+        scalings: (B, T, L, E), the final scalings of its tokens, where a layer sees cached tokens; elsewhere None.
     """
 
     base: Cache
     owner: str
     torn: bool
+    scalings: Tensor | None
 
     @staticmethod
     def pair(mixture: Any, base: Any, owner: str) -> TwoPassCache:
@@ -95,7 +97,7 @@ class TwoPassCache(FollowedCache):
         """
         _check_kind(mixture)
         mixture.__class__ = _subclass(TwoPassCache, type(mixture))
-        mixture.__dict__.update(base=base, owner=owner, torn=False)
+        mixture.__dict__.update(base=base, owner=owner, torn=False, scalings=None)
         return mixture
 
     @staticmethod
@@ -106,8 +108,8 @@ class TwoPassCache(FollowedCache):
             CacheError: it was filled by another model, its two halves differ in length, or it is of another kind.
         """
         _check_kind(cache)
-        if isinstance(cache, TwoPassCache) and cache.owner != owner and cache.is_empty:
-            cache.owner = owner
+        if isinstance(cache, TwoPassCache) and cache.is_empty:
+            cache.owner, cache.scalings = owner, None
         if not isinstance(cache, TwoPassCache):
             if tokens_in(cache) > 0:
                 raise _foreign("a cache that a model without these experts filled")
@@ -138,7 +140,7 @@ class TwoPassCache(FollowedCache):
     def separate(self) -> None:
         """Become the user's plain cache again, without a twin."""
         self.__class__ = type(self).__bases__[1]
-        for name in ("base", "owner", "torn"):
+        for name in ("base", "owner", "torn", "scalings"):
             del self.__dict__[name]
         self.__dict__.pop("followers", None)
 
@@ -146,23 +148,31 @@ class TwoPassCache(FollowedCache):
         super().reset()
         self.base.reset()
         finish_reset(self.base)
-        self.torn = False
+        self.torn, self.scalings = False, None
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.base.crop(tokens_to_remove)
+        if self.scalings is not None:
+            self.scalings = self.scalings[:, : int(tokens_in(self))]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.base.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+        if self.scalings is not None:
+            self.scalings = self.scalings.index_select(0, beam_idx.to(self.scalings.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.base.batch_repeat_interleave(repeats)
+        if self.scalings is not None:
+            self.scalings = self.scalings.repeat_interleave(repeats, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.base.batch_select_indices(indices)
+        if self.scalings is not None:
+            self.scalings = self.scalings[indices.to(self.scalings.device)]
 
     def activate_past_recording(self) -> None:
         super().activate_past_recording()
@@ -180,8 +190,9 @@ def _lengths_differ(cache: TwoPassCache) -> bool:
     if torch.compiler.is_compiling():
         return False
     mixture, base = tokens_in(cache), tokens_in(cache.base)
+    scaled = mixture if cache.scalings is None else cache.scalings.shape[1]
     waits = isinstance(mixture, Tensor) and mixture.device.type != "cpu"
-    return not waits and bool(mixture != base)
+    return not waits and bool(mixture != base or mixture != scaled)
 
 
 def tokens_in(cache: Cache) -> int | Tensor:

@@ -20,11 +20,10 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
-from loramix.experts.kept_state import NOTHING_KEPT, KeptState
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import ConstantRouting, Routing, TensorRouting
 from loramix.layers.slot import ObservedPass, overriding
-from loramix.layers.tokens import refuse_ambiguous
+from loramix.layers.tokens import BaseUses, refuse_ambiguous
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.scalings_log import ScalingsLog
 from loramix.routers.gating import Gating, gating_of
@@ -121,8 +120,7 @@ class MixtureState(AdaptedState):
         layers: the adapted layers by their paths, in order.
         router: its router.
         hidden_size: H of the base model.
-        tokens_told: whether a dry run has told which tokens the adapted layers see.
-        kept: what the base model keeps outside the cache.
+        uses: what a dry run told of the base model.
     """
 
     config: XLoraConfig  # pyright: ignore[reportIncompatibleVariableOverride] - set once, here
@@ -134,15 +132,12 @@ class MixtureState(AdaptedState):
         layers: Mapping[str, XLoraLayer],
         router: Router,
         hidden_size: int,
-        *,
-        tokens_told: bool = True,
-        kept: KeptState = NOTHING_KEPT,
+        uses: BaseUses,
     ) -> None:
         super().__init__(config, experts, layers)
         self.router = router
         self.hidden_size = hidden_size
-        self.tokens_told = tokens_told
-        self.kept = kept
+        self.uses = uses
         self.log = ScalingsLog()
         self.measurements: dict[object, Any] = {}  # of decoding, by batch, device and dtype; see `decoding.scheduler`
         self.report: Any = None  # of the last generation
@@ -206,7 +201,7 @@ class MixtureState(AdaptedState):
             RoutingError: sizes that do not tell whose tokens a layer sees.
         """
         self.check_settings()
-        if not self.tokens_told:
+        if not self.uses.told:
             refuse_ambiguous(hidden.shape[:2], inputs)
         assert isinstance(self.router, HiddenStateRouter)
         logits = self.changed_logits(self.router.distinct(hidden), training)

@@ -47,20 +47,24 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
         cache.torn = True
     first = _scaling_pass(state, call, cache)
     second = state.route(first.hidden, call.hook_inputs, call.training)
-    out = routed(_by_tokens(state, call, second.routing), call.run)
+    cached = _cached_scalings(state, cache, second.routing.scalings)
+    out = routed(_by_tokens(state, call, second.routing, cached), call.run)
     join_losses(out, second.losses)
+    pair = cache
     if cache is not None:
         cache.torn = False
     elif first.cache is not None and out.get(call.signature.cache) is not None:
         pair = TwoPassCache.pair(out[call.signature.cache], first.cache, state.owner)
         for hook in state.hooks:
             hook.cached(pair)
+    if pair is not None and cached is not None:
+        pair.scalings = cached.detach()
     return call.returned(out)
 
 
 def _refuse_shared_state(state: MixtureState, call: BackboneCall) -> None:
     """Use no cache where the base model keeps state outside it, which the two passes would share."""
-    kept = state.kept
+    kept = state.uses.kept
     if not kept.is_any:
         return
     asked = [f"{name}=…" for name in (call.signature.cache, *kept.fields) if call.arguments.get(name) is not None]
@@ -82,24 +86,39 @@ def _keep_no_cache_in_training(call: BackboneCall) -> None:
         call.arguments["use_cache"] = False
 
 
-def _by_tokens(state: MixtureState, call: BackboneCall, routing: TensorRouting) -> Routing:
-    """The routing of the mixture pass, whose last layers may see only the tokens that the caller keeps.
+def _cached_scalings(
+    state: MixtureState, cache: TwoPassCache | None, scalings: Float[Tensor, "B S #L E"]
+) -> Float[Tensor, "B T #L E"] | None:
+    """Those of all tokens of the text, for layers that see these; None where there are no such layers."""
+    if not state.uses.seeing_cached:
+        return None
+    past = None if cache is None else cache.scalings
+    return scalings if past is None or not past.shape[1] else torch.cat([past, scalings], 1)
+
+
+def _by_tokens(state: MixtureState, call: BackboneCall, routing: TensorRouting, cached: Tensor | None) -> Routing:
+    """The routing of the mixture pass, in which some layers see other tokens: those kept for the head, or cached.
 
     Raises:
         RoutingError: as many tokens are kept as there are, in another order.
     """
-    if call.keeps is None:
+    every = routing.scalings
+    kept = None if call.keeps is None else _kept(every, call.keeps)
+    if kept is not None and kept.shape == every.shape:
+        _refuse_other_order(kept, every, call.keeps)
+        kept = None
+    if kept is None and cached is None:
         return routing
-    kept = _kept(routing.scalings, call.keeps)
-    if kept.shape != routing.scalings.shape:
-        return RoutingByTokens(routing, state.routing(kept))
-    if isinstance(call.keeps, Tensor) and not torch.equal(kept, routing.scalings):
+    return RoutingByTokens(state.routing, every, kept, cached, state.uses.seeing_cached)
+
+
+def _refuse_other_order(kept: Tensor, every: Tensor, keep: Any) -> None:
+    if isinstance(keep, Tensor) and not torch.equal(kept, every):
         raise RoutingError(
             "Tokens that are kept for the head are fewer than those of the text, or in their order.",
-            received=f"{KEEP}=… with an index of {tuple(call.keeps.shape)} for tokens {tuple(kept.shape[:2])}",
+            received=f"{KEEP}=… with an index of {tuple(keep.shape)} for tokens {tuple(every.shape[:2])}",
             remedy="sort the index, or keep all tokens and choose among the logits",
         )
-    return routing
 
 
 def _kept(scalings: Float[Tensor, "B S #L E"], keep: int | Tensor) -> Tensor:
