@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,16 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.testing import assert_close
+from transformers.modeling_outputs import CausalLMOutput
 
 import loramix
 from loramix.errors import RoutingError, UnsupportedAdapterError
 from support.generation import ROUTING, generated, recomputed, report_of
 from support.mixtures import SPARSE, far, logits_of
 from support.peft_side import PEFT_WARNINGS, lora, ours, xlora
-from support.tiny import ARCHITECTURES, TARGETS, gemma3, gpt2, llama, tokens
+from support.tiny import ARCHITECTURES, GATED, TARGETS, build, gemma3, gpt2, llama, tokens
 
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS, "ignore:fan_in_fan_out is set to:UserWarning")
 
@@ -195,17 +198,31 @@ def test_backbone_and_head_on_their_own_are_refused(folders: Any) -> None:
         model.lm_head(hidden)
 
 
-def test_a_head_whose_weight_is_read_is_refused(folders: Any) -> None:
-    def fused(self: Any, input_ids: torch.Tensor, **_: Any) -> Any:
-        return F.linear(self.model(input_ids).last_hidden_state, self.lm_head.weight)
+class ReadsItsHead(transformers.LlamaForCausalLM):
+    """A forward that multiplies with the head's weight instead of calling the head."""
 
-    class Fused(type(BASES["llama"]())):
-        forward = fused
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return CausalLMOutput(logits=F.linear(self.model(input_ids).last_hidden_state, self.lm_head.weight))
 
-    base = BASES["llama"]()
-    base.__class__ = Fused
-    with pytest.raises((RoutingError, UnsupportedAdapterError), match="'lm_head'"):
-        ours(base, folders("llama"))(tokens())
+
+class FusesItsLoss(transformers.LlamaForCausalLM):
+    """The same, but only with labels, as a fused loss does."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        call = super().forward if labels is None else functools.partial(ReadsItsHead.forward, self)
+        return call(input_ids, **kwargs)
+
+
+def test_a_head_whose_weight_is_read_instead_is_refused(folders: Any) -> None:
+    base = build(ReadsItsHead, **GATED)
+    with pytest.raises(UnsupportedAdapterError, match=r"'lm_head' is not called: the base model reads its weight"):
+        ours(base, folders("llama"))
+    model = ours(build(FusesItsLoss, **GATED), folders("llama"))
+    assert torch.equal(logits_of(model), logits_of(ours(BASES["llama"](), folders("llama"))))
+    with pytest.raises(RoutingError, match=r"did not call 'lm_head'"):
+        model(tokens(), labels=tokens())
+    with model.disable_adapter():
+        assert_close(model(tokens(), labels=tokens()).logits, BASES["llama"]()(tokens()).logits)
 
 
 def test_gpt2_and_gemma_name_their_head_too() -> None:

@@ -176,6 +176,8 @@ def test_experts_that_disagree_are_refused_by_row_or_one_is_chosen(tmp_path: Pat
     config = loramix.XLoraConfig(hidden_size=64, adapters=adapters)
     with pytest.raises(ConfigurationError, match=r"base_weights_of='c'.*'a', 'b'"):
         loramix.get_peft_model(base, config, base_weights_of="c")
+    with pytest.raises(ConfigurationError, match=r"base_weights_of='c'.*none"):
+        loramix.get_peft_model(base, loramix.LoraConfig(target_modules=["q_proj"]), base_weights_of="c")
     with pytest.warns(UserWarning, match=r"rows 97–98: "):
         model = loramix.get_peft_model(base, config, base_weights_of="b").eval()
     assert_close(alone(model, 1), theirs(resized(untied)(), experts[1]), atol=1e-5, rtol=1e-5)

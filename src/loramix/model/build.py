@@ -107,7 +107,7 @@ class PeftModel(_Peft):
                     remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
                 )
             adapter = read_expert(location, adapter_name, lora)
-            return _build_lora(model, adapter, trainable=is_trainable)
+            return _build_lora(model, adapter, base_weights_of, trainable=is_trainable)
         saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
         saved.config.inference_mode = not is_trainable
         own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
@@ -174,7 +174,7 @@ def get_peft_model(
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = identifier_of(model)
     if isinstance(config, LoraConfig):
-        return _build_lora(model, new_adapter(adapter_name, model, config), trainable=True)
+        return _build_lora(model, new_adapter(adapter_name, model, config), base_weights_of, trainable=True)
     _check(config, len(config.adapters), hidden_size_of(model))
     config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
     experts = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
@@ -316,7 +316,7 @@ def _check_head(head: Site, names: Sequence[str], kind: type[Router]) -> None:
         )
 
 
-def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) -> PeftModel:
+def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str | None, *, trainable: bool) -> PeftModel:
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
     carrier = find_carrier(model, sites, [adapter.name])
@@ -326,7 +326,7 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, *, trainable: bool) ->
     layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
     state.head = None if head is None else head.path
-    _commit(model, carrier, layers, state, PeftMethods, own_rows(model, [adapter]))
+    _commit(model, carrier, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of))
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())
 
