@@ -30,7 +30,7 @@ class BaseUses(NamedTuple):
 
     told: bool
     kept: KeptState
-    seeing_cached: frozenset[int] = frozenset()
+    seeing_cached: tuple[int, ...] = ()
 
 
 def check_uses(
@@ -79,7 +79,7 @@ def check_uses(
             remedy=f"train the expert without {ends} in target_modules{remedy}",
         )
     seeing = {path for path, use in uses.items() if use.sees == "cached tokens"}
-    return BaseUses(True, kept, frozenset(number for number, site in enumerate(sites) if site.path in seeing))
+    return BaseUses(True, kept, tuple(number for number, site in enumerate(sites) if site.path in seeing))
 
 
 def uses_of(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site]) -> dict[str, LayerUse] | None:

@@ -108,7 +108,7 @@ class TwoPassCache(FollowedCache):
             CacheError: it was filled by another model, its two halves differ in length, or it is of another kind.
         """
         _check_kind(cache)
-        if isinstance(cache, TwoPassCache) and cache.is_empty:
+        if isinstance(cache, TwoPassCache) and cache.owner != owner and cache.is_empty:
             cache.owner, cache.scalings = owner, None
         if not isinstance(cache, TwoPassCache):
             if tokens_in(cache) > 0:

@@ -84,7 +84,7 @@ class _LayerScalings:
             )
         missing = next(iter(made.values())).new_full((*tokens, 1, len(self._state.names)), float("nan"))
         layers = range(len(self._state.paths))
-        for layer in self._state.uses.seeing_cached & made.keys():
+        for layer in made.keys() & self._state.uses.seeing_cached:
             made[layer] = made[layer][..., -tokens[1] :, :, :]  # its tokens before these are the cache's
         return torch.cat([_as_tokens(made.get(layer), tokens, missing) for layer in layers], dim=-2)
 
