@@ -39,7 +39,7 @@ _ALIKE: dict[int, str] = {  # a size, and the names of all fields that get it
     3: "num_channels num_labels",
 }
 SIZES: dict[str, Any] = {name: size for size, names in _ALIKE.items() for name in names.split()} | {"mamba_expand": 2}
-NO_DROPOUT = re.compile(r".*(dropout|drop_path|layerdrop|_pdrop|jitter_noise|dropout_prob|dropout_rate)")
+NO_DROPOUT = re.compile(r".*(dropout|drop_path|layerdrop|_pdrop|jitter_noise).*")
 ABSENT: Any = object()
 _LARGEST = 10**7
 _PARTS: dict[str, dict[str, Any]] = {  # for a part that may be any model

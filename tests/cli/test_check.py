@@ -10,6 +10,7 @@ import pytest
 import transformers as hf
 
 from support.tiny import BLOCKS, SPECIAL
+from support.versions import needs_transformers
 
 
 def save(config: Any, kind: type[Any], folder: Path) -> Path:
@@ -36,6 +37,7 @@ def test_the_answer_as_json(loramix, folders) -> None:
     ]
 
 
+@needs_transformers(5, 15, "Mamba calls its dt_proj")
 def test_layers_that_do_not_work_are_named_with_what_does(
     loramix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

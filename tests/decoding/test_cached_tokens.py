@@ -66,6 +66,9 @@ def latent_mistral() -> Any:
     return base
 
 
+CHUNKS = needs_transformers(5, 8, "a text is not read in chunks without a cache of the user")
+STATIC = needs_transformers(5, 8, "a static cache does not say how many tokens of latent attention it holds")
+LOOKUP = needs_transformers(5, 18, "prompt lookup needs an end token")
 NEW = needs_transformers(5, 23, "the cache of this model holds keys and values, or the model is not there")
 BASES: dict[str, tuple[Callable[[], Any], str]] = {
     "latent": (latent, "v_proj"),
@@ -137,10 +140,12 @@ def test_each_token_has_its_own_scalings(model: Any, name: str) -> None:
         {"input_ids": tokens(2), "num_beams": 3},
         {"input_ids": ids_with_padding(), "attention_mask": PADDING},
         {"input_ids": tokens(2), "do_sample": True, "num_return_sequences": 2},
-        {"input_ids": tokens(2), "prefill_chunk_size": 4},
-        {"input_ids": tokens(2), "cache_implementation": "static"},
-        {"input_ids": ids_with_padding(), "attention_mask": PADDING, "cache_implementation": "static"},
-        {"input_ids": torch.cat([tokens(1, 4)] * 3, 1), "prompt_lookup_num_tokens": 3},
+        pytest.param({"input_ids": tokens(2), "prefill_chunk_size": 4}, marks=CHUNKS),
+        pytest.param({"input_ids": tokens(2), "cache_implementation": "static"}, marks=STATIC),
+        pytest.param(
+            {"input_ids": ids_with_padding(), "attention_mask": PADDING, "cache_implementation": "static"}, marks=STATIC
+        ),
+        pytest.param({"input_ids": torch.cat([tokens(1, 4)] * 3, 1), "prompt_lookup_num_tokens": 3}, marks=LOOKUP),
     ],
     ids=["greedy", "one token", "beams", "left padding", "sampling", "in chunks", "static", "static, padded", "lookup"],
 )
@@ -148,7 +153,7 @@ def test_generation(model: Any, inputs: dict[str, Any]) -> None:
     assert torch.equal(generated(model, **inputs), recomputed(model, **inputs))
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("static", marks=STATIC)])
 def test_in_parts(model: Any, kind: str) -> None:
     cache = cache_of(model) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=16)
     ids = tokens(2, 12)

@@ -21,6 +21,7 @@ from support.generation import generated, ids_with_padding, recomputed, report_o
 from support.mixtures import mixture
 from support.refusals import refused
 from support.tiny import ARCHITECTURES, BLOCKS, GATED, HIDDEN, SPECIAL, build, llama, save_expert, tokens
+from support.versions import needs_transformers
 
 LlamaMLP = hf.models.llama.modeling_llama.LlamaMLP
 
@@ -167,6 +168,7 @@ def test_what_is_kept_and_not_read_does_not_matter() -> None:
     assert found.kept == KeptState()
 
 
+@needs_transformers(5, 5, "the cache of Mamba is none of the class Cache")
 def test_a_state_in_the_cache_is_none_outside_it() -> None:
     found = dry_run(mamba().base_model)
     assert found is not None
@@ -222,6 +224,7 @@ def test_a_forward_with_a_cache_is_an_error(stateful: str, tmp_path: Path) -> No
     assert "use_cache=False" in caught.value.remedy
 
 
+@needs_transformers(5, 5, "the cache of Mamba is none of the class Cache")
 def test_a_cache_or_a_state_that_is_given_is_an_error(tmp_path: Path) -> None:
     model = mixed(tmp_path, "recurrent_gemma")
     with pytest.raises(CacheError, match="past_key_values"):

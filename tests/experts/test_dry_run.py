@@ -19,6 +19,7 @@ from loramix.experts.dry_run import TEXTS, TOKENS, dry_run
 from support.convolution import tiny_convolution
 from support.refusals import refused
 from support.tiny import ARCHITECTURES, BLOCKS, GATED, SPECIAL, build, llama, save_expert, tokens
+from support.versions import needs_transformers
 
 Experts = Callable[[str], dict[str, str]]
 LATENT: dict[str, Any] = {
@@ -58,7 +59,12 @@ ODD: dict[str, dict[str, str]] = {  # the layers, by the ends of their paths, th
 }
 
 
-@pytest.mark.parametrize("name", MAKE)
+READS = needs_transformers(5, 15, "Mamba calls its dt_proj")
+CACHED = needs_transformers(5, 17, "attention caches other values, and cross-attention takes other states")
+SINCE = {"mamba": READS, "deepseek": CACHED, "bart": CACHED}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SINCE.get(name, ())) for name in MAKE])
 def test_what_layers_see(name: str) -> None:
     uses = dry_run(MAKE[name]())
     assert uses
@@ -77,6 +83,7 @@ def test_in_usual_models_every_layer_but_positions_sees_the_tokens(architecture:
     )
 
 
+@READS
 def test_a_layer_that_is_read_is_told_from_one_that_is_never_used() -> None:
     uses = dry_run(MAKE["mamba"]())
     assert uses
@@ -139,7 +146,7 @@ def test_quantised_layers_are_neither_copied_nor_run() -> None:
     assert uses["layers.0.self_attn.q_proj"].tokens == [(TEXTS, TOKENS)]
 
 
-@pytest.mark.parametrize("name", ["xlnet", "t5", "bart", "mamba", "llama4"])
+@pytest.mark.parametrize("name", ["xlnet", "t5", "bart", pytest.param("mamba", marks=READS), "llama4"])
 def test_a_mixture_is_refused_when_it_is_built(name: str, tmp_path: Path) -> None:
     ends = {"mamba": ["dt_proj"], "llama4": ["router"]}.get(name, list(ODD[name]))
     targets = [path for path, m in MAKE[name]().named_modules() if path.endswith(tuple(ends)) and hasattr(m, "weight")]
@@ -240,6 +247,7 @@ def test_convolutions_see_the_positions_of_their_output() -> None:
     assert {use.sees for use in uses.values()} == {"tokens"}
 
 
+@READS
 def test_a_lone_expert_on_a_weight_that_is_read_is_refused(tmp_path: Path) -> None:
     base = MAKE["mamba"]()
     folder = save_by_hand(tmp_path / "one", base, ["layers.0.mixer.dt_proj"])
