@@ -285,7 +285,7 @@ def compiled(case: Case, model: Any) -> None:
 CHECKS = {
     "build": "a mixture can be built",
     "reference": "a forward equals that of the plain base model with one expert at a time added to each layer",
-    "acts": "every adapted layer has a gradient for its experts",
+    "acts": "every adapted layer that the base model calls gives something else than its base layer",
     "cached": "greedy generation with a cache gives the logits of one forward over all tokens",
     "left padding": "a short text in a padded batch gives the logits that it gives alone",
     "beams": "beam search with a cache gives the tokens of recomputing everything",

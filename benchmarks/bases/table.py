@@ -34,7 +34,7 @@ _TITLES = {
 
 def page(found: dict[str, Any]) -> str:
     """docs/bases.md."""
-    checks = "\n".join(f"- *{name}*: {what};" for name, what in CHECKS.items())
+    checks = "\n".join(f"- *{name}*: {what}" for name, what in CHECKS.items())
     parts = [_INTRODUCTION.format(checks=checks, **{name: found[name] for name in ("transformers", "torch")})]
     for mapping, rows in found["rows"].items():
         tried = {name: cells for name, cells in rows.items() if status(cells["build"]) != NO_MODEL}
