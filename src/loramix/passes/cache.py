@@ -36,7 +36,7 @@ class FollowedCache(Cache):
         for follower in self.followers:
             follower.emptied()
 
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """As in the base class: a negative number of tokens to remove; before transformers 5.14 also a length."""
         before = tokens_in(self)
         super().crop(tokens_to_remove)
@@ -150,7 +150,7 @@ class TwoPassCache(FollowedCache):
         finish_reset(self.base)
         self.torn, self.scalings = False, None
 
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.base.crop(tokens_to_remove)
         if self.scalings is not None:
