@@ -122,8 +122,12 @@ def _inputs(base: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def output(model: Any, **inputs: Tensor) -> Tensor:
-    """The logits of a forward, or its last hidden state."""
-    out = model(**inputs)
+    """What a forward gives, without gradients."""
+    return _given(model(**inputs))
+
+
+def _given(out: Any) -> Tensor:
+    """The logits, or the last hidden state."""
     found = getattr(out, "logits", None)
     return out.last_hidden_state if found is None else found
 
@@ -186,10 +190,8 @@ def every_layer_acts(case: Case) -> None:
 
 
 def _loss(model: Any, case: Case) -> Tensor:
-    out = model(**case.inputs)
-    found = getattr(out, "logits", None)
-    weights = torch.linspace(0.5, 1.5, (found if found is not None else out.last_hidden_state).shape[-1])
-    return ((found if found is not None else out.last_hidden_state).float() * weights).square().mean()
+    found = _given(model(**case.inputs))
+    return (found.float() * torch.linspace(0.5, 1.5, found.shape[-1])).square().mean()
 
 
 def cached_equals_uncached(case: Case, model: Any) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loramix.config.lora import LoraConfig
-from loramix.errors import CorruptCheckpointError
+from loramix.errors import AdapterMismatchError, CorruptCheckpointError
 from loramix.files.tensors import all_finite
 
 _Value = TypeVar("_Value")
@@ -90,6 +90,16 @@ class Adapter:
         rank = self.rank(module_path)
         alpha = pattern_value(self.config.alpha_pattern, module_path, self.config.lora_alpha)
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+
+
+def of_another_base(adapter: Adapter, what: str) -> AdapterMismatchError:
+    """The error of an expert that was trained on another base model; `what` shows it."""
+    base = adapter.config.base_model_name_or_path
+    return AdapterMismatchError(
+        "An expert adapts the modules of the base model it was trained on.",
+        received=f"expert {adapter.name!r}, {what}",
+        remedy=f"use an expert that was trained on this base model, not on {repr(base) if base else 'another one'}",
+    )
 
 
 def refuse_infinite(name: str, weights: Mapping[str, LoraWeights]) -> None:

@@ -25,7 +25,7 @@ from loramix.errors import (
     IncompleteCheckpointError,
     UnsupportedAdapterError,
 )
-from loramix.experts.adapter import Adapter
+from loramix.experts.adapter import Adapter, of_another_base
 from loramix.files.tensors import all_finite
 
 _UNLIKE = 0.7  # of the longer of two rows: unrelated rows are further apart than that, trained ones are not
@@ -283,11 +283,7 @@ def _is_named(names: Iterable[str], path: str) -> bool:
 
 
 def _another(adapter: Adapter, path: str, what: str) -> AdapterMismatchError:
-    return AdapterMismatchError(
-        "An expert adapts the modules of the base model it was trained on.",
-        received=f"expert {adapter.name!r}, module {path!r}: {what} it is another one",
-        remedy=f"use an expert that was trained on this base model, not on {_base_of(adapter)}",
-    )
+    return of_another_base(adapter, f"module {path!r}: {what} it is another one")
 
 
 def _other_shape(adapter: Adapter, path: str, own: Tensor, saved: Tensor) -> AdapterMismatchError:
@@ -309,8 +305,3 @@ def resizing_remedy(saved: int, own: int) -> str:
         "put the experts on the base model before its vocabulary is resized, and then call "
         f"model.resize_token_embeddings({own})"
     )
-
-
-def _base_of(adapter: Adapter) -> str:
-    name = adapter.config.base_model_name_or_path
-    return repr(name) if name else "another one"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
-from loramix.experts.adapter import Adapter, LoraWeights, refuse_infinite
+from loramix.experts.adapter import Adapter, LoraWeights, of_another_base, refuse_infinite
 from loramix.experts.base_layers import Kind, device_of, expected_shapes, kind_of, refuse_module
 from loramix.experts.base_weights import check_base_weights, resizing_remedy
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
@@ -122,7 +122,7 @@ def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraW
         if tensor is not None:
             found[part], expected[part] = (tensor.numel(),), (shapes[1][0],)
     if found != expected:
-        remedy = f"use an expert that was trained on this base model, not on {_base_of(adapter)}"
+        remedy = of_another_base(adapter, "").remedy
         if isinstance(module, nn.Embedding) and weights.embedding and found["B"] == expected["B"]:
             remedy = f"{resizing_remedy(weights.A.shape[1], module.num_embeddings)}; or {remedy}"
         raise AdapterMismatchError(
@@ -134,16 +134,7 @@ def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraW
 
 def _mismatch(adapter: Adapter, what: str, paths: Sequence[str]) -> AdapterMismatchError:
     shown = ", ".join(repr(path) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    return AdapterMismatchError(
-        "An expert adapts the modules of the base model it was trained on.",
-        received=f"expert {adapter.name!r}, module {shown}: {what}",
-        remedy=f"use an expert that was trained on this base model, not on {_base_of(adapter)}",
-    )
-
-
-def _base_of(adapter: Adapter) -> str:
-    name = adapter.config.base_model_name_or_path
-    return repr(name) if name else "another one"
+    return of_another_base(adapter, f"module {shown}: {what}")
 
 
 def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[str]) -> PreTrainedModel:
@@ -159,16 +150,17 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
         ModelError: the adapted layers have no such model, or several.
     """
     modules = dict(model.named_modules())
-    inner = [site for site in sites if not in_head(modules, site.path)]
-    for site in sites:
-        if site not in inner and site is not head_site(model, sites):
+    after = [site for site in sites if in_head(modules, site.path)]
+    head = head_site(model, after)
+    for site in after:
+        if site is not head:
             experts = ", ".join(repr(names[e.expert]) for e in site.experts)
             raise UnsupportedAdapterError(
                 "What runs after both passes cannot be routed, except a head that gives each token its logits.",
                 received=f"expert {experts} adapts {site.path!r} of a {type(model).__name__}",
                 remedy=f"train the expert without {site.path.rpartition('.')[2]!r} in target_modules",
             )
-    paths = sorted({carrier_path(modules, site.path) for site in inner}) or [
+    paths = sorted({carrier_path(modules, site.path) for site in sites if site not in after}) or [
         path for path, module in modules.items() if module is model.base_model
     ]
     if len(paths) != 1 or model.config.is_encoder_decoder:

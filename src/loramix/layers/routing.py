@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 GATHERED_SHARE = 32  # gather, in float32, only if at most 1/32 of the rank columns count (docs/products.md)
@@ -148,8 +149,7 @@ class TensorRouting:
     def of_tokens(self, kept: int | Tensor) -> TensorRouting:
         if self.scalings.dim() == 2 or (isinstance(kept, int) and kept == 0):
             return self
-        tokens = slice(-kept, None) if isinstance(kept, int) else kept
-        return TensorRouting(self.scalings[:, tokens], self._weight)
+        return TensorRouting(kept_tokens(self.scalings, kept), self._weight)
 
     def _is_sparse(self) -> bool:
         """Whether most scalings are 0. Asked on a CPU only: elsewhere the answer would wait for the device."""
@@ -188,19 +188,25 @@ class TensorRouting:
         return self._by_layer[stack.number]
 
 
+def kept_tokens(scalings: Float[Tensor, "B S #L E"], keep: int | Tensor) -> Tensor:
+    """Those of the tokens that are kept for the head, as transformers keeps them: (B, n, L, E), of a mask (n, L, E)."""
+    if isinstance(keep, int):
+        return scalings[:, -keep:]
+    if keep.dim() == 1:
+        return scalings[:, keep]
+    return scalings[keep] if keep.dtype == torch.bool else torch.take_along_dim(scalings, keep[..., None, None], 1)
+
+
 class RoutingByTokens:
     """The routing of a pass whose layers do not all see the same tokens: each layer reads that of the tokens it sees.
 
     Args:
         make: the routing of some scalings.
-        every: (B, S, L, E), of the tokens of the call.
+        every: the routing of the tokens of the call.
         kept: (B, n, L, E), of those that the backbone keeps where it drops tokens on its way (`logits_to_keep`).
         cached: (B, T, L, E), of all tokens of the text, those of the call last.
         seeing_cached: the numbers of the layers that see the tokens in the cache: all of them, or the last ones where
             the cache holds a window; with a static cache, empty slots after them too.
-
-    Attributes:
-        every: the routing of the tokens of the call.
     """
 
     silent = False
@@ -209,13 +215,13 @@ class RoutingByTokens:
     def __init__(
         self,
         make: Callable[[Tensor], TensorRouting],
-        every: Tensor,
+        every: TensorRouting,
         kept: Tensor | None = None,
         cached: Tensor | None = None,
         seeing_cached: Collection[int] = (),
     ) -> None:
         self._make = make
-        self.every = make(every)
+        self.every = every
         self._kept = None if kept is None else make(kept)
         self._cached, self._seeing_cached = cached, seeing_cached
         self._last: dict[int, TensorRouting] = {}  # of as many of the last tokens

@@ -15,7 +15,8 @@ from loramix._compat import CACHE, CACHES
 from loramix.passes.hooks import EXPERT_IDS
 
 KEEP = "logits_to_keep"
-"""The argument by which some backbones drop tokens before their last blocks; 0 keeps all."""
+"""The argument of a forward that says which tokens go on to the head: the last ones, all if 0, or their numbers. Some
+backbones drop the others before their last blocks."""
 _QUIET = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 

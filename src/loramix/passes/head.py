@@ -16,10 +16,8 @@ from typing import Any
 
 from loramix.errors import RoutingError
 from loramix.layers.slot import head_call
+from loramix.passes.call import KEEP
 from loramix.passes.state import AdaptedState
-
-KEPT = "logits_to_keep"
-"""The argument of a forward that says which tokens go on to the head: the last ones, all if 0, or their numbers."""
 
 
 def routes_head(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,14 +27,14 @@ def routes_head(forward: Callable[..., Any]) -> Callable[..., Any]:
         RoutingError: a forward that ran the backbone, and computed its logits without calling the adapted head.
     """
     names = tuple(inspect.signature(forward).parameters)[1:]
-    position = names.index(KEPT) if KEPT in names else len(names)
+    position = names.index(KEEP) if KEEP in names else len(names)
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: AdaptedState = self._loramix
         if state.head is None:
             return forward(self, *args, **kwargs)
-        with head_call(args[position] if position < len(args) else kwargs.get(KEPT, 0)) as call:
+        with head_call(args[position] if position < len(args) else kwargs.get(KEEP, 0)) as call:
             out = forward(self, *args, **kwargs)
         if call.is_bypassed:
             raise RoutingError(

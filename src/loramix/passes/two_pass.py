@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loramix.errors import CacheError, RoutingError
-from loramix.layers.routing import Routing, RoutingByTokens, TensorRouting
+from loramix.layers.routing import Routing, RoutingByTokens, TensorRouting, kept_tokens
 from loramix.layers.slot import routed
 from loramix.passes.cache import TwoPassCache
 from loramix.passes.call import KEEP, BackboneCall
@@ -103,13 +103,13 @@ def _by_tokens(state: MixtureState, call: BackboneCall, routing: TensorRouting, 
         RoutingError: as many tokens are kept as there are, in another order.
     """
     every = routing.scalings
-    kept = None if call.keeps is None else _kept(every, call.keeps)
+    kept = None if call.keeps is None else kept_tokens(every, call.keeps)
     if kept is not None and kept.shape == every.shape:
         _refuse_other_order(kept, every, call.keeps)
         kept = None
     if kept is None and cached is None:
         return routing
-    return RoutingByTokens(state.routing, every, kept, cached, state.uses.seeing_cached)
+    return RoutingByTokens(state.routing, routing, kept, cached, state.uses.seeing_cached)
 
 
 def _refuse_other_order(kept: Tensor, every: Tensor, keep: Any) -> None:
@@ -119,15 +119,6 @@ def _refuse_other_order(kept: Tensor, every: Tensor, keep: Any) -> None:
             received=f"{KEEP}=… with an index of {tuple(keep.shape)} for tokens {tuple(every.shape[:2])}",
             remedy="sort the index, or keep all tokens and choose among the logits",
         )
-
-
-def _kept(scalings: Float[Tensor, "B S #L E"], keep: int | Tensor) -> Tensor:
-    """Those of the tokens that are kept, as transformers keeps them: (B, n, L, E), of a mask (n, L, E)."""
-    if isinstance(keep, int):
-        return scalings[:, -keep:]
-    if keep.dim() == 1:
-        return scalings[:, keep]
-    return scalings[keep] if keep.dtype == torch.bool else torch.take_along_dim(scalings, keep[..., None, None], 1)
 
 
 def _scaling_pass(state: MixtureState, call: BackboneCall, cache: TwoPassCache | None) -> ScalingPass:
