@@ -51,6 +51,7 @@ def generation_cache(model: Any, generation_config: Any, cache: Cache | None) ->
         cache: the one that `generate` has prepared, if any.
     """
     left_out = _VERSION < (5, 1) and cache is None and generation_config.use_cache is not False
+    left_out = left_out and not model.config.is_encoder_decoder
     if left_out and model._supports_default_dynamic_cache():
         return DynamicCache(config=model.config.get_text_config(decoder=True))
     return cache

@@ -14,7 +14,7 @@ from loramix import PeftModel, XLoraConfig, errors, get_peft_model
 from support.peft_side import PEFT_WARNINGS, write_expert
 from support.refusals import refused
 from support.tiny import BLOCKS, GATED, SPECIAL, build, tokens
-from support.versions import is_older, needs_transformers
+from support.versions import needs_transformers
 
 UNTIED: dict[str, Any] = {**BLOCKS, "tie_word_embeddings": False}
 WIDE: dict[str, Any] = {**UNTIED, "intermediate_size": 128}
@@ -61,11 +61,10 @@ WORK: dict[str, list[str]] = {
     "bert, tokens": ["query", "intermediate.dense"],
     "bert, masked": ["query", "value", "output.dense"],
     "llama, classification": ["q_proj", "down_proj"],
+    "t5": ["q", "v", "wi"],
+    "bart": ["q_proj", "v_proj", "fc1"],
 }
 REFUSED: dict[str, tuple[str, list[str], type[errors.LoramixError], str]] = {
-    "an encoder and a decoder": ("t5", ["q", "v"], errors.ModelError, "decoder, encoder"),
-    "a decoder beside an encoder": ("t5", [r"decoder.*\.q"], errors.ModelError, "decoder"),
-    "both under one model": ("bart", ["q_proj"], errors.ModelError, "model.decoder, model.encoder"),
     "a head that classifies": ("llama, classification", ["q_proj", "score"], errors.UnsupportedAdapterError, "'score'"),
     "a pooler": (
         "bert, classification",
@@ -96,7 +95,10 @@ def folders(root: Path, name: str, targets: list[str] | str) -> dict[str, str]:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    return model(tokens(), use_cache=False).logits if model.can_generate() else model(tokens()).logits
+    inputs: dict[str, Any] = {"use_cache": False} if model.can_generate() else {}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens(length=5, seed=2)
+    return model(tokens(), **inputs).logits
 
 
 @pytest.mark.parametrize("name", WORK)
@@ -117,7 +119,8 @@ def test_it_runs_generates_saves_and_loads(name: str, tmp_path: Path) -> None:
         settings = {"max_new_tokens": 6, "do_sample": False}
         cached = model.generate(tokens(), **settings)
         assert torch.equal(cached, model.generate(tokens(), use_cache=False, **settings))
-        assert not torch.equal(cached, make(name).generate(tokens(), **settings))
+        if not model.config.is_encoder_decoder:  # with tied heads these repeat a token, whatever the experts
+            assert not torch.equal(cached, make(name).generate(tokens(), **settings))
     model.save_pretrained(tmp_path / "mixture")
     assert torch.equal(logits(PeftModel.from_pretrained(make(name), tmp_path / "mixture")), found)
 

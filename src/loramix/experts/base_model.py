@@ -1,4 +1,4 @@
-"""What loramix reads from a base model's configuration.
+"""What loramix reads from a base model and its configuration.
 
 A model of several parts, such as a language model and a vision tower, has a configuration for each; the language
 model's is read.
@@ -6,9 +6,33 @@ model's is read.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Backbones(NamedTuple):
+    """The backbones that run the passes of a mixture.
+
+    Attributes:
+        main: the only one; or the decoder, which reads what the encoder returns.
+        encoder: the encoder, where layers see its tokens; elsewhere None.
+    """
+
+    main: PreTrainedModel
+    encoder: PreTrainedModel | None = None
+
+
+def encoder_and_decoder(model: PreTrainedModel) -> Backbones | None:
+    """The two backbones of an encoder–decoder; None of a model that has no two parts which can run passes."""
+    if not model.config.is_encoder_decoder:
+        return None
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if not isinstance(encoder, PreTrainedModel) or not isinstance(decoder, PreTrainedModel):
+        return None
+    if model in (encoder, decoder) or any(module is encoder for module in decoder.modules()):
+        return None
+    return Backbones(cast(PreTrainedModel, decoder.base_model), encoder)
 
 
 def text_config(config: PreTrainedConfig) -> Any:

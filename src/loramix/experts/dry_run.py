@@ -25,14 +25,14 @@ from transformers.pytorch_utils import Conv1D
 
 from loramix.errors import ModelError
 from loramix.experts.base_layers import kind_of, linear_sizes
-from loramix.experts.base_model import text_config
+from loramix.experts.base_model import encoder_and_decoder, text_config
 from loramix.experts.kept_state import KeptState, Watch, kept_state, run_copy
 from loramix.files.base_models import errors_only
 
 TEXTS, TOKENS, OTHERS = 3, 7, 11
 """B, S, and the tokens of another stream: of an encoder, or of images."""
 
-Sees = Literal["tokens", "cached tokens", "other tokens", "nothing"]
+Sees = Literal["tokens", "cached tokens", "encoder tokens", "other tokens", "nothing"]
 
 
 @dataclass
@@ -41,8 +41,8 @@ class LayerUse:
 
     Attributes:
         sees: the backbone's tokens, as (B, S), (B, 1, S) or flattened as (B · S,), in every call; with a cache, those
-            that are in it too, as in multi-head latent attention; other ones in some call; or nothing, where it was not
-            called.
+            that are in it too, as in multi-head latent attention; those of the encoder whose states the backbone was
+            given; other ones in some call; or nothing, where it was not called.
         tokens: the sizes of what it sees, without the features, call by call.
         continued: the same of the next token, with a cache.
         weight_read: whether its weight was read from outside.
@@ -107,16 +107,17 @@ def dry_run(model: PreTrainedModel, backbone: str = "") -> DryRun | None:
 
 
 def hidden_size_of(model: PreTrainedModel) -> int:
-    """H: the width of the backbone's last hidden state.
+    """H: the width of the last hidden state of the backbone, in an encoder–decoder the decoder.
 
     Raises:
         ModelError: neither a dry run nor the configuration tells it.
     """
-    base: Any = model.base_model
+    both = encoder_and_decoder(model)
+    base: Any = model.base_model if both is None else both.main
     run = dry_run(base)
     if run is not None:
         return run.hidden_size
-    config = text_config(model.config)
+    config = text_config(base.config)
     width = getattr(config, "word_embed_proj_dim", None) or _width(config)  # OPT projects its last hidden state
     if width is None:
         raise ModelError(
@@ -186,6 +187,8 @@ class _Running:
 def _judged(use: LayerUse, batch: int, length: int) -> Sees:
     if not use.tokens:
         return "nothing"
+    if all(each in ((batch, OTHERS), (batch * OTHERS,)) for each in (*use.tokens, *use.continued)):
+        return "encoder tokens"
     usual = ((batch, length), (batch * length,))
     if any(each not in (*usual, (batch, 1, length)) for each in use.tokens):
         return "other tokens"
@@ -210,14 +213,18 @@ def _attempts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     config = text_config(model.config)
     mask = {"attention_mask": torch.ones(TEXTS, TOKENS, dtype=torch.long)} if "attention_mask" in names else {}
     main: list[dict[str, Any]] = []
+    if "decoder_input_ids" in names:
+        whole = {"decoder_input_ids": _ids(model, TOKENS)}
+        main += [whole | features for features in _features(model.config) if features.keys() <= names.keys()]
+        main.append(whole | {"input_ids": _ids(model, OTHERS)})
     if "input_ids" in names:
-        main.append({"input_ids": torch.arange(TEXTS * TOKENS).view(TEXTS, TOKENS) % _entries(model)})
+        main.append({"input_ids": _ids(model, TOKENS)})
     if "inputs_embeds" in names:
         main.append({"inputs_embeds": torch.rand(TEXTS, TOKENS, _width(config) or 1)})
     if "hidden_states" in names:
         main.append({"hidden_states": torch.rand(TEXTS, TOKENS, _width(config) or 1)})
-    if "pixel_values" in names and "input_ids" not in names:
-        main.append({"pixel_values": torch.rand(TEXTS, *_image(model.config))})
+    if "input_ids" not in names:
+        main += [features for features in _features(model.config) if features.keys() <= names.keys()]
     others: list[dict[str, Any]] = [{}]
     for name in ("encoder_hidden_states", "cross_attention_states"):
         if name in names:
@@ -228,6 +235,21 @@ def _attempts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             yield common | inputs | other
             if mask:
                 yield common | inputs | mask | other
+
+
+def _ids(model: PreTrainedModel, length: int) -> Tensor:
+    return torch.arange(TEXTS * length).view(TEXTS, length) % _entries(model)
+
+
+def _features(config: Any) -> Iterator[dict[str, Any]]:
+    """Images, or sound: as long as Whisper's encoder takes it, or a few frames."""
+    yield {"pixel_values": torch.rand(TEXTS, *_image(config))}
+    bands = getattr(config, "num_mel_bins", None)
+    if bands:
+        yield {"input_features": torch.rand(TEXTS, bands, 2 * config.max_source_positions)}
+    bands = getattr(config, "input_feat_per_channel", None)
+    if bands:
+        yield {"input_features": torch.rand(TEXTS, 4 * TOKENS, bands * config.input_channels)}
 
 
 def _entries(model: PreTrainedModel) -> int:

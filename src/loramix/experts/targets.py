@@ -119,4 +119,6 @@ def carrier_path(modules: Mapping[str, nn.Module], path: str) -> str:
 
 def in_head(modules: Mapping[str, nn.Module], path: str) -> bool:
     """Whether a module belongs to what runs after the passes, such as the head; arguments as for `carrier_path`."""
-    return carrier_path(modules, path) == "" and cast(PreTrainedModel, modules[""]).base_model is not modules[""]
+    root = cast(PreTrainedModel, modules[""])
+    is_around = root.base_model is not root or root.config.is_encoder_decoder  # T5 has its head beside its two parts
+    return is_around and carrier_path(modules, path) == ""

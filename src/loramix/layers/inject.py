@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights, of_another_base, refuse_infinite
 from loramix.experts.base_layers import Kind, device_of, expected_shapes, kind_of, refuse_module
+from loramix.experts.base_model import Backbones, encoder_and_decoder
 from loramix.experts.base_weights import check_base_weights, resizing_remedy
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.files.tensors import all_finite
@@ -137,8 +139,8 @@ def _mismatch(adapter: Adapter, what: str, paths: Sequence[str]) -> AdapterMisma
     return of_another_base(adapter, f"module {shown}: {what}")
 
 
-def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[str]) -> PreTrainedModel:
-    """The one `PreTrainedModel` above all adapted layers.
+def find_backbones(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[str]) -> Backbones:
+    """The one `PreTrainedModel` above all adapted layers; or a decoder, and the encoder whose states it reads.
 
     Args:
         model: the model given to `get_peft_model`.
@@ -147,7 +149,7 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
 
     Raises:
         UnsupportedAdapterError: an expert adapts what runs after the backbone, other than the output embeddings.
-        ModelError: the adapted layers have no such model, or several.
+        ModelError: the adapted layers have no such model, or several others.
     """
     modules = dict(model.named_modules())
     after = [site for site in sites if in_head(modules, site.path)]
@@ -160,24 +162,34 @@ def find_carrier(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[
                 received=f"expert {experts} adapts {site.path!r} of a {type(model).__name__}",
                 remedy=f"train the expert without {site.path.rpartition('.')[2]!r} in target_modules",
             )
-    paths = sorted({carrier_path(modules, site.path) for site in sites if site not in after}) or [
-        path for path, module in modules.items() if module is model.base_model
-    ]
-    if len(paths) != 1 or model.config.is_encoder_decoder:
+    found = {carrier_path(modules, site.path): None for site in sites if site not in after}
+    carriers = {path: modules[path] for path in sorted(found)}
+    backbones = _backbones(model, list(carriers.values()))
+    if backbones is None:
         raise ModelError(
-            "All adapted layers lie under one decoder.",
-            received=f"{type(model).__name__} with adapted layers in {', '.join(path or 'its root' for path in paths)}",
-            remedy="use a decoder-only base model, or experts that adapt only its language model",
+            "All adapted layers lie under one backbone, or under an encoder and its decoder.",
+            received=f"{type(model).__name__} with adapted layers in {', '.join(p or 'its root' for p in carriers)}",
+            remedy="use experts that adapt only its language model",
         )
-    carrier = model.get_submodule(paths[0])
-    assert isinstance(carrier, PreTrainedModel)
-    if "forward" in carrier.__dict__ and "_old_forward" not in carrier.__dict__:
-        raise ModelError(
-            "Both passes run in the forward of the backbone's class.",
-            received=f"a {type(carrier).__name__} whose forward was replaced on the object itself",
-            remedy="put the experts on first, and replace or compile the forward afterwards",
-        )
-    return carrier
+    for carrier in filter(None, backbones):
+        if "forward" in carrier.__dict__ and "_old_forward" not in carrier.__dict__:
+            raise ModelError(
+                "Both passes run in the forward of the backbone's class.",
+                received=f"a {type(carrier).__name__} whose forward was replaced on the object itself",
+                remedy="put the experts on first, and replace or compile the forward afterwards",
+            )
+    return backbones
+
+
+def _backbones(model: PreTrainedModel, carriers: Sequence[PreTrainedModel]) -> Backbones | None:
+    """The backbones of a model with these carriers; None where they are not one, or an encoder and its decoder."""
+    both = encoder_and_decoder(model)
+    if both is None:
+        only = carriers or [cast(PreTrainedModel, model.base_model)]
+        return Backbones(only[0]) if len(only) == 1 else None
+    if carriers == [both.encoder]:
+        return Backbones(carriers[0])  # the decoder has no experts
+    return both if all(carrier in both for carrier in carriers) else None
 
 
 def refuse_meta(sites: Sequence[Site]) -> None:

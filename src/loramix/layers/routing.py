@@ -254,6 +254,37 @@ class RoutingByTokens:
         return self._last[count]
 
 
+class RoutingByStream:
+    """The routing of a decoder's pass, some of whose layers see the encoder's tokens.
+
+    Args:
+        own: of the decoder's tokens.
+        encoder: of the encoder's.
+        seeing_encoder: the numbers of the layers that see the encoder's.
+    """
+
+    silent = False
+    reads_low_rank = False
+
+    def __init__(self, own: Routing, encoder: Routing, seeing_encoder: Collection[int]) -> None:
+        self._own, self._encoder, self._seeing_encoder = own, encoder, frozenset(seeing_encoder)
+
+    def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
+        return self._seen_by(stack).columns(stack, low_rank)
+
+    def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
+        return self._seen_by(stack).experts(stack, chosen, low_rank)
+
+    def gathered(self, stack: Stack) -> GatheredColumns | None:
+        return self._seen_by(stack).gathered(stack)
+
+    def of_tokens(self, kept: int | Tensor) -> Routing:
+        return self._own.of_tokens(kept)
+
+    def _seen_by(self, stack: Stack) -> Routing:
+        return self._encoder if stack.number in self._seeing_encoder else self._own
+
+
 class LayerRouting:
     """Scalings that each layer makes of its own low-rank activation, in the one pass there is.
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix.errors import ModelError, RoutingError, UnsupportedAdapterError
-from loramix.experts.dry_run import OTHERS, TEXTS, TOKENS, LayerUse, dry_run
+from loramix.experts.base_model import Backbones
+from loramix.experts.dry_run import OTHERS, TEXTS, TOKENS, LayerUse, Sees, dry_run
 from loramix.experts.kept_state import KeptState
 from loramix.layers.inject import Site
 
@@ -26,21 +27,23 @@ class BaseUses(NamedTuple):
         told: whether it was possible; if not, nothing is known before the first forward.
         kept: what the base model keeps outside the cache.
         seeing_cached: the numbers of the layers that see the tokens in the cache too.
+        seeing_encoder: of those that see the encoder's tokens: in the encoder, and keys and values of cross-attention.
     """
 
     told: bool
     kept: KeptState
     seeing_cached: tuple[int, ...] = ()
+    seeing_encoder: tuple[int, ...] = ()
 
 
 def check_uses(
-    model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site], names: Sequence[str], *, routed: bool
+    model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site], names: Sequence[str], *, routed: bool
 ) -> BaseUses:
     """Check by a dry run what the layers to adapt see.
 
     Args:
         model: the base model.
-        carrier: the backbone that runs the passes.
+        backbones: those that run the passes.
         sites: the layers to adapt.
         names: the experts' names, for errors.
         routed: whether scalings of the backbone's tokens reach the layers; without, a layer may see any tokens.
@@ -51,8 +54,10 @@ def check_uses(
     Raises:
         UnsupportedAdapterError: a layer whose weight is read instead of calling it, one that returns more than a
             tensor, or, if `routed`, one that sees other tokens than the backbone's, or none.
-        ModelError: if `routed`, a forward that goes on where the one before it stopped, without any cache.
+        ModelError: if `routed`, a forward that goes on where the one before it stopped, without any cache; or an
+            encoder and a decoder of which nothing can be told.
     """
+    carrier, has_encoder = backbones.main, backbones.encoder is not None
     run = dry_run(carrier)
     kept = KeptState.by_names(carrier) if run is None else run.kept
     if routed and kept.always:
@@ -62,10 +67,17 @@ def check_uses(
             received=f"a {type(carrier).__name__}, whose forward without a cache depends on the text read before",
             remedy='use another base model, or router="static", which needs one pass',
         )
-    uses = uses_of(model, carrier, sites)
+    uses = uses_of(model, backbones, sites)
+    if uses is None and routed and model.config.is_encoder_decoder:
+        raise ModelError(
+            "Of an encoder–decoder it is known whose tokens each layer sees.",
+            received=f"a {type(model).__name__}, whose parts could not be tried",
+            remedy='mix with router="static", which has one weight for all tokens',
+        )
     if uses is None:
         return BaseUses(False, kept)
-    refused = {path: found for path, use in uses.items() if (found := refusal(use, routed=routed)) is not None}
+    found_in = {path: refusal(use, routed=routed, has_encoder=has_encoder) for path, use in uses.items()}
+    refused = {path: found for path, found in found_in.items() if found is not None}
     if refused:
         rule, _, remedy = next(iter(refused.values()))
         alike = {path: found.reason for path, found in refused.items() if found.rule == rule}
@@ -78,18 +90,38 @@ def check_uses(
             received=f"expert {', '.join(experts)} on a {type(carrier).__name__}: {shown}{more}",
             remedy=f"train the expert without {ends} in target_modules{remedy}",
         )
-    seeing = {path for path, use in uses.items() if use.sees == "cached tokens"}
-    return BaseUses(True, kept, tuple(number for number, site in enumerate(sites) if site.path in seeing))
+    seeing = {kind: tuple(n for n, site in enumerate(sites) if uses[site.path].sees == kind) for kind in _OTHERS}
+    return BaseUses(True, kept, *seeing.values())
 
 
-def uses_of(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
+_OTHERS: tuple[Sees, ...] = ("cached tokens", "encoder tokens")
+
+
+def uses_of(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
     """What dry runs show of these layers, by the sites' paths; None where none is possible.
 
     Args:
         model: the base model.
-        carrier: the backbone that runs the passes.
+        backbones: those that run the passes.
         sites: the layers; that of a head lies outside the backbone.
     """
+    if backbones.encoder is None:
+        return _uses_in(model, backbones.main, sites)
+    inside = {id(module) for module in backbones.encoder.modules()}
+    own = [site for site in sites if id(site.module) in inside]
+    of_encoder = _uses_in(model, backbones.encoder, own)
+    of_decoder = _uses_in(model, backbones.main, [site for site in sites if id(site.module) not in inside])
+    if of_encoder is None or of_decoder is None:
+        return None
+    for path, use in of_encoder.items():
+        of_encoder[path] = replace(use, sees="encoder tokens" if use.sees == "tokens" else use.sees)
+    return of_encoder | of_decoder
+
+
+def _uses_in(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
+    """The same of one backbone's layers, and of a head."""
+    if not sites:
+        return {}
     own, base = dry_run(carrier), cast(PreTrainedModel, model.base_model)
     within_base, within_model = _path_in(base, carrier), _path_in(model, carrier)
     around = dry_run(base, within_base) if within_base else None  # of several parts
@@ -129,8 +161,14 @@ class Refusal(NamedTuple):
     remedy: str = ""
 
 
-def refusal(use: LayerUse, *, routed: bool) -> Refusal | None:
-    """Why experts cannot adapt a layer of this use; None where they can. `routed` as for `check_uses`."""
+def refusal(use: LayerUse, *, routed: bool, has_encoder: bool = False) -> Refusal | None:
+    """Why experts cannot adapt a layer of this use; None where they can.
+
+    Args:
+        use: what a dry run showed.
+        routed: as for `check_uses`.
+        has_encoder: whether scalings are made of an encoder's tokens too.
+    """
     if use.is_bypassed:
         rule = "Experts act in a layer that the base model calls."
         return Refusal(rule, "is not called: the base model reads its weight")
@@ -139,7 +177,7 @@ def refusal(use: LayerUse, *, routed: bool) -> Refusal | None:
         return Refusal(rule, "is called by the model around the backbone")
     if use.returns_tuple:
         return Refusal("Experts adapt layers that return one tensor.", "returns several values")
-    if not routed or use.sees in ("tokens", "cached tokens"):
+    if not routed or use.sees in ("tokens", "cached tokens") or (has_encoder and use.sees == "encoder tokens"):
         return None
     return Refusal(
         "A router gives scalings to the tokens of the backbone: an adapted layer sees these, in their order.",

@@ -23,19 +23,20 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter
-from loramix.experts.base_model import identifier_of
+from loramix.experts.base_model import Backbones, identifier_of
 from loramix.experts.base_weights import OwnRows, own_rows
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.initialise import new_adapter
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
-from loramix.layers.inject import Site, adapt, find_carrier, head_site, plan, refuse_meta, replace, router_sizes
+from loramix.layers.inject import Site, adapt, find_backbones, head_site, plan, refuse_meta, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import check_uses
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
+from loramix.passes.call import Role
 from loramix.passes.checkpointing import route_checkpoints
 from loramix.passes.specialise import rebind_forward, specialise
 from loramix.passes.state import AdaptedState, MixtureState
@@ -283,17 +284,22 @@ def _build_mixture(
         router.load(saved)
     router.requires_grad_(trainable).train(model.training)
     names = [expert.name for expert in experts]
-    carrier = find_carrier(model, sites, names)
+    backbones = find_backbones(model, sites, names)
     refuse_meta(sites)
     head = head_site(model, sites)
     if head is not None:
         _check_head(head, names, kind)
-    uses = check_uses(model, carrier, sites, names, routed=issubclass(kind, HiddenStateRouter))
+    routed = issubclass(kind, HiddenStateRouter)
+    uses = check_uses(model, backbones, sites, names, routed=routed)
+    if uses.told and not uses.seeing_encoder:
+        backbones = Backbones(backbones.main)
+    if routed:
+        _check_widths(backbones, hidden_size)
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
-    router.to([parameter.device for parameter in carrier.parameters()][-1])  # where the last hidden state comes out
+    router.to(list(backbones.main.parameters())[-1].device)  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, uses)
     state.head = None if head is None else head.path
-    _commit(model, carrier, layers, state, XLoraMethods, find_own(model, experts))
+    _commit(model, backbones, layers, state, XLoraMethods, find_own(model, experts))
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
 
@@ -303,6 +309,17 @@ def _check(config: XLoraConfig, num_experts: int, hidden_size: int) -> type[Rout
     config.validate_for(num_experts, hidden_size)
     gating_of(config)
     return router_class(config)
+
+
+def _check_widths(backbones: Backbones, hidden_size: int) -> None:
+    """Raises ModelError: a router for hidden states of one width, and an encoder and a decoder of two."""
+    widths = [hidden_size_of(carrier) for carrier in filter(None, backbones)]
+    if any(width != hidden_size for width in widths):
+        raise ModelError(
+            "The router reads the last hidden states of all backbones, which are of one width.",
+            received=f"widths of {', '.join(map(str, widths))}, and hidden_size={hidden_size}",
+            remedy='mix with router="static", or adapt only one of the two',
+        )
 
 
 def _check_head(head: Site, names: Sequence[str], kind: type[Router]) -> None:
@@ -319,21 +336,21 @@ def _check_head(head: Site, names: Sequence[str], kind: type[Router]) -> None:
 def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str | None, *, trainable: bool) -> PeftModel:
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
-    carrier = find_carrier(model, sites, [adapter.name])
+    backbones = find_backbones(model, sites, [adapter.name])
     refuse_meta(sites)
     head = head_site(model, sites)
-    check_uses(model, carrier, sites, [adapter.name], routed=False)
+    check_uses(model, backbones, sites, [adapter.name], routed=False)
     layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
     state.head = None if head is None else head.path
-    _commit(model, carrier, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of))
+    _commit(model, backbones, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of))
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())
 
 
 def _commit(
     model: PreTrainedModel,
-    carrier: PreTrainedModel,
+    backbones: Backbones,
     layers: Mapping[str, XLoraLayer],
     state: AdaptedState,
     methods: type,
@@ -350,12 +367,19 @@ def _commit(
         replace(model, path, layer)
     if isinstance(state, MixtureState):
         model.add_module(state.router.attribute, state.router)
-    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and any(c is carrier for c in m.modules())]
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    parts = [part for part in models if any(module in backbones for module in part.modules())]
     for part in parts:
         part.__dict__["_loramix"] = state
-        part.__class__ = specialise(type(part), *([methods] if part is model else []), carrier=part is carrier)
+        part.__class__ = specialise(type(part), *([methods] if part is model else []), role=_role(part, backbones))
     for part in parts:
         rebind_forward(part)
+
+
+def _role(part: PreTrainedModel, backbones: Backbones) -> Role:
+    if part is backbones.main:
+        return "backbone" if backbones.encoder is None else "decoder"
+    return "encoder" if part is backbones.encoder else "around"
 
 
 def _set_trainable(layers: Mapping[str, XLoraLayer], trainable: bool) -> None:

@@ -17,7 +17,7 @@ from loramix.experts.base_layers import why_unadaptable
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.targets import ALL_LINEAR, new_targets
 from loramix.files.base_models import load_config, one_line
-from loramix.layers.inject import Site, find_carrier
+from loramix.layers.inject import Site, find_backbones
 from loramix.layers.tokens import refusal, uses_of
 
 
@@ -44,7 +44,8 @@ class Compatibility:
 
     Attributes:
         model: its class.
-        backbone: the class that the passes run in; None if there is none for these targets.
+        backbone: the class that the passes run in, or two, of an encoder and its decoder; None if there is none for
+            these targets.
         hidden_size: of the backbone's last hidden state; None if there is no backbone.
         problem: why the model cannot be a mixture's base with these targets, whatever the layers; None if it can.
         told: whether a dry run told what the layers see. If not, it is only known in a forward.
@@ -90,22 +91,23 @@ def check_base(base: PreTrainedModel, target_modules: str | Sequence[str] = ALL_
     sites = [Site(path, base.get_submodule(path), ()) for path in new_targets(base, LoraConfig(target_modules=targets))]
     name, reasons = type(base).__name__, {site.path: why_unadaptable(site.module, site.path) for site in sites}
     try:
-        carrier = find_carrier(base, sites, [])
+        backbones = find_backbones(base, sites, [])
         hidden_size = hidden_size_of(base)
     except (LoramixError, AttributeError) as error:
         problem = error.received if isinstance(error, LoramixError) else one_line(error)
         return Compatibility(
             name, None, None, problem, False, _groups([(s.path, reasons[s.path], False) for s in sites])
         )
-    uses = uses_of(base, carrier, sites)
+    uses, has_encoder = uses_of(base, backbones, sites), backbones.encoder is not None
     answers: list[tuple[str, str | None, bool]] = []
     for site in sites:
         use = (uses or {}).get(site.path)
         always = refusal(use, routed=False) if use else None
-        routed = refusal(use, routed=True) if use else None
+        routed = refusal(use, routed=True, has_encoder=has_encoder) if use else None
         reason = reasons[site.path] or (routed and routed.reason)
         answers.append((site.path, reason, not (reasons[site.path] or always)))
-    return Compatibility(name, type(carrier).__name__, hidden_size, None, uses is not None, _groups(answers))
+    backbone = " and ".join(dict.fromkeys(type(carrier).__name__ for carrier in backbones if carrier is not None))
+    return Compatibility(name, backbone, hidden_size, None, uses is not None, _groups(answers))
 
 
 def without_weights(place: str, revision: str | None = None) -> PreTrainedModel:

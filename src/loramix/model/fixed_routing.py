@@ -141,30 +141,39 @@ class FixedMethods(MixtureMethods):
         return error
 
 
-class _Final(RoutingHook):
-    """Keeps the final scalings of one forward."""
+class _Means(RoutingHook):
+    """The mean of the final scalings of each stream of tokens, in the order of the forwards."""
 
     def __init__(self) -> None:
-        self.final = torch.empty(0)
+        self.means: list[Tensor] = []
 
     def routed(self, output: RouterOutput) -> None:
-        self.final = output.final.detach()
+        mask, final = output.inputs.get("attention_mask"), output.final.detach()
+        if mask is None:
+            mask = torch.ones(final.shape[:2])
+        if mask.shape != final.shape[:2] or not bool(mask.any()):
+            raise RoutingError(
+                "Scalings are fixed from a prompt that is not all padding.",
+                received=f"scalings of shape {tuple(final.shape)} and a mask of shape {tuple(mask.shape)}",
+                remedy="pass input_ids and attention_mask of the same shape",
+            )
+        self.means.append(final[mask.to(torch.bool)].mean(0))
 
 
 @torch.no_grad()
-def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "L E"]:
-    """The mean of a text's final scalings over its real tokens."""
-    hook = _Final()
-    inputs = {name: value.to(model.device) for name, value in prompt.items()}
+def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "#L E"]:
+    """The mean of a text's final scalings over its real tokens; of an encoder–decoder, over those that a layer sees."""
+    hook = _Means()
     with observing(model, hook):
-        model(**inputs, use_cache=False)
-    mask, final = inputs.get("attention_mask"), hook.final
-    if mask is None:
-        mask = torch.ones(final.shape[:2])
-    if mask.shape != final.shape[:2] or not bool(mask.any()):
+        model(**{name: value.to(model.device) for name, value in prompt.items()}, use_cache=False)
+    if not hook.means:
         raise RoutingError(
-            "Scalings are fixed from a prompt that is routed, token by token, and is not all padding.",
-            received=f"scalings of shape {tuple(final.shape)} and a mask of shape {tuple(mask.shape)}",
-            remedy="pass input_ids and attention_mask of the same shape, outside fixed_scalings(…)",
+            "Scalings are fixed from a prompt that is routed, token by token.",
+            received="a mixture that makes no scalings at present",
+            remedy="leave fixed_scalings(…) and disable_adapter() first",
         )
-    return final[mask.to(torch.bool)].mean(0)
+    if len(hook.means) == 1:
+        return hook.means[0]
+    of_encoder, of_decoder = (mean.expand(len(model.adapted_modules), -1) for mean in hook.means)
+    seeing = model._loramix.uses.seeing_encoder
+    return torch.stack([(of_encoder if n in seeing else of_decoder)[n] for n in range(len(of_decoder))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from transformers.utils.generic import ModelOutput
 from loramix._compat import CACHE, CACHES
 from loramix.passes.hooks import EXPERT_IDS
 
+Role = Literal["around", "backbone", "encoder", "decoder"]
+"""What a model is in a mixture: it runs the passes as the only backbone, as the encoder or as the decoder; or it is
+around those."""
 KEEP = "logits_to_keep"
 """The argument of a forward that says which tokens go on to the head: the last ones, all if 0, or their numbers. Some
 backbones drop the others before their last blocks."""
@@ -58,6 +61,7 @@ class BackboneCall:
 
     Attributes:
         model: the carrier.
+        role: whether it is an encoder or a decoder.
         forward: the forward of its own class.
         signature: of that forward.
         arguments: by name, without `expert_ids`.
@@ -65,6 +69,7 @@ class BackboneCall:
     """
 
     model: Any
+    role: Role
     forward: Callable[..., Any]
     signature: ForwardSignature
     arguments: dict[str, Any]

@@ -6,6 +6,8 @@ backbone and head separately gets the mixture too (docs/architecture.md, decisio
     disabled, fixed, overridden, one plain expert   one pass, with a routing that is given      `single_pass`
     a router that reads hidden states               a scaling pass, then the mixture pass       `two_passes`
     a router that reads a layer's activation        one pass, the scalings made in the layers   `one_pass`
+
+An encoder and a decoder each run their own; `encoder_decoder` is what the one hands to the other.
 """
 
 from __future__ import annotations
@@ -18,15 +20,19 @@ from loramix.errors import RoutingError
 from loramix.layers.routing import Routing
 from loramix.layers.slot import ObservedPass, routed, take_bypassed
 from loramix.passes.cache import refuse_two_pass_cache
-from loramix.passes.call import BackboneCall, ForwardSignature
+from loramix.passes.call import BackboneCall, ForwardSignature, Role
 from loramix.passes.hooks import EXPERT_IDS, given_expert_ids
 from loramix.passes.one_pass import one_pass
 from loramix.passes.state import AdaptedState, MixtureState
 from loramix.passes.two_pass import two_passes
 
 
-def mixture_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+def mixture_forward(forward: Callable[..., Any], role: Role) -> Callable[..., Any]:
     """The forward of a backbone with experts in it.
+
+    Args:
+        forward: that of its class.
+        role: whether it is the only backbone, an encoder or a decoder.
 
     Raises (the result):
         CacheError: a cache that this mixture did not fill.
@@ -41,7 +47,7 @@ def mixture_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         expert_ids = arguments.pop(EXPERT_IDS, given_expert_ids())
         given = state.single_pass()
         if given is None and isinstance(state, MixtureState):
-            call = BackboneCall(self, forward, signature, arguments, expert_ids)
+            call = BackboneCall(self, role, forward, signature, arguments, expert_ids)
             out = two_passes(state, call) if state.needs_scaling_pass else one_pass(state, call)
         else:
             assert given is not None

@@ -5,6 +5,7 @@ B, S: batch, sequence. L: adapted layers, 1 where they share their scalings. E: 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
     else:
         if call.keeps is not None:
             call.arguments[KEEP] = 0  # the scalings of every layer and token are made known
-        layers = _LayerScalings(state, router, call.training)
+        others = state.uses.seeing_encoder if call.role == "decoder" else ()
+        layers = _LayerScalings(state, router, call.training, others)
         out = routed(LayerRouting(layers.of, state.config.global_scaling_weight), call.run)
         logits = layers.logits(out.last_hidden_state.shape[:2])
     join_losses(out, state.publish(state.gated(logits, call.hook_inputs, call.training)))
@@ -53,10 +55,17 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
 
 
 class _LayerScalings:
-    """The scalings of one forward, layer by layer, and their logits."""
+    """The scalings of one forward, layer by layer, and their logits.
 
-    def __init__(self, state: MixtureState, router: LayerRouter, training: bool) -> None:
-        self._state, self._router, self._training = state, router, training
+    Args:
+        state: the mixture's.
+        router: its router.
+        training: whether the model is in training mode.
+        others: the numbers of the layers that see other tokens, an encoder's.
+    """
+
+    def __init__(self, state: MixtureState, router: LayerRouter, training: bool, others: Collection[int]) -> None:
+        self._state, self._router, self._training, self._others = state, router, training, others
         self._gating = state.gating
         self._logits: dict[int, Tensor] | None = {}
 
@@ -84,6 +93,8 @@ class _LayerScalings:
             )
         missing = next(iter(made.values())).new_full((*tokens, 1, len(self._state.names)), float("nan"))
         layers = range(len(self._state.paths))
+        for layer in made.keys() & set(self._others):
+            del made[layer]
         for layer in made.keys() & self._state.uses.seeing_cached:
             made[layer] = made[layer][..., -tokens[1] :, :, :]  # its tokens before these are the cache's
         return torch.cat([_as_tokens(made.get(layer), tokens, missing) for layer in layers], dim=-2)

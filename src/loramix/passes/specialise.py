@@ -7,31 +7,37 @@ becomes such a subclass (docs/architecture.md, decisions 1 and 2).
 from __future__ import annotations
 
 import functools
+import inspect
 from types import MethodType
 from typing import Any, ClassVar, cast
 
 from loramix.layers.resize import resizing
+from loramix.passes.call import Role
 from loramix.passes.checkpointing import RoutedCheckpointing
+from loramix.passes.encoder_decoder import OUTPUTS, hands_on_encoded
 from loramix.passes.forward import mixture_forward
 from loramix.passes.head import routes_head
 from loramix.passes.hooks import takes_expert_ids
 
 
 @functools.cache
-def specialise(kind: type, *mixins: type, carrier: bool) -> type:
+def specialise(kind: type, *mixins: type, role: Role) -> type:
     """The run-time subclass of a model class, with the same names, so that look-ups by name still find it.
 
     Args:
         kind: the model's class.
         mixins: bases before it in the method resolution order, at the root of the model.
-        carrier: whether the passes run here.
+        role: which passes run here, if any.
     """
     body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    body["_loramix_made_of"] = (kind, mixins, carrier)
-    if carrier:
-        body["forward"] = mixture_forward(cast(Any, kind).forward)
+    body["_loramix_made_of"] = (kind, mixins, role)
+    forward = cast(Any, kind).forward
+    if role != "around":
+        body["forward"] = forward = mixture_forward(forward, role)
+    elif OUTPUTS in inspect.signature(forward).parameters:
+        body["forward"] = forward = hands_on_encoded(forward)
     if mixins:
-        body["forward"] = takes_expert_ids(body["forward"] if carrier else routes_head(cast(Any, kind).forward))
+        body["forward"] = takes_expert_ids(routes_head(forward) if role == "around" else forward)
     return type(kind.__name__, (*mixins, Specialised, RoutedCheckpointing, kind), body)
 
 
@@ -44,7 +50,7 @@ def rebind_forward(model: Any) -> None:
 class Specialised:
     """Mixin of every run-time subclass: it keeps the parts of the class, for pickle and for `restore`."""
 
-    _loramix_made_of: ClassVar[tuple[type, tuple[type, ...], bool]]
+    _loramix_made_of: ClassVar[tuple[type, tuple[type, ...], Role]]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +73,6 @@ class Specialised:
         return _rebuild, self._loramix_made_of, self.__getstate__()  # torch's, without what `compile` has made
 
 
-def _rebuild(kind: type, mixins: tuple[type, ...], carrier: bool) -> Any:
-    special: Any = specialise(kind, *mixins, carrier=carrier)
+def _rebuild(kind: type, mixins: tuple[type, ...], role: Role) -> Any:
+    special: Any = specialise(kind, *mixins, role=role)
     return special.__new__(special)

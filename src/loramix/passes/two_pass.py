@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loramix.errors import CacheError, RoutingError
-from loramix.layers.routing import Routing, RoutingByTokens, TensorRouting, kept_tokens
+from loramix.layers.routing import Routing, RoutingByStream, RoutingByTokens, TensorRouting, kept_tokens
 from loramix.layers.slot import routed
 from loramix.passes.cache import TwoPassCache
 from loramix.passes.call import KEEP, BackboneCall
+from loramix.passes.encoder_decoder import STATES, Encoded, leave, taken
 from loramix.passes.hooks import join_losses
 from loramix.passes.state import MixtureState
 
@@ -36,20 +37,27 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
     """A forward of a mixture whose router reads hidden states.
 
     Raises:
-        RoutingError: a layer that sees other tokens than the scalings were made for.
+        RoutingError: a layer that sees other tokens than the scalings were made for; a decoder that reads other states
+            than its encoder's.
         CacheError: a cache that this mixture did not fill; any, if the base model keeps state elsewhere.
     """
     _refuse_shared_state(state, call)
+    encoded = taken(call) if call.role == "decoder" else None
     cache = None if call.cache is None else TwoPassCache.adopt(call.cache, state.owner)
     if cache is None:
         _keep_no_cache_in_training(call)
     else:
         cache.torn = True
-    first = _scaling_pass(state, call, cache)
+    first = _scaling_pass(state, call, cache, encoded)
     second = state.route(first.hidden, call.hook_inputs, call.training)
     cached = _cached_scalings(state, cache, second.routing.scalings)
-    out = routed(_by_tokens(state, call, second.routing, cached), call.run)
+    routing = _by_tokens(state, call, second.routing, cached)
+    if encoded is not None:
+        routing = RoutingByStream(routing, state.routing(encoded.scalings), state.uses.seeing_encoder)
+    out = routed(routing, call.run)
     join_losses(out, second.losses)
+    if call.role == "encoder":
+        leave(out, first.hidden, second.routing.scalings)
     pair = cache
     if cache is not None:
         cache.torn = False
@@ -65,7 +73,7 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
 def _refuse_shared_state(state: MixtureState, call: BackboneCall) -> None:
     """Use no cache where the base model keeps state outside it, which the two passes would share."""
     kept = state.uses.kept
-    if not kept.is_any:
+    if not kept.is_any or call.role == "encoder":
         return
     asked = [f"{name}=…" for name in (call.signature.cache, *kept.fields) if call.arguments.get(name) is not None]
     if not asked and call.arguments.get("use_cache") is not True:
@@ -82,7 +90,8 @@ def _refuse_shared_state(state: MixtureState, call: BackboneCall) -> None:
 
 def _keep_no_cache_in_training(call: BackboneCall) -> None:
     """The cache of a training step is never continued."""
-    if call.training and torch.is_grad_enabled() and call.arguments.get("use_cache") is not True:
+    asked = call.role == "encoder" or call.arguments.get("use_cache") is True
+    if call.training and torch.is_grad_enabled() and not asked:
         call.arguments["use_cache"] = False
 
 
@@ -121,14 +130,19 @@ def _refuse_other_order(kept: Tensor, every: Tensor, keep: Any) -> None:
         )
 
 
-def _scaling_pass(state: MixtureState, call: BackboneCall, cache: TwoPassCache | None) -> ScalingPass:
+def _scaling_pass(
+    state: MixtureState, call: BackboneCall, cache: TwoPassCache | None, encoded: Encoded | None
+) -> ScalingPass:
     """The backbone's last hidden states with every expert at `scaling_pass_value`, recalled by a hook if possible."""
     arguments = call.arguments | call.signature.quiet
+    if encoded is not None:
+        arguments[STATES] = encoded.hidden
     if call.keeps is not None:
         arguments[KEEP] = 0  # the scalings of every token are needed
     if cache is not None:
         arguments[call.signature.cache] = cache.base
-    repeats = cache is None and arguments.get("use_cache") is False  # a training step: its texts occur again
+    # a training step: its texts occur again; those of a decoder are not all that it reads
+    repeats = cache is None and encoded is None and arguments.get("use_cache") is False
     hidden = state.recall(arguments) if repeats else None
     if hidden is not None:
         return ScalingPass(hidden, None)

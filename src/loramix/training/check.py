@@ -21,7 +21,7 @@ from loramix.errors import ConfigurationError, DataError, SaveError
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.targets import new_targets
 from loramix.files.hub import from_anywhere
-from loramix.layers.inject import find_carrier, plan
+from loramix.layers.inject import find_backbones, plan
 from loramix.layers.tokens import check_uses
 from loramix.routers import HiddenStateRouter, router_class
 from loramix.training.arguments import trainer_arguments
@@ -65,7 +65,7 @@ def check(settings: TrainSettings) -> CheckedRun:
     config.validate_for(len(experts), hidden_size_of(base))
     routed = issubclass(router_class(config), HiddenStateRouter)
     names = list(config.adapters)
-    check_uses(base, find_carrier(base, sites, names), sites, names, routed=routed)
+    check_uses(base, find_backbones(base, sites, names), sites, names, routed=routed)
     data = settings.data
     rows = read_rows(data.train, list(config.adapters), split=data.split, subset=data.subset)
     eval_rows = [] if data.eval is None else read_rows(data.eval, split=data.eval_split, subset=data.subset)
