@@ -27,6 +27,7 @@ _TITLES = {
     "masked": "Masked language models",
     "classification": "Sequence classification",
     "seq2seq": "Encoder–decoders",
+    "speech": "Speech to text",
     "image": "Image classification",
     "image and text": "Images and text (the language model; text alone is given)",
 }

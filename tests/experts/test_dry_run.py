@@ -52,7 +52,7 @@ ODD: dict[str, dict[str, str]] = {  # the layers, by the ends of their paths, th
     "deepseek": {"kv_b_proj": "cached tokens"},
     "xlnet": {"word_embedding": "other tokens", "layer_1": "other tokens", "layer_2": "other tokens"},
     "t5": {"relative_attention_bias": "other tokens"},
-    "bart": {"encoder_attn.k_proj": "other tokens", "encoder_attn.v_proj": "other tokens"},
+    "bart": {"encoder_attn.k_proj": "encoder tokens", "encoder_attn.v_proj": "encoder tokens"},
     "mamba": {"dt_proj": "nothing", "conv1d": "nothing"},
     "llama4": {},
     "vit": {"projection": "other tokens", "pooler.dense": "other tokens"},

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from loramix import LoraConfig, PeftModel, XLoraConfig, errors, get_peft_model
 from loramix._compat import enable_checkpointing
+from loramix.analysis import RoutingRecord, record_routing
 from loramix.formats import load_adapter
 from support.mixtures import far
 from support.tiny import build, save_expert, tokens
@@ -368,3 +369,22 @@ def test_experts_train_on_both_parts(name: str) -> None:
     trained = [key for key, p in model.named_parameters() if p.grad is not None]
     assert any(".encoder." in f".{key}" for key in trained)
     assert any(".decoder." in f".{key}" for key in trained)
+
+
+def test_a_record_holds_both(name: str, model: Any, tmp_path: Path) -> None:
+    with record_routing(model) as record:
+        out = model.generate(**source_of(name), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        again = model.generate(**source_of(name), max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(out, again)
+    source = 12 if name == "whisper" else 9
+    lengths = {number: int((record.part.sequence == number).sum()) for number in record.sequences}
+    encoder, decoder = record.header.encoder_texts, [n for n in lengths if n not in record.header.encoder_texts]
+    assert [lengths[number] for number in encoder] == [source] * 4
+    if name == "whisper":  # its generate leaves out the token to start from
+        out = nn.functional.pad(out, (1, 0), value=1)
+    assert [lengths[number] for number in decoder] == [out.shape[1] - 1] * 4
+    for row, number in enumerate(decoder):
+        assert record.sequence(number).part.token.tolist() == out[row % 2, :-1].tolist()
+        assert_close(record.sequence(number).part.scalings, record.sequence(decoder[row % 2]).part.scalings, **CLOSE)
+    record.save(tmp_path)
+    assert RoutingRecord.load(tmp_path).header.encoder_texts == encoder

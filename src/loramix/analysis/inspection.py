@@ -62,7 +62,8 @@ class Inspection:
 
     def name_of(self, sequence: int) -> str:
         """The name of a text."""
-        return self.names[sequence] if sequence < len(self.names) else f"text {sequence}"
+        kind = "encoder's text" if sequence in self.record.header.encoder_texts else "text"
+        return self.names[sequence] if sequence < len(self.names) else f"{kind} {sequence}"
 
     @property
     def all_notes(self) -> list[str]:

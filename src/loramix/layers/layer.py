@@ -65,6 +65,16 @@ class XLoraLayer(nn.Module):
         """The base layer's bias, likewise."""
         return self.base_layer.bias
 
+    def __getattr__(self, name: str) -> Any:
+        """The base layer's sizes and settings, such as a convolution's stride, for code that looks at them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__.get("_modules", {}).get("base_layer"), name, None)
+            if not isinstance(value, int | float | str | tuple):
+                raise
+            return value
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Weight and bias go to the base layer: transformers ties a head to its embedding anew."""
         own = super() if name not in ("weight", "bias") else cast(Any, self.base_layer)
@@ -92,20 +102,6 @@ class XLoraLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class XLoraEmbedding(XLoraLayer):
-    """An adapted embedding, which shows its sizes to code of the base model that looks at them."""
-
-    @property
-    def embedding_dim(self) -> int:
-        """The base layer's."""
-        return cast(nn.Embedding, self.base_layer).embedding_dim
-
-    @property
-    def num_embeddings(self) -> int:
-        """The base layer's."""
-        return cast(nn.Embedding, self.base_layer).num_embeddings
-
-
 def stack_class(module: nn.Module, experts: Sequence[LayerExpert]) -> type[ExpertStack] | None:
     """The stack that holds these experts of a module of the base model; None where no stack can."""
     kind = kind_of(module)
@@ -123,8 +119,7 @@ def new_layer(
     """
     kind = stack_class(module, experts)
     assert kind is not None
-    wrapper = XLoraEmbedding if isinstance(module, nn.Embedding) else XLoraLayer
-    return wrapper(module, kind(module, experts, number, dtype=dtype))
+    return XLoraLayer(module, kind(module, experts, number, dtype=dtype))
 
 
 def fill(layers: Sequence[XLoraLayer], experts: Sequence[Sequence[LayerExpert]]) -> None:

@@ -33,6 +33,7 @@ class RouterOutput:
         inputs: the arguments of the backbone's forward by name, `expert_ids` among them where they were given.
         training: whether the model is in training mode.
         gating: what made the scalings of the logits.
+        of_encoder: whether the tokens are those of an encoder that stands before a decoder.
     """
 
     logits: Float[Tensor, "B S L E"]
@@ -41,13 +42,15 @@ class RouterOutput:
     inputs: Mapping[str, Any]
     training: bool
     gating: Gating
+    of_encoder: bool = False
 
 
 class RoutingHook:
     """Takes part in every forward that makes scalings; `attach` puts one on a model.
 
-    The methods are called in this order. With a layer router there is no scaling pass, so no `recall` and `keep`;
-    `logits` is called for each layer. These methods change nothing; a subclass overrides those that it needs.
+    The methods are called in this order, for an encoder and for its decoder each. With a layer router there is no
+    scaling pass, so no `recall` and `keep`; `logits` is called for each layer. These methods change nothing; a subclass
+    overrides those that it needs.
 
     Attributes:
         unrecorded: whether routing records leave out the forwards in which it takes part, such as those of an ablation.

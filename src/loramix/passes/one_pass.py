@@ -46,7 +46,8 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
         layers = _LayerScalings(state, router, call.training, others)
         out = routed(LayerRouting(layers.of, state.config.global_scaling_weight), call.run)
         logits = layers.logits(out.last_hidden_state.shape[:2])
-    join_losses(out, state.publish(state.gated(logits, call.hook_inputs, call.training)))
+    output = state.gated(logits, call.hook_inputs, call.training, call.role == "encoder")
+    join_losses(out, state.publish(output))
     made = None if call.cache is not None else out.get(call.signature.cache)
     if state.hooks and made is not None:
         for hook in state.hooks:

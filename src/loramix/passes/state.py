@@ -193,8 +193,16 @@ class MixtureState(AdaptedState):
         for hook in self.hooks:
             hook.keep(inputs, hidden)
 
-    def route(self, hidden: Float[Tensor, "B S H"], inputs: Mapping[str, Any], training: bool) -> RoutedPass:
+    def route(
+        self, hidden: Float[Tensor, "B S H"], inputs: Mapping[str, Any], training: bool, of_encoder: bool = False
+    ) -> RoutedPass:
         """The scalings of a mixture pass, from the last hidden states of its scaling pass.
+
+        Args:
+            hidden: the last hidden states.
+            inputs: the arguments of the forward, as hooks see them.
+            training: whether the model is in training mode.
+            of_encoder: whether the tokens are those of an encoder that stands before a decoder.
 
         Raises:
             ConfigurationError: invalid settings, or hidden states of another width.
@@ -205,7 +213,7 @@ class MixtureState(AdaptedState):
             refuse_ambiguous(hidden.shape[:2], inputs)
         assert isinstance(self.router, HiddenStateRouter)
         logits = self.changed_logits(self.router.distinct(hidden), training)
-        output = self.gated(logits, inputs, training)
+        output = self.gated(logits, inputs, training, of_encoder)
         return RoutedPass(self.routing(output.final), output.activated.detach(), self.publish(output))
 
     def changed_logits(self, logits: Float[Tensor, "*tokens L E"], training: bool) -> Float[Tensor, "*tokens L E"]:
@@ -214,11 +222,13 @@ class MixtureState(AdaptedState):
             logits = hook.logits(logits, training)
         return logits
 
-    def gated(self, logits: Float[Tensor, "B S L E"], inputs: Mapping[str, Any], training: bool) -> RouterOutput:
-        """The scalings of these logits."""
+    def gated(
+        self, logits: Float[Tensor, "B S L E"], inputs: Mapping[str, Any], training: bool, of_encoder: bool = False
+    ) -> RouterOutput:
+        """The scalings of these logits; arguments as for `route`."""
         gating = self.gating
         activated = gating.activate(logits)
-        return RouterOutput(logits, activated, gating.select(activated), inputs, training, gating)
+        return RouterOutput(logits, activated, gating.select(activated), inputs, training, gating, of_encoder)
 
     def publish(self, output: RouterOutput) -> list[Tensor]:
         """Make these the latest scalings, log them and show them to the hooks. Returns the hooks' losses."""

@@ -49,7 +49,7 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
     else:
         cache.torn = True
     first = _scaling_pass(state, call, cache, encoded)
-    second = state.route(first.hidden, call.hook_inputs, call.training)
+    second = state.route(first.hidden, call.hook_inputs, call.training, call.role == "encoder")
     cached = _cached_scalings(state, cache, second.routing.scalings)
     routing = _by_tokens(state, call, second.routing, cached)
     if encoded is not None:

@@ -6,6 +6,7 @@
      "experts": […], "palette": […], "layers": […], "adapted": […],      names; layers is ["all layers"] if shared
      "settings": {…}, "changed": false,                                  of the mixture
      "forks": {"7": [2, 31]},                                            text 7 continues text 2 after 31 tokens
+     "encoder_texts": [0],                                               those that an encoder has read
      "seen": 120, "sample": false,
      "pieces": {"13": " the"},                                           token id -> its text on its own
      "shards": [{"file": "tokens-00000.safetensors", "tokens": 120}]}
@@ -151,6 +152,7 @@ def _header(content: Mapping[str, Any], kept: int) -> Header:
         settings=dict(content["settings"]),
         changed=bool(content["changed"]),
         forks=forks,
+        encoder_texts=[int(number) for number in content.get("encoder_texts", ())],
         seen=content["seen"],
         sample=bool(content["sample"]),
     )

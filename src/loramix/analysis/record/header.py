@@ -39,6 +39,7 @@ class Header:
         settings: the mixture's gating settings when the first token was recorded.
         changed: whether the settings changed later.
         forks: text -> the text that it continues, and how many tokens of that precede its own.
+        encoder_texts: the texts that an encoder has read, for a decoder.
         seen: the number of tokens that were read.
         sample: whether tokens that were read are missing.
     """
@@ -50,6 +51,7 @@ class Header:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     changed: bool = False
     forks: dict[int, tuple[int, int]] = field(default_factory=dict[int, "tuple[int, int]"])
+    encoder_texts: list[int] = field(default_factory=list[int])
     seen: int = 0
     sample: bool = False
 

@@ -38,12 +38,13 @@ from loramix.passes.hooks import CacheFollower, RouterOutput, RoutingHook, betwe
 from loramix.passes.state import MixtureState, attach, require_routing, state_of
 
 MAX_TOKENS = 10_000
-Reader = tuple[int, bool]
-"""A thread, and whether its logits processors are running. Only forwards of the same reader continue each other."""
+Reader = tuple[int, bool, bool]
+"""A thread, whether its logits processors are running, and whether an encoder reads. Only forwards of the same reader
+continue each other."""
 
 
-def _reader() -> Reader:
-    return threading.get_ident(), request().scoring
+def _reader(*, of_encoder: bool = False) -> Reader:
+    return threading.get_ident(), request().scoring, of_encoder
 
 
 @dataclass
@@ -74,6 +75,9 @@ def record_routing(
     recording are not recorded, but positions count them.
 
     A model that was compiled with `fullgraph=True` cannot be recorded: the recording runs between graphs.
+
+    What an encoder reads are texts of their own (`record.header.encoder_texts`). Each token has scalings for all
+    layers, also for those that see the other part's tokens and do not apply them.
 
     Without a cache, a forward is not known to continue an earlier one's text, except inside `generate`. Each process
     records what it reads itself, as in an evaluation on several devices.
@@ -201,7 +205,7 @@ class Recorder(RoutingHook):
         return isinstance(follower, CacheRows) and follower.observer is self
 
     def routed(self, output: RouterOutput) -> None:
-        reader = _reader()
+        reader = _reader(of_encoder=output.of_encoder)
         if self._thread not in (None, reader[0]):
             return
         with self._lock:
@@ -247,6 +251,8 @@ class Recorder(RoutingHook):
         sequence, position = self._texts.number(rows, new, starts)
         if known is not None:
             known.remember(tokens, real, rows)
+        if output.of_encoder:
+            self.header.encoder_texts += sequence[new].unique().tolist()
         chosen = final[new.to(final.device)].float().cpu()
         rows.real = torch.cat([rows.real, real], dim=1)
         return rows, Part(sequence[new], position[new], tokens[new], chosen)
