@@ -21,6 +21,7 @@ from loramix import LoraConfig, PeftModel, XLoraConfig, errors, get_peft_model
 from loramix._compat import enable_checkpointing
 from loramix.analysis import RoutingRecord, record_routing
 from loramix.formats import load_adapter
+from loramix.training import ScalingPassCache, init_router
 from support.mixtures import far
 from support.tiny import build, save_expert, tokens
 
@@ -388,3 +389,63 @@ def test_a_record_holds_both(name: str, model: Any, tmp_path: Path) -> None:
         assert_close(record.sequence(number).part.scalings, record.sequence(decoder[row % 2]).part.scalings, **CLOSE)
     record.save(tmp_path)
     assert RoutingRecord.load(tmp_path).header.encoder_texts == encoder
+
+
+def test_the_stock_trainer_trains_and_loads_the_best(folders: Experts, tmp_path: Path) -> None:
+    def base() -> Any:
+        return build(hf.T5ForConditionalGeneration, **T5)  # with a tied head, which the trainer ties anew
+
+    model: Any = get_peft_model(base(), XLoraConfig(hidden_size=64, adapters=folders("t5")))
+    row = {**{key: value[0] for key, value in source_of("t5", rows=1).items()}, "labels": tokens(1, 5)[0]}
+    arguments = hf.Seq2SeqTrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        learning_rate=0.1,
+        use_cpu=True,
+        predict_with_generate=True,
+        generation_max_length=6,
+        save_steps=1,
+        disable_tqdm=True,
+        eval_steps=1,
+        eval_strategy="steps",
+        save_strategy="steps",
+        load_best_model_at_end=True,
+    )
+    before = [parameter.clone() for parameter in model.router.parameters()]
+    trainer = hf.Seq2SeqTrainer(model, arguments, train_dataset=[row] * 4, eval_dataset=[row] * 4)
+    trainer.train()
+    assert not any(torch.equal(one, other) for one, other in zip(before, model.router.parameters(), strict=True))
+    assert trainer.predict([row] * 4).predictions.shape[0] == 4
+    expected = logits_of(model.eval(), inputs_of("t5"))
+    model.save_pretrained(tmp_path / "mixture")
+    assert torch.equal(logits_of(PeftModel.from_pretrained(base(), tmp_path / "mixture"), inputs_of("t5")), expected)
+
+
+def test_what_needs_one_backbone_is_refused(folders: Experts) -> None:
+    model = make(folders("t5"), "t5", scaling_pass_value=0.0)
+    with pytest.raises(errors.UnsupportedOperationError, match="encoder's text"):
+        ScalingPassCache(model, max_bytes=2**20)
+    batch = {**source_of("t5"), "expert_ids": torch.tensor([0, 1])}
+    with pytest.raises(errors.UnsupportedOperationError, match="encoder and decoder"):
+        init_router(model, "labels", batches=[batch])
+    init_router(model, "zeros")
+
+
+def test_sound_is_classified_by_an_encoder_alone(tmp_path: Path) -> None:
+    def base() -> Any:
+        return build(hf.WhisperForAudioClassification, **WHISPER)
+
+    targets = ["q_proj", "fc1", "conv1"]
+    adapters = {one: save_expert(tmp_path / one, base(), seed=i, target_modules=targets) for i, one in enumerate("ab")}
+    model: Any = get_peft_model(base(), XLoraConfig(hidden_size=64, adapters=adapters, router="static")).eval()
+    features = source_of("whisper")
+    assert far(logits_of(model, features), logits_of(base(), features))
+    with pytest.raises(errors.UnsupportedAdapterError, match="conv1"):
+        get_peft_model(base(), XLoraConfig(hidden_size=64, adapters=adapters))
+    targets.remove("conv1")
+    adapters = {one: save_expert(tmp_path / one, base(), seed=i, target_modules=targets) for i, one in enumerate("ab")}
+    model = get_peft_model(base(), XLoraConfig(hidden_size=64, adapters=adapters)).eval()
+    assert far(logits_of(model, features), logits_of(base(), features))
+    assert model.get_latest_scalings().shape == (2, 12, 4, 2)

@@ -152,6 +152,11 @@ class MixtureState(AdaptedState):
         return isinstance(self.router, HiddenStateRouter)
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether scalings are made of an encoder's tokens as well as of its decoder's."""
+        return bool(self.uses.seeing_encoder)
+
+    @property
     def gating(self) -> Gating:
         """The gating of the live configuration."""
         return gating_of(self.config)

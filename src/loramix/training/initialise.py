@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import ConfigurationError, DataError
+from loramix.errors import ConfigurationError, DataError, UnsupportedOperationError
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
-from loramix.passes.state import observing
+from loramix.passes.state import observing, state_of
 from loramix.routers.classifier import XLoraClassifier
 from loramix.routers.gating import gating_of
 from loramix.training.data import check_expert_ids, read_text
@@ -77,6 +77,7 @@ def init_router(
     Raises:
         ConfigurationError: another method, arguments that do not belong to it, or a router that is too narrow.
         DataError: an expert without text, a name that is no expert's, or a file that cannot be read.
+        UnsupportedOperationError: "prompts" or "labels" for an encoder–decoder.
     """
     wanted = {"zeros": (), "prompts": ("tokenizer", "prompts"), "labels": ("batches",)}
     given = {"tokenizer": tokenizer, "prompts": prompts, "batches": batches}
@@ -96,6 +97,12 @@ def init_router(
     if method == "zeros":
         _write_constant(classifier)
         return None
+    if state_of(model).has_encoder:
+        raise UnsupportedOperationError(
+            "A router is computed from texts where one backbone reads them.",
+            received=f"method={method!r} for a {type(model).__name__}, whose encoder and decoder read a text each",
+            remedy='Use method="zeros", and train the router.',
+        )
     moments = _Moments(model)
     for batch in (batches or ()) if prompts is None else _labelled(model, tokenizer, prompts):
         moments.add(batch)

@@ -150,8 +150,8 @@ def refuse_changing_pass(model: XLoraModel) -> None:
     """Check that the scaling pass gives the same hidden states for the same tokens, and can be skipped.
 
     Raises:
-        UnsupportedOperationError: a base model or experts that train, active dropout, sharded parameters, or a router
-            that needs no scaling pass.
+        UnsupportedOperationError: a base model or experts that train, active dropout, sharded parameters, an encoder
+            and a decoder, or a router that needs no scaling pass.
     """
     if not state_of(model).needs_scaling_pass:
         raise UnsupportedOperationError(
@@ -171,6 +171,8 @@ def refuse_changing_pass(model: XLoraModel) -> None:
             reason = f"the base model's {name} is trained"
         elif used:
             reason = f"the scaling pass uses experts that are trained: scaling_pass_value={config.scaling_pass_value}"
+    if state_of(model).has_encoder:
+        reason = "a decoder, whose hidden states depend on the encoder's text too"
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         reason = "parameters that are divided among processes (FSDP2), which must all take part in every pass"
     reason = reason or _dropout(model, experts_count=used)
