@@ -35,7 +35,7 @@ class TestAgainstPeft:
     @pytest.mark.parametrize("name", ["LoraConfig", "XLoraConfig"])
     def test_fields_and_defaults_are_peft_s(self, name):
         ours, theirs = {"LoraConfig": LoraConfig, "XLoraConfig": XLoraConfig}[name], getattr(peft, name)
-        own = ["router", "gating"] if name == "XLoraConfig" else []
+        own = ["router", "gating", "gating_settings"] if name == "XLoraConfig" else []
         assert [entry.name for entry in dataclasses.fields(ours)] == [
             *(entry.name for entry in dataclasses.fields(theirs)),
             *own,
@@ -102,7 +102,7 @@ class TestAgainstPeft:
         PeftConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
         assert (tmp_path / "adapter_config.json").read_bytes() == before
 
-    @pytest.mark.parametrize("settings", [{"router": "static"}, {"gating": "other"}])
+    @pytest.mark.parametrize("settings", [{"router": "static"}, {"gating": "other"}, {"gating_settings": {"alpha": 2}}])
     def test_peft_refuses_a_router_or_a_gating_that_it_does_not_have(self, tmp_path, settings):
         xlora_config(**settings).save_pretrained(tmp_path)
         for reader in (peft.PeftConfig, peft.XLoraConfig):

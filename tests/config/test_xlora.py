@@ -131,7 +131,11 @@ class TestXLora:
 
 
 class TestRouterAndGating:
-    OTHERS = ({"router": "static"}, {"gating": "other"}, {"router": "static", "gating": "other"})
+    OTHERS = (
+        {"router": "static"},
+        {"gating": "other", "gating_settings": {"alpha": 1.5, "by": "layer", "limit": None}},
+        {"router": "static", "gating": "other"},
+    )
 
     @pytest.mark.parametrize("settings", OTHERS)
     def test_the_file_keeps_them(self, tmp_path, settings):
@@ -139,7 +143,7 @@ class TestRouterAndGating:
         config.save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "adapter_config.json").read_text())
         assert saved["peft_type"] == "LORAMIX"
-        assert {name: saved[name] for name in ("router", "gating") if name in saved} == settings
+        assert {name: saved[name] for name in ("router", "gating", "gating_settings") if name in saved} == settings
         for reader in (PeftConfig, XLoraConfig):
             again = reader.from_pretrained(tmp_path)
             assert (type(again), again) == (XLoraConfig, config)
@@ -187,6 +191,9 @@ class TestRouterAndGating:
             ({"router": " "}, "router=' '"),
             ({"router": None}, "router=None"),
             ({"gating": 3}, "gating=3"),
+            ({"gating_settings": 0.3}, "gating_settings=0.3"),
+            ({"gating_settings": {3: 0.3}}, "gating_settings={3: 0.3}"),
+            ({"gating_settings": {"limits": [1]}}, "gating_settings={'limits': [1]}"),
             ({"router": "static", "xlora_depth": 2}, "xlora_depth=2"),
             ({"router": "static", "xlora_size": 8}, "xlora_size=8"),
             ({"router": "static", "xlora_dropout_p": 0.0}, "xlora_dropout_p=0.0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,39 @@ def test_a_gating_of_another_package(experts: Experts) -> None:
     (output,) = hook.outputs
     assert torch.equal(output.final, output.activated.clamp(max=0.3))
     assert (output.activated > 0.3).any()
+
+
+@dataclass(frozen=True)
+class Limited(Gating):
+    limit: float = 1.0
+
+    def select(self, activated: Float[Tensor, "*tokens L E"]) -> Float[Tensor, "*tokens L E"]:
+        return super().select(activated).clamp(max=self.limit)
+
+
+register_gating("test-limited", Limited)
+
+
+def test_a_gating_with_settings_of_its_own(experts: Experts, tmp_path: Path) -> None:
+    model = mixture(experts("llama"), gating="test-limited", gating_settings={"limit": 0.25})
+    assert final_of(model, tokens()[:1]).max() == 0.25
+    model.save_pretrained(tmp_path)
+    loaded: Any = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.allclose(logits(mixture(experts("llama"), gating="test-limited")), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("gating", "settings", "said"),
+    [("test-limited", {"limit": 0.25, "floor": 0.1}, "correct floor"), ("xlora", {"top_k": 1}, "correct top_k")],
+)
+def test_an_unknown_setting_of_a_gating_is_named(
+    gating: str, settings: dict[str, Any], said: str, experts: Experts
+) -> None:
+    base = llama()
+    with pytest.raises(ConfigurationError, match=said):
+        mixture(experts("llama"), base, gating=gating, gating_settings=settings)
+    assert not isinstance(base, PeftModel)
 
 
 def test_no_pass_is_under_way_afterwards(experts: Experts) -> None:

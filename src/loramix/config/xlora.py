@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast, no_type_check
 
 from loramix.config.base import PeftConfig, PeftType
@@ -58,6 +58,8 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         router: kind of router. `xlora_depth`, `xlora_size` and `xlora_dropout_p` are settings of "classifier"; other
             kinds refuse them.
         gating: kind of gating.
+        gating_settings: settings of a registered gating by name: numbers, texts, True, False or None. Those of "xlora"
+            are the fields above.
 
     Raises:
         ConfigurationError: an invalid value, whatever the base model is.
@@ -81,6 +83,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
     global_scaling_weight: float = 1.0
     router: str = "classifier"
     gating: str = "xlora"
+    gating_settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         missing_adapters = cast(object, self.adapters) is None
@@ -138,7 +141,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
             require_switch(name, getattr(self, name))
 
     def _validate_router(self) -> None:
-        for name in _BEYOND_PEFT:
+        for name in ("router", "gating"):
             value = getattr(self, name)
             require(
                 isinstance(value, str) and bool(value.strip()),
@@ -146,6 +149,15 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
                 received=f"{name}={value!r}",
                 remedy=f"Leave {name} out, or name a registered kind (see loramix.routers).",
             )
+        settings = cast("object", self.gating_settings)
+        require(
+            isinstance(settings, dict)
+            and all(isinstance(key, str) for key in cast("dict[object, object]", settings))
+            and all(isinstance(value, _SETTING) for value in cast("dict[object, object]", settings).values()),
+            "gating_settings must map names to numbers, texts, True, False or None.",
+            received=f"gating_settings={settings!r}",
+            remedy='Write gating_settings as a mapping, for example {"alpha": 1.5}, or leave it out.',
+        )
         given = [name for name in _OF_THE_CLASSIFIER if getattr(self, name) != _default(name)]
         require(
             self.router == _CLASSIFIER or not given,
@@ -185,26 +197,26 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name; `router` and `gating`, which PEFT does not have, only if they differ from the default."""
+        """All fields by name; those that PEFT does not have only if they differ from the default."""
         values = super().to_dict() | {"hidden_size": int(self.hidden_size)}
         return {name: value for name, value in values.items() if name not in _BEYOND_PEFT} | self._beyond_peft()
 
     @classmethod
     def _known(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
         known = super()._known(values, source)
-        named = [name for name in _BEYOND_PEFT if known.get(name, _default(name)) != _default(name)]
+        named = any(known.get(name, default) != default for name, default in _BEYOND_PEFT.items())
         require(
-            values.get("peft_type") != PeftType.LORAMIX.value or bool(named),
+            values.get("peft_type") != PeftType.LORAMIX.value or named,
             "A configuration with peft_type LORAMIX names a router or a gating that PEFT does not have.",
-            received=", ".join(f"{name}={known.get(name)!r}" for name in _BEYOND_PEFT),
+            received=", ".join(f"{name}={known.get(name)!r}" for name in ("router", "gating")),
             remedy='Put "router" or "gating" back into the file, or write "peft_type": "XLORA".',
         )
         return known
 
-    def _beyond_peft(self) -> dict[str, str]:
-        """`router` and `gating`, as far as they differ from the default."""
+    def _beyond_peft(self) -> dict[str, Any]:
+        """The fields that PEFT does not have, as far as they differ from the default."""
         values = {name: getattr(self, name) for name in _BEYOND_PEFT}
-        return {name: value for name, value in values.items() if value != _default(name)}
+        return {name: value for name, value in values.items() if value != _BEYOND_PEFT[name]}
 
     def _to_saved(self) -> dict[str, Any]:
         return self.to_dict() if self.hidden_size_given else self.to_dict() | {"hidden_size": None}
@@ -220,7 +232,8 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
 
 _CLASSIFIER = "classifier"
 _OF_THE_CLASSIFIER = ("xlora_depth", "xlora_size", "xlora_dropout_p")
-_BEYOND_PEFT = ("router", "gating")
+_BEYOND_PEFT: Mapping[str, Any] = {"router": _CLASSIFIER, "gating": "xlora", "gating_settings": {}}
+_SETTING = (str, int, float, bool, type(None))
 _DEEPEST = 1000
 _SWITCHES = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")
 

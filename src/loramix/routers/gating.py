@@ -6,7 +6,7 @@ L: adapted layers, 1 where they share their scalings. E: experts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loramix._registry import Registry
 from loramix.config.xlora import XLoraConfig
+from loramix.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Gating:
         3. with `renormalise`, s = softmax of a over the entries that were kept, 0 elsewhere; else s = a
 
     Another gating is a subclass that overrides `activate`, `select` or both, and what `uniform` and `exclusion` say
-    where they are then wrong; it is registered by name (`register_gating`), which `XLoraConfig.gating` gives.
+    where they are then wrong; it is registered by name (`register_gating`), which `XLoraConfig.gating` gives. Fields
+    that it adds, each with a default, are its settings (`XLoraConfig.gating_settings`).
 
     Args:
         softmax: whether step 1 is a softmax (`enable_softmax`).
@@ -48,6 +50,7 @@ class Gating:
             temperature=float(config.softmax_temperature),
             top_k=config.top_k_lora,
             renormalise=config.enable_softmax_topk,
+            **config.gating_settings,
         )
 
     def activate(self, logits: Float[Tensor, "*tokens L E"]) -> Float[Tensor, "*tokens L E"]:
@@ -109,6 +112,19 @@ def gating_of(config: XLoraConfig) -> Gating:
     """The gating of a mixture, as its live configuration describes it.
 
     Raises:
-        ConfigurationError: `config.gating` names none that is registered.
+        ConfigurationError: `config.gating` names none that is registered, or `config.gating_settings` has a setting
+            that it does not know.
     """
-    return _GATINGS[config.gating].from_config(config)
+    kind = _GATINGS[config.gating]
+    unknown = [name for name in config.gating_settings if name not in _own_settings(kind)]
+    if unknown:
+        raise ConfigurationError(
+            f"gating_settings of gating={config.gating!r} are {', '.join(_own_settings(kind)) or 'none'}.",
+            received=f"gating_settings={config.gating_settings!r}",
+            remedy=f"correct {', '.join(unknown)}, or leave it out",
+        )
+    return kind.from_config(config)
+
+
+def _own_settings(kind: type[Gating]) -> list[str]:
+    return [entry.name for entry in fields(kind) if entry.name not in Gating.__dataclass_fields__]
