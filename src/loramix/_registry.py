@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import ValuesView
+import importlib
+import pkgutil
+from collections.abc import Iterable, ValuesView
 from typing import Generic, TypeVar
 
 from loramix.errors import ConfigurationError
@@ -54,3 +56,9 @@ class Registry(Generic[T]):
     def values(self) -> ValuesView[T]:
         """The entries, in the order of their registration."""
         return self._entries.values()
+
+
+def import_modules(package: str, path: Iterable[str]) -> None:
+    """Import the modules of a package in the order of their names: each registers what it defines."""
+    for name in sorted(module.name for module in pkgutil.iter_modules(path)):
+        importlib.import_module(f"{package}.{name}")

@@ -5,7 +5,7 @@ To add one, see `loramix.formats.format`.
 
 from __future__ import annotations
 
-# Not imported lazily: importing a format's module registers it.
+from loramix._registry import import_modules
 from loramix.formats.describe import Description, ExpertDescription, RouterDescription, describe
 from loramix.formats.format import ExpertFormat, Format, MixtureFormat, register_format
 from loramix.formats.load import Kind, detect, load_adapter, load_mixture
@@ -14,6 +14,8 @@ from loramix.formats.mixture import MixtureCheckpoint
 from loramix.formats.peft import check_replaceable
 from loramix.formats.save import save_adapter, save_mixture
 from loramix.formats.xlora import XLoraFormat
+
+import_modules(__name__, __path__)
 
 __all__ = [
     "Description",

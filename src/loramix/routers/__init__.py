@@ -5,7 +5,7 @@ To add a kind of router or a gating, see docs/architecture.md, "To add one, writ
 
 from __future__ import annotations
 
-# Importing a module registers what it defines.
+from loramix._registry import import_modules
 from loramix.routers.classifier import XLoraClassifier
 from loramix.routers.gating import Gating, gating_of, register_gating
 from loramix.routers.router import (
@@ -19,6 +19,8 @@ from loramix.routers.router import (
     router_kinds,
 )
 from loramix.routers.static import StaticRouter
+
+import_modules(__name__, __path__)
 
 __all__ = [
     "ConstantRouter",

@@ -7,7 +7,7 @@ decoding: a draft decides how much is computed, never which token is chosen.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from jaxtyping import Int
 from torch import Tensor
@@ -79,6 +79,16 @@ class DraftingStrategy(Strategy):
 
         Called for every token. Of several strategies with the same drafter, one implements it.
         """
+
+
+S = TypeVar("S", bound=DraftingStrategy)
+registered: list[DraftingStrategy] = []
+
+
+def register_strategy(kind: type[S]) -> type[S]:
+    """Let `generate` choose a strategy, with its defaults; a decorator."""
+    registered.append(kind())
+    return kind
 
 
 def tokens_of_window(acceptance: float, drafts: int) -> float:

@@ -23,9 +23,10 @@ from torch import Tensor
 from loramix.decoding.acceptance import SCALING_PASS, would_draft
 from loramix.decoding.forwards import Forwards
 from loramix.decoding.state import Ahead, DecodingState, Step
-from loramix.decoding.strategies.base import DraftingStrategy, Round
+from loramix.decoding.strategies.base import DraftingStrategy, Round, register_strategy
 
 
+@register_strategy
 @dataclass(frozen=True)
 class Lockstep(DraftingStrategy):
     """One draft of the scaling pass, read in the same forward as the mixture pass's token."""

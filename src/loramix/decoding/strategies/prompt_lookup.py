@@ -14,11 +14,12 @@ from torch import Tensor
 from loramix.decoding.acceptance import TEXT
 from loramix.decoding.forwards import Forwards
 from loramix.decoding.state import DecodingState, Step
-from loramix.decoding.strategies.base import DraftingStrategy, Round, tokens_of_window
+from loramix.decoding.strategies.base import DraftingStrategy, Round, register_strategy, tokens_of_window
 from loramix.decoding.strategies.speculative import DRAFTS
 from loramix.decoding.window import Window
 
 
+@register_strategy
 @dataclass(frozen=True)
 class PromptLookup(DraftingStrategy):
     """k drafts from the text, for one row alone.

@@ -14,13 +14,14 @@ import torch
 from loramix.decoding.acceptance import SCALING_PASS
 from loramix.decoding.forwards import Forwards
 from loramix.decoding.state import DecodingState, Step
-from loramix.decoding.strategies.base import DraftingStrategy, Round, tokens_of_window
+from loramix.decoding.strategies.base import DraftingStrategy, Round, register_strategy, tokens_of_window
 from loramix.decoding.strategies.lockstep import Lockstep
 from loramix.decoding.window import Window
 
 DRAFTS = 7  # with the token before them, eight rows cost a matrix product little more than two (docs/benchmarks.md)
 
 
+@register_strategy
 @dataclass(frozen=True)
 class Speculative(DraftingStrategy):
     """k drafts of the scaling pass, each made from the one before.
