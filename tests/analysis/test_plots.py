@@ -19,8 +19,7 @@ from loramix import RoutingError, UnsupportedOperationError
 from loramix.analysis import RoutingRecord, expert_colours, plots
 from loramix.analysis.colours import PALETTE
 from loramix.analysis.metrics import confidence_of, entropy_of
-from loramix.analysis.plots import NAMED
-from loramix.analysis.show.canvas import MOST_GAPS, distinct, drawable, paled, short_layers
+from loramix.analysis.show.canvas import MOST_GAPS, NAMED, distinct, drawable, paled, short_layers
 from support.byte_tokenizer import byte_tokenizer
 from support.records import random_record, record_of
 

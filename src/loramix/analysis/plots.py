@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from loramix.analysis.metrics import entropy_of, leads_of
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.show.canvas import (
     Columns,
+    colours_of,
     columns_of,
-    distinct,
     drawable,
+    expert_legend,
     label_experts,
     leading_strip,
     mark_gaps,
@@ -32,20 +33,17 @@ from loramix.analysis.show.canvas import (
     strip_axes,
     token_labels,
 )
+from loramix.analysis.show.heatmap import colour_bar, draw_weights, row_height, scale_of, shades
 from loramix.errors import RoutingError
 from loramix.experts.selection import listed
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WEIGHTS = "Blues"  # lightness alone tells more from less, whatever the colour vision
-SIGNED = "RdBu"  # blue for more than 0 as above, red for less
 LEFT_TO_RIGHT = 11.0  # inches
 A_LINE = 40  # tokens whose text stays readable on one line
 RUNS = 400  # columns of a text that is too long for that
 TALLEST = 19.0  # inches of all lines
-NAMED = 16  # experts in a legend
 
 
 def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, layer: int | str | None = None) -> Figure:
@@ -65,7 +63,7 @@ def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, lay
     """
     text = one_text(record, sequence)
     chosen = text if layer is None else text.select(layers=layer)
-    height = 0.25 + _height(len(record.experts))
+    height = 0.25 + row_height(len(record.experts))
     lines = _lines(chosen, most=max(1, int(TALLEST / (height + 1.1))))
     heights = [height for _ in lines]
     across = min(A_LINE, lines[0].values.shape[1])
@@ -74,13 +72,13 @@ def tokens_by_experts(record: RoutingRecord, *, sequence: int | None = None, lay
     where = "mean of all layers" if layer is None and not record.shared else ", ".join(chosen.layers)
     plain_text(figure.suptitle(f"{_title(text)}: weight of each expert, {where}{_runs(lines[0])}"))
     grid = figure.add_gridspec(2 * len(lines), 1, height_ratios=[x for h in heights for x in (0.22, h)])
-    image, scale = None, _scale_of(*lines)
+    image, scale = None, scale_of(*lines)
     for i, columns in enumerate(lines):
         top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
         leading_strip(top, record, columns, across)
-        image = _weights(below, record, columns, scale, across)
+        image = draw_weights(below, record, columns, scale, across)
         token_labels(below, columns)
-    _scale(figure, image, "weight")
+    colour_bar(figure, image, "weight")
     return figure
 
 
@@ -117,7 +115,7 @@ def layers_by_experts(record: RoutingRecord, *, position: int | None = None, seq
     figure = new_figure(max(5.5, width), height + 1.6)
     plain_text(figure.suptitle(f"Scaling of each expert by layer, {what}", fontsize=10, wrap=True))
     axes = figure.add_subplot()
-    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **_shades(values, _pale(len(names))))
+    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **shades(values, len(names)))
     each, kinds = max(1, round(len(layers) / (height / 0.16))), len({name.rpartition(".")[2] for name in layers})
     while math.gcd(each, kinds) > 1:  # else only one kind of layer has its name
         each += 1
@@ -126,7 +124,7 @@ def layers_by_experts(record: RoutingRecord, *, position: int | None = None, seq
         plain_text(axes.set_xlabel(f"one routing for all {len(record.header.adapted)} layers"))
     label_experts(axes, names, record.palette, vertical=False)
     axes.tick_params(length=0)
-    _scale(figure, image, "scaling")
+    colour_bar(figure, image, "scaling")
     return figure
 
 
@@ -143,7 +141,7 @@ def load_bars(record: RoutingRecord) -> Figure:
     metrics, names = record.metrics(), record.experts
     figure = new_figure(min(LEFT_TO_RIGHT, max(5.0, 2.5 + 0.5 * len(names))), 3.8)
     axes = figure.add_subplot()
-    paint = _colours(record)
+    paint = colours_of(record)
     bars = axes.bar(range(len(names)), metrics.load, color=paint, edgecolor="#333333", linewidth=0.5, label="load")
     (marks,) = axes.plot(range(len(names)), metrics.importance, "D", color="black", markersize=4, label="importance")
     even = axes.axhline(1 / len(names), color="#555555", linestyle="--", linewidth=1, label=f"even: 1/{len(names)}")
@@ -203,7 +201,7 @@ def entropy_along(record: RoutingRecord, *, sequence: int | None = None) -> Figu
     axes.set_xlabel("position in the text; above, the colour of the leading expert, paler where it leads less")
     axes.legend(fontsize=8, frameon=False, loc="upper right", ncols=3)
     strip_axes(axes)
-    _legend(figure, record, leads_of(columns.values.T))
+    expert_legend(figure, record, leads_of(columns.values.T))
     plain_text(figure.suptitle(f"{_title(text)}: entropy of the routing", fontsize=10))
     return figure
 
@@ -235,18 +233,18 @@ def comparison(
     same_tokens(first, second)
     alike = one.experts == other.experts and one.layers == other.layers
     records, texts = (one, other), (first, second)
-    heights = [_height(len(record.experts)) for record in records]
+    heights = [row_height(len(record.experts)) for record in records]
     ratios = [x for h in heights for x in (0.22, h)] + [0.9] * alike
     figure = new_figure(LEFT_TO_RIGHT, sum(ratios) + 2.4)
     grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
     across = A_LINE if len(first) <= A_LINE else RUNS
     both = [columns_of(text, across)[0] for text in texts]
-    image, scale = None, _scale_of(*both)
+    image, scale = None, scale_of(*both)
     for i, (record, columns) in enumerate(zip(records, both, strict=True)):
         top, below = figure.add_subplot(grid[2 * i]), figure.add_subplot(grid[2 * i + 1])
         leading_strip(top, record, columns, columns.values.shape[1])
         plain_text(top.set_title(drawable(str(names[i])), fontsize=10, loc="left"))
-        image = _weights(below, record, columns, scale, 0)
+        image = draw_weights(below, record, columns, scale, 0)
         if i == 1 and not alike:
             token_labels(below, columns)
         else:
@@ -261,7 +259,7 @@ def comparison(
         mark_gaps(axes, columns)
         strip_axes(axes)
         token_labels(axes, columns)
-    _scale(figure, image, "weight")
+    colour_bar(figure, image, "weight")
     plain_text(figure.suptitle(f"{_title(first)}: weight of each expert, mean of the layers", fontsize=11))
     return figure
 
@@ -290,48 +288,9 @@ def _runs(columns: Columns) -> str:
     return f"; runs of {columns.each} tokens" if columns.each > 1 else ""
 
 
-def _height(experts: int) -> float:
-    """The height of a row for each expert, in inches."""
-    return max(0.5, (0.26 if experts <= 12 else 0.125) * experts)
-
-
 def _lines(text: RoutingRecord, most: int) -> list[Columns]:
     """Lines of single tokens, or one of runs where there would be too many."""
     return columns_of(text, A_LINE, most) if len(text) <= A_LINE * most else columns_of(text, RUNS)
-
-
-def _weights(axes: Axes, record: RoutingRecord, columns: Columns, scale: dict[str, Any], across: int) -> Any:
-    image = axes.imshow(columns.values.numpy(), aspect="auto", interpolation="nearest", **scale)
-    mark_gaps(axes, columns)
-    count = columns.values.shape[1]
-    axes.set_xlim(-0.5, (max(across, count) if columns.each == 1 else count) - 0.5)
-    label_experts(axes, record.experts, record.palette, vertical=True)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    return image
-
-
-def _scale_of(*several: Columns) -> dict[str, Any]:
-    """The largest weight is darkest, or twice the even share if that is larger: an even routing looks pale."""
-    pale = max(_pale(len(columns.values)) for columns in several)
-    return _shades(torch.cat([columns.values.flatten() for columns in several]), pale)
-
-
-def _pale(experts: int) -> float:
-    return min(1.0, 2 / experts)
-
-
-def _shades(values: Tensor, least: float) -> dict[str, Any]:
-    """The colour scale: one hue from 0 on; two where some values are negative, as logits in "hard" routing are."""
-    most = max(float(values.max()), least)
-    if float(values.min()) >= 0:
-        return {"cmap": WEIGHTS, "vmin": 0, "vmax": most or 1.0}
-    most = max(most, -float(values.min()))
-    return {"cmap": SIGNED, "vmin": -most, "vmax": most}
-
-
-def _scale(figure: Figure, image: Any, what: str) -> None:
-    figure.colorbar(image, ax=figure.axes, shrink=0.6, aspect=30, pad=0.01, label=what)
 
 
 def _mean_by_layer(record: RoutingRecord) -> Tensor:
@@ -342,31 +301,3 @@ def _mean_by_layer(record: RoutingRecord) -> Tensor:
         total += part.scalings.double().sum(0)
         count += len(part)
     return (total / count).float()
-
-
-def _colours(record: RoutingRecord) -> list[str]:
-    from loramix.analysis.colours import expert_colours
-
-    paint = expert_colours(record.palette)
-    return [paint[name] for name in record.experts]
-
-
-def _legend(figure: Figure, record: RoutingRecord, leads: Tensor) -> None:
-    """A legend of the experts; of many, those that lead most often."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import Patch
-
-    often = leads.sum(0).argsort(descending=True, stable=True)
-    named = sorted(often[:NAMED].tolist())
-    labels, colours = distinct(record.experts), _colours(record)
-    marks = [Patch(color=colours[i], label=labels[i]) for i in named]
-    if len(named) < len(labels):
-        marks.append(Patch(alpha=0, label=f"and {len(labels) - len(named)} more"))
-    size, renderer = 7, cast(Any, figure.canvas).get_renderer()
-    texts = [str(mark.get_label()) for mark in marks]
-    widest = max(renderer.get_text_width_height_descent(text, FontProperties(size=size), False)[0] for text in texts)
-    entry = widest + 5.5 * size * figure.dpi / 72  # the text, the mark, and the space around it
-    across = min(8, len(marks), max(1, int(figure.bbox.width / entry)))
-    shown = figure.legend(handles=marks, loc="outside lower center", ncols=across, fontsize=size, frameon=False)
-    for label in shown.get_texts():
-        plain_text(label)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ MARKS = {"\n": "↵", "\t": "⇥", "\r": "↵", " ": "·", "": "…"}
 MISSING = "□"
 NO_LEADER = (1.0, 1.0, 1.0)  # the colour where no expert leads
 MOST_GAPS = 12
+NAMED = 16  # experts in a legend
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -160,6 +161,33 @@ def label_experts(axes: Axes, names: Sequence[str], palette: Sequence[str], *, v
         x, y = (0, i) if vertical else (i, 0)
         mark = {"marker": "s", "markersize": 4 if many else 6, "color": paint[name], "clip_on": False, "zorder": 5}
         axes.plot([x], [y], transform=across + away, linestyle="none", **mark)  # pyright: ignore
+
+
+def colours_of(record: RoutingRecord) -> list[str]:
+    """The colour of each expert."""
+    paint = expert_colours(record.palette)
+    return [paint[name] for name in record.experts]
+
+
+def expert_legend(figure: Figure, record: RoutingRecord, leads: Tensor) -> None:
+    """A legend of the experts; of many, those that lead most often."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import Patch
+
+    often = leads.sum(0).argsort(descending=True, stable=True)
+    named = sorted(often[:NAMED].tolist())
+    labels, colours = distinct(record.experts), colours_of(record)
+    marks = [Patch(color=colours[i], label=labels[i]) for i in named]
+    if len(named) < len(labels):
+        marks.append(Patch(alpha=0, label=f"and {len(labels) - len(named)} more"))
+    size, renderer = 7, cast(Any, figure.canvas).get_renderer()
+    texts = [str(mark.get_label()) for mark in marks]
+    widest = max(renderer.get_text_width_height_descent(text, FontProperties(size=size), False)[0] for text in texts)
+    entry = widest + 5.5 * size * figure.dpi / 72  # the text, the mark, and the space around it
+    across = min(8, len(marks), max(1, int(figure.bbox.width / entry)))
+    shown = figure.legend(handles=marks, loc="outside lower center", ncols=across, fontsize=size, frameon=False)
+    for label in shown.get_texts():
+        plain_text(label)
 
 
 def token_labels(axes: Axes, columns: Columns) -> None:
