@@ -26,15 +26,13 @@ class ObservedPass:
 
     Args:
         routing: what the layers read.
-        head_rows: the rows of the batch that go on to the head; all if None.
 
     Attributes:
-        hidden: the backbone's last hidden states (B, S, H) of all rows, once the pass has run.
+        hidden: the backbone's last hidden states (B, S, H), once the pass has run.
     """
 
-    def __init__(self, routing: Routing, head_rows: slice | None = None) -> None:
+    def __init__(self, routing: Routing) -> None:
         self.routing = routing
-        self.head_rows = head_rows
         self.hidden: Tensor | None = None
 
 

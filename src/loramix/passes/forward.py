@@ -77,6 +77,4 @@ def single_pass(given: Routing | ObservedPass, call: Callable[[], Any]) -> Any:
         return routed(given, call)
     out = routed(given.routing, call)
     given.hidden = out.last_hidden_state
-    if given.head_rows is not None:
-        out.last_hidden_state = out.last_hidden_state[given.head_rows]
     return out
