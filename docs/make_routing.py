@@ -101,7 +101,7 @@ held-out text of each domain ({tokens} tokens), in thousandths of a nat a token,
 
 | text | {heads} |
 |---|{rule}
-{worths}
+{losses}
 
 `loramix inspect mixture --data test.jsonl --leave-one-out` prints this table for any text, and its HTML shows it.
 
@@ -125,7 +125,7 @@ def main() -> None:
     steps = 30
     collapsed = inspect_texts(trained_on_code(steps), tokenizer, TEXTS)
     plots.load_bars(collapsed.record).savefig(DOCS / "routing_one.png", dpi=90)
-    worths = {
+    losses = {
         domain: leave_one_out(model, [passage.ids for passage in heldout_passages(tokenizer, domain, 16)])
         for domain in corpus.DOMAINS
     }
@@ -134,11 +134,11 @@ def main() -> None:
     section = SECTION.format(
         routers="\n".join(router_row(name, found) for name, found in routers.items()),
         steps=steps,
-        tokens=sum(worth.tokens for worth in worths.values()),
+        tokens=sum(found.tokens for found in losses.values()),
         heads=" | ".join(f"without {name}" for name in corpus.DOMAINS),
         rule="---|" * len(corpus.DOMAINS),
-        verdict=verdict(worths),
-        worths="\n".join(worth_row(domain, worth) for domain, worth in worths.items()),
+        verdict=verdict(losses),
+        losses="\n".join(leave_one_out_row(domain, found) for domain, found in losses.items()),
     )
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + section + END + rest.partition(END)[2], encoding="utf-8")
@@ -151,21 +151,21 @@ def require_what_is_said(untrained: Inspection, trained: Inspection, collapsed: 
     ignores = numbers[0].information < 0.05 < 0.3 < numbers[1].information
     if not ignores or numbers[2].effective_experts > 2 or numbers[2].max_violation < 0.8 * (experts - 1):
         raise SystemExit(f"these numbers need other sentences: {numbers}")
-    worth = trained.worth
-    verdicts = {} if worth is None else {name: worth.verdict(name) for name in worth.without}
+    left_out = trained.leave_one_out
+    verdicts = {} if left_out is None else {name: left_out.verdict(name) for name in left_out.without}
     if verdicts != dict.fromkeys(corpus.DOMAINS, "unclear") | {"code": "helps"}:
         raise SystemExit(f"README.md says something else of the report: {verdicts}")
 
 
-def worth_row(domain: str, worth: LeaveOneOut) -> str:
+def leave_one_out_row(domain: str, found: LeaveOneOut) -> str:
     """A row of the table of what each expert is worth."""
-    cells = [f"{1000 * value:+.1f} ± {2000 * worth.errors[name]:.1f}" for name, value in worth.differences.items()]
+    cells = [f"{1000 * value:+.1f} ± {2000 * found.errors[name]:.1f}" for name, value in found.differences.items()]
     return f"| {domain} | {' | '.join(cells)} |"
 
 
-def verdict(worths: dict[str, LeaveOneOut]) -> str:
+def verdict(losses: dict[str, LeaveOneOut]) -> str:
     """What the table says: whether each expert is worth most at home, and where one hurts."""
-    rows = {domain: worth.differences for domain, worth in worths.items()}
+    rows = {domain: found.differences for domain, found in losses.items()}
     strays = [domain for domain, row in rows.items() if max(row, key=row.__getitem__) != domain]
     told = "Each expert is worth most on its own domain."
     if strays:
@@ -174,7 +174,7 @@ def verdict(worths: dict[str, LeaveOneOut]) -> str:
         (value, domain, name)
         for domain, row in rows.items()
         for name, value in row.items()
-        if worths[domain].verdict(name) == "hurts"
+        if losses[domain].verdict(name) == "hurts"
     ]
     if hurting:
         least, domain, expert = min(hurting)

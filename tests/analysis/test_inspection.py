@@ -42,11 +42,11 @@ def test_each_piece_is_routed_as_by_one_forward_over_it(routed: Any, direct: Any
     ]
 
 
-def test_the_worth_of_experts_is_that_of_the_same_pieces(routed: Any) -> None:
+def test_the_losses_without_each_expert_are_those_of_the_same_pieces(routed: Any) -> None:
     found = inspect_texts(routed, _Letters(), TEXTS[:1], leave_out=True)
-    assert found.worth is not None
+    assert found.leave_one_out is not None
     expected = leave_one_out(routed, [found.record.tokens.tolist()])
-    assert found.worth.differences == pytest.approx(expected.differences, abs=1e-6)
+    assert found.leave_one_out.differences == pytest.approx(expected.differences, abs=1e-6)
 
 
 def test_the_model_is_left_as_it_was(routed: Any) -> None:

@@ -166,8 +166,8 @@ def test_copies_of_a_cache_keep_no_record_alive(routed: Any) -> None:
 def test_an_experiment_is_not_recorded(routed: Any, direct: Direct) -> None:
     text = tokens(1)[0]
     with record_routing(routed) as record:
-        worth = leave_one_out(routed, [text.tolist()])
-    assert len(worth.without) == 3
+        found = leave_one_out(routed, [text.tolist()])
+    assert len(found.without) == 3
     assert_holds(record, routed, [text], direct)
 
 

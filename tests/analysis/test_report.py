@@ -84,13 +84,13 @@ def test_the_policy_allows_the_one_script_and_the_one_style_of_the_page() -> Non
 
 def test_text_and_names_cannot_break_out() -> None:
     harmless = random_record(count=3, experts=2)
-    plain = report_html(Inspection(harmless, notes=["cut"], worth=LeaveOneOut(1.0, {"e0": 1.0, "e1": 2.0}, 3)))
+    plain = report_html(Inspection(harmless, notes=["cut"], leave_one_out=LeaveOneOut(1.0, {"e0": 1.0, "e1": 2.0}, 3)))
     names = [EVIL, "b<i>"]
     record = record_of(
         harmless.scalings, experts=names, tokenizer=_Words([EVIL, "{{data}}", "<!--<script>"]), tokens=[0, 1, 2]
     )
-    worth = LeaveOneOut(1.0, dict.fromkeys(names, 2.0), 3)
-    page = report_html(Inspection(record, title=EVIL, names=[EVIL], notes=[EVIL], worth=worth))
+    losses = LeaveOneOut(1.0, dict.fromkeys(names, 2.0), 3)
+    page = report_html(Inspection(record, title=EVIL, names=[EVIL], notes=[EVIL], leave_one_out=losses))
     assert _Elements(page).names == _Elements(plain).names
     assert page.count("<script") == plain.count("<script") == 2
     assert page.count("<!--") == 0
@@ -141,19 +141,22 @@ def test_one_expert_is_said_to_be_alone() -> None:
     assert "there is none to leave out" in page
 
 
-def test_the_worth_of_experts_is_shown_where_it_was_measured() -> None:
+def test_the_losses_without_each_expert_are_shown_where_they_were_measured() -> None:
     record = random_record(experts=2)
     assert "Not measured" in report_html(record)
-    page = report_html(Inspection(record, worth=LeaveOneOut(1.5, {"e0": 1.4, "e1": 1.75}, 11)))
+    page = report_html(Inspection(record, leave_one_out=LeaveOneOut(1.5, {"e0": 1.4, "e1": 1.75}, 11)))
     assert "-0.1000</td><td>hurts" in page
     assert "+0.2500</td><td>helps" in page
     assert "standard errors" not in page
     spread = LeaveOneOut(1.5, {"e0": 1.4, "e1": 1.75}, 11, {"e0": 0.06, "e1": 0.06})
-    page = report_html(Inspection(record, worth=spread))
+    page = report_html(Inspection(record, leave_one_out=spread))
     assert "-0.1000 ± 0.1200</td><td>unclear" in page
     assert "+0.2500 ± 0.1200</td><td>helps" in page
     assert "two standard errors" in page
-    assert Inspection(record, worth=spread).to_dict()["leave_one_out"]["standard_errors"] == {"e0": 0.06, "e1": 0.06}
+    assert Inspection(record, leave_one_out=spread).to_dict()["leave_one_out"]["standard_errors"] == {
+        "e0": 0.06,
+        "e1": 0.06,
+    }
 
 
 def test_a_selection_is_not_taken_for_a_mixture_of_one() -> None:
@@ -191,12 +194,13 @@ def test_the_strip_is_paler_where_the_lead_is_less() -> None:
 
 def test_losses_of_another_mixture_are_refused() -> None:
     with pytest.raises(RoutingError, match="with the mixture of the record"):
-        Inspection(random_record(experts=2), worth=LeaveOneOut(1.5, {"e0": 1.4, "other": 1.75}, 11))
+        Inspection(random_record(experts=2), leave_one_out=LeaveOneOut(1.5, {"e0": 1.4, "other": 1.75}, 11))
     some = Inspection(
-        random_record(experts=3).select(experts=["e2"]), worth=LeaveOneOut(1.5, {"e0": 1.4, "e1": 1.75, "e2": 1.5}, 11)
+        random_record(experts=3).select(experts=["e2"]),
+        leave_one_out=LeaveOneOut(1.5, {"e0": 1.4, "e1": 1.75, "e2": 1.5}, 11),
     )
     assert some.differences == {"e2": 0.0}
-    alone = Inspection(record_of(torch.ones(3, 2, 1)), worth=LeaveOneOut(1.5, {}, 2))
+    alone = Inspection(record_of(torch.ones(3, 2, 1)), leave_one_out=LeaveOneOut(1.5, {}, 2))
     assert alone.differences == {}
     assert "there is none to leave out" in report_html(alone)
 

@@ -81,10 +81,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     usual = record_of(
         scalings, experts=NAMES, tokenizer=_Words(), tokens=list(range(TOKENS)), texts=[TOKENS - 100, 100]
     )
-    worth = LeaveOneOut(2.0, {NAMES[0]: 2.25, NAMES[1]: 1.9, NAMES[2]: 2.0}, TOKENS)
+    losses = LeaveOneOut(2.0, {NAMES[0]: 2.25, NAMES[1]: 1.9, NAMES[2]: 2.0}, TOKENS)
     many = random_record(60, 6, 64)
     made = {
-        "usual": Inspection(usual, EVIL, [EVIL, "second"], [EVIL], worth),
+        "usual": Inspection(usual, EVIL, [EVIL, "second"], [EVIL], losses),
         "many": Inspection(many, "64 experts"),
         "one": Inspection(record_of(torch.ones(5, 2, 1)), "one expert"),
         "shared": Inspection(random_record(layers=1, shared=True), "shared"),

@@ -32,32 +32,32 @@ class Inspection:
         title: the name of what was inspected.
         names: the name of each text, by its number in the record; a text without one is called by its number.
         notes: what was cut or left out, a sentence each.
-        worth: the losses without each expert, where they were measured.
+        leave_one_out: the losses without each expert, where they were measured.
     """
 
     record: RoutingRecord
     title: str = "Routing"
     names: Sequence[str] = ()
     notes: Sequence[str] = ()
-    worth: LeaveOneOut | None = None
+    leave_one_out: LeaveOneOut | None = None
 
     def __post_init__(self) -> None:
         if (
-            self.worth is not None
+            self.leave_one_out is not None
             and len(self.record.palette) > 1
-            and set(self.worth.without) != set(self.record.palette)
+            and set(self.leave_one_out.without) != set(self.record.palette)
         ):
             raise RoutingError(
                 "The losses without each expert are measured with the mixture of the record.",
                 received=f"a record of {listed(self.record.palette)}, losses without "
-                + listed(list(self.worth.without)),
+                + listed(list(self.leave_one_out.without)),
                 remedy="record and measure the same mixture; inspect_texts(…, leave_out=True) does both",
             )
 
     @property
     def differences(self) -> dict[str, float]:
         """By how much the loss rises without each expert; empty where it was not measured, or with one expert."""
-        found = {} if self.worth is None else self.worth.differences
+        found = {} if self.leave_one_out is None else self.leave_one_out.differences
         return {name: found[name] for name in self.record.experts if name in found}
 
     def name_of(self, sequence: int) -> str:
@@ -79,7 +79,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON's types: the metrics, and each recorded token with its weights, means over the layers."""
-        record = self.record
+        record, losses = self.record, self.leave_one_out
         part, metrics = record.part, record.metrics()
         weights = part.scalings.mean(1)
         number = {sequence: i for i, sequence in enumerate(record.sequences)}
@@ -103,12 +103,12 @@ class Inspection:
             "importance": dict(zip(record.experts, metrics.importance, strict=True)),
             "metrics": metrics.scalars(),
             "leave_one_out": None
-            if self.worth is None
+            if losses is None
             else {
-                "loss": self.worth.loss,
-                "tokens": self.worth.tokens,
+                "loss": losses.loss,
+                "tokens": losses.tokens,
                 "differences": self.differences,
-                "standard_errors": {name: self.worth.errors[name] for name in self.differences if self.worth.errors},
+                "standard_errors": {name: losses.errors[name] for name in self.differences if losses.errors},
             },
             "tokens": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         }
@@ -155,13 +155,13 @@ def inspect_texts(
     with record_routing(model, tokenizer, max_tokens=max(1, sum(map(len, ids)))) as record:
         _read(model, ids, size)
     record.require_measurable()
-    worth = None
+    losses = None
     if leave_out and len(record.experts) > 1:
         if any(len(text) > 1 for text in ids):
-            worth = leave_one_out(model, ids, batch=max(1, _AT_ONCE // size))
+            losses = leave_one_out(model, ids, batch=max(1, _AT_ONCE // size))
         else:
             notes.append("The loss without each expert was not measured: no text has two tokens.")
-    return Inspection(record, title, [name for name, _ in pieces], notes, worth)
+    return Inspection(record, title, [name for name, _ in pieces], notes, losses)
 
 
 def _cut(

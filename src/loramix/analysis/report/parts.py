@@ -17,7 +17,7 @@ from loramix.analysis.inspection import Inspection
 from loramix.analysis.metrics import RoutingMetrics, entropy_of, leading_of
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.report.data import LEVELS, levels_of
-from loramix.analysis.show.terminal import worth_texts
+from loramix.analysis.show.terminal import leave_one_out_texts
 from loramix.evaluation.ablation import LeaveOneOut
 
 COLUMNS = 240
@@ -111,31 +111,31 @@ def numbers_table(metrics: RoutingMetrics) -> str:
     return f'<table class="numbers">{"".join(rows)}</table>'
 
 
-def worth_table(inspection: Inspection) -> str:
+def leave_one_out_table(inspection: Inspection) -> str:
     """The change in loss without each expert: bars to the right where it rises, to the left where it falls."""
-    worth, record = inspection.worth, inspection.record
+    found, record = inspection.leave_one_out, inspection.record
     if len(record.palette) == 1:
         return '<p class="faint">One expert: there is none to leave out.</p>'
-    if worth is None:
+    if found is None:
         return '<p class="faint">Not measured; <code>loramix inspect … --leave-one-out</code> does.</p>'
     differences = inspection.differences
     most = max(max(map(abs, differences.values())), 1e-9)
-    rows = [_worth_row(record, worth, name, most) for name in differences]
+    rows = [_leave_one_out_row(record, found, name, most) for name in differences]
     return (
-        f"<p>The loss on {worth.tokens} tokens is {worth.loss:.4f} nats a token. Without the expert it changes by:</p>"
+        f"<p>The loss on {found.tokens} tokens is {found.loss:.4f} nats a token. Without the expert it changes by:</p>"
         + (
             '<p class="faint">± two standard errors; unclear where the change is within them.</p>'
-            if worth.errors
+            if found.errors
             else ""
         )
-        + _within(f'<table class="worth">{"".join(rows)}</table>', len(rows), "Loss without each expert")
+        + _within(f'<table class="leave-one-out">{"".join(rows)}</table>', len(rows), "Loss without each expert")
     )
 
 
-def _worth_row(record: RoutingRecord, worth: LeaveOneOut, name: str, most: float) -> str:
-    colour, difference = _colour(record, name), worth.differences[name]
+def _leave_one_out_row(record: RoutingRecord, found: LeaveOneOut, name: str, most: float) -> str:
+    colour, difference = _colour(record, name), found.differences[name]
     width = 50 * abs(difference) / most
-    value, verdict = worth_texts(worth, name)
+    value, verdict = leave_one_out_texts(found, name)
     return (
         f'<tr><th scope="row">{_named(record, name)}</th>'
         '<td class="wide"><svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'

@@ -18,7 +18,15 @@ from pathlib import Path
 from loramix.analysis.inspection import Inspection
 from loramix.analysis.record.record import RoutingRecord
 from loramix.analysis.report.data import TOKENS, choose_tokens, document, embedded
-from loramix.analysis.report.parts import DARK, LIGHT, colour_rules, experts_list, numbers_table, strips, worth_table
+from loramix.analysis.report.parts import (
+    DARK,
+    LIGHT,
+    colour_rules,
+    experts_list,
+    leave_one_out_table,
+    numbers_table,
+    strips,
+)
 from loramix.errors import SaveError
 from loramix.files.atomic import save_text
 
@@ -59,7 +67,7 @@ def _page(inspection: Inspection | RoutingRecord, tokens: int) -> tuple[str, lis
         "experts": experts_list(record, metrics),
         "numbers": numbers_table(metrics),
         "strips": strips(record),
-        "worth": worth_table(found),
+        "leave_one_out": leave_one_out_table(found),
         "data": embedded(data),
         "script": script,
     }

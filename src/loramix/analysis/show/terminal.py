@@ -108,24 +108,24 @@ def legend(experts: Sequence[str], console: Console, palette: Sequence[str] | No
 def experts_table(inspection: Inspection) -> Table:
     """A row for each expert: load, importance, and the change in loss without it."""
     metrics = inspection.record.metrics()
-    worth = inspection.worth if inspection.differences else None
+    losses = inspection.leave_one_out if inspection.differences else None
     table = Table(title="Experts", title_justify="left")
     table.add_column("", no_wrap=True)
-    for column in ("leads", "mean scaling", *([] if worth is None else ["loss without it"])):
+    for column in ("leads", "mean scaling", *([] if losses is None else ["loss without it"])):
         table.add_column(column, justify="right", no_wrap=True)
     for name, load, importance in zip(inspection.record.experts, metrics.load, metrics.importance, strict=True):
         cells = [f"{load:.1%}", f"{importance:.3f}"]
-        if worth is not None:
-            cells.append(" ".join(worth_texts(worth, name)))
+        if losses is not None:
+            cells.append(" ".join(leave_one_out_texts(losses, name)))
         table.add_row(Text(visible(name)), *cells)
     return table
 
 
-def worth_texts(worth: LeaveOneOut, expert: str) -> tuple[str, str]:
+def leave_one_out_texts(losses: LeaveOneOut, expert: str) -> tuple[str, str]:
     """The change in loss without an expert, with two standard errors, and the verdict on the expert."""
-    error = worth.errors.get(expert)
+    error = losses.errors.get(expert)
     spread = "" if error is None else f" ± {2 * error:.4f}"
-    return f"{worth.differences[expert]:+.4f}{spread}", worth.verdict(expert)
+    return f"{losses.differences[expert]:+.4f}{spread}", losses.verdict(expert)
 
 
 def metrics_table(metrics: RoutingMetrics) -> Table:
