@@ -36,10 +36,11 @@ def check(
     loramix check ./base --targets q_proj,v_proj
     """
     from loramix import demo
-    from loramix.model.compatibility import check_base, without_weights
+    from loramix.files.base_models import load_config, without_weights
+    from loramix.model.compatibility import check_base
 
     with warnings_as_lines():
-        model = demo.base() if is_shipped(base) else without_weights(base, revision)
+        model = demo.base() if is_shipped(base) else without_weights(load_config(base, revision))
         names = [name.strip() for name in targets.split(",") if name.strip()]
         found = check_base(model, targets if len(names) < 2 and targets == "all-linear" else names)
     if as_json:

@@ -8,8 +8,10 @@ from typing import Any, TypeVar, cast
 
 import huggingface_hub.utils.logging
 import torch
+import transformers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -18,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from loramix.errors import CheckpointNotFoundError, CorruptCheckpointError
+from loramix.errors import CheckpointNotFoundError, CorruptCheckpointError, ModelError
 
 _Loaded = TypeVar("_Loaded")
 
@@ -43,6 +45,32 @@ def load_config(identifier: str, revision: str | None = None) -> PreTrainedConfi
     """The configuration of a base model, without its weights; arguments and errors as for `load_base`."""
     call = cast(Any, AutoConfig).from_pretrained
     return _load(identifier, lambda: call(identifier, revision=revision or "main"))
+
+
+def without_weights(config: PreTrainedConfig, *, causal: bool = False) -> PreTrainedModel:
+    """The base model of a configuration on the meta device: its modules and their shapes, without weights.
+
+    Args:
+        config: the base model's.
+        causal: a causal language model; otherwise a model of the class that the configuration names.
+
+    Raises:
+        ModelError: no such model can be made of the configuration.
+    """
+    named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
+    auto: list[Any] = [AutoModelForCausalLM.from_config, AutoModel.from_config]
+    failures: list[Exception] = []
+    for make in auto[:1] if causal else (*filter(None, named), *auto):
+        try:
+            with torch.device("meta"):
+                return make(config).eval()
+        except Exception as error:  # a configuration of another kind, or one that its class cannot take
+            failures.append(error)
+    raise ModelError(
+        f"A {'causal language' if causal else 'base'} model can be made of its configuration.",
+        received=f"{config.name_or_path!r}, of type {config.model_type!r}: {one_line(failures[0])[:200]}",
+        remedy="name a model for text generation" if causal else "name a model of transformers",
+    ) from failures[0]
 
 
 def load_tokenizer(identifier: str, revision: str | None = None) -> PreTrainedTokenizerFast:

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-import transformers
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loramix.config.lora import LoraConfig
-from loramix.errors import LoramixError, ModelError
+from loramix.errors import LoramixError
 from loramix.experts.base_layers import why_unadaptable
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.targets import ALL_LINEAR, new_targets
-from loramix.files.base_models import load_config, one_line
+from loramix.files.base_models import one_line
 from loramix.layers.inject import Site, find_backbones
 from loramix.layers.tokens import refusal, uses_of
 
@@ -108,30 +106,6 @@ def check_base(base: PreTrainedModel, target_modules: str | Sequence[str] = ALL_
         answers.append((site.path, reason, not (reasons[site.path] or always)))
     backbone = " and ".join(dict.fromkeys(type(carrier).__name__ for carrier in backbones if carrier is not None))
     return Compatibility(name, backbone, hidden_size, None, uses is not None, _groups(answers))
-
-
-def without_weights(place: str, revision: str | None = None) -> PreTrainedModel:
-    """The model of a folder or Hub id on the meta device, of the class that its configuration names.
-
-    Raises:
-        CheckpointError: as `load_config`.
-        ModelError: no model can be made of the configuration.
-    """
-    config = load_config(place, revision)
-    named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
-    auto: list[Any] = [AutoModelForCausalLM.from_config, AutoModel.from_config]
-    failures: list[Exception] = []
-    for make in (*filter(None, named), *auto):
-        try:
-            with torch.device("meta"):
-                return make(config).eval()
-        except Exception as error:  # a configuration of another kind, or one that its class cannot take
-            failures.append(error)
-    raise ModelError(
-        "A base model can be made of its configuration.",
-        received=f"{place!r}, of type {config.model_type!r}: {one_line(failures[0])[:200]}",
-        remedy="name a model of transformers",
-    ) from failures[0]
 
 
 def _groups(answers: Sequence[tuple[str, str | None, bool]]) -> tuple[TargetGroup, ...]:

@@ -1,13 +1,13 @@
-"""What a run knows of its base model before the weights are loaded: configuration, tokenizer, dtype and shapes."""
+"""What a run knows of its base model before the weights are loaded: configuration, tokenizer and dtype."""
 
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from loramix.errors import ConfigurationError, DataError
 from loramix.experts.base_model import vocabulary_of
-from loramix.files.base_models import load_config, load_tokenizer, one_line
+from loramix.files.base_models import load_config, load_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,20 +44,3 @@ def dtype_of(name: str, config: PreTrainedConfig) -> torch.dtype:
             f"dtype is auto, {', '.join(_DTYPES)}.", received=f"dtype={name!r}", remedy="Use dtype: auto."
         )
     return _DTYPES[name]
-
-
-def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model on the meta device: its modules and their shapes, without weights.
-
-    Raises:
-        ConfigurationError: no causal language model.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).to(dtype)
-    except ValueError as error:
-        raise ConfigurationError(
-            "The base model is a causal language model.",
-            received=f"a configuration of type {config.model_type!r}: {one_line(error)[:200]}",
-            remedy="Name a base model for text generation.",
-        ) from error

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -20,12 +20,13 @@ from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError, SaveError
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.targets import new_targets
+from loramix.files.base_models import without_weights
 from loramix.files.hub import from_anywhere
 from loramix.layers.inject import find_backbones, plan
 from loramix.layers.tokens import check_uses
 from loramix.routers import HiddenStateRouter, router_class
 from loramix.training.arguments import trainer_arguments
-from loramix.training.base_model import dtype_of, read_base, without_weights
+from loramix.training.base_model import dtype_of, read_base
 from loramix.training.data import Row, read_rows
 from loramix.training.initialise import check_width, prompt_texts
 from loramix.training.objectives import RouterObjectives
@@ -58,7 +59,7 @@ def check(settings: TrainSettings) -> CheckedRun:
     base_config, tokenizer = read_base(settings.base, settings.revision)
     arguments = trainer_arguments(settings.output, settings.trainer, base_config)
     dtype = dtype_of(settings.dtype, base_config)
-    base = without_weights(base_config, dtype)
+    base: PreTrainedModel = cast(Any, without_weights(base_config, causal=True)).to(dtype)
     config = _mixture_config(settings, base)
     experts = [formats.load_adapter(name, place) for name, place in config.adapters.items()]
     sites = plan(base, [replace(expert, base_weights={}) for expert in experts])
@@ -198,7 +199,7 @@ def check_expert(settings: ExpertSettings) -> CheckedExpertRun:
     }
     check_keys(values, [entry.name for entry in fields(LoraConfig)], "lora")
     config = LoraConfig(base_model_name_or_path=from_anywhere(settings.base), revision=settings.revision, **values)
-    new_targets(without_weights(base_config, dtype), config)
+    new_targets(without_weights(base_config, causal=True), config)
     rows = read_rows(settings.data.train, split=settings.data.split, subset=settings.data.subset)
     rows[0].as_text(tokenizer)
     return CheckedExpertRun(config, arguments, tokenizer, rows, dtype)
