@@ -137,7 +137,7 @@ def _structure(backbone: PreTrainedModel) -> object:
     return (
         tuple((path, type(m), vars(m).get("forward")) for path, m in backbone.named_modules(remove_duplicate=False)),
         tuple((name, p.shape, p.dtype) for name, p in backbone.named_parameters(remove_duplicate=False)),
-        backbone.config.to_json_string(),
+        backbone.config.to_json_string(use_diff=False),  # finding the differences takes longer
         getattr(backbone.config, "_attn_implementation", None),
     )
 
