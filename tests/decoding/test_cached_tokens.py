@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 import loramix
 import support.routers  # noqa: F401 - registers a layer router
 from loramix import CacheError
-from loramix._compat import enable_checkpointing
+from loramix._compat import CACHE, enable_checkpointing
 from loramix.experts.dry_run import dry_run
 from loramix.layers.functional import lora_mixture_reference
 from loramix.layers.slot import current
@@ -38,10 +38,10 @@ SPARSE |= {"n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_
 class Latent(hf.models.llama.modeling_llama.LlamaAttention):
     """Caches what it is given, and projects keys and values of the whole text anew."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, past_key_values: Any = None, **_: Any) -> Any:
-        seen = hidden_states
-        if past_key_values is not None:
-            seen = past_key_values.update(seen[:, None], seen[:, None], self.layer_idx)[0][:, 0]
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **inputs: Any) -> Any:
+        seen, cache = hidden_states, inputs.get(CACHE)
+        if cache is not None:
+            seen = cache.update(seen[:, None], seen[:, None], self.layer_idx)[0][:, 0]
         shape = (len(seen), -1, self.config.num_attention_heads, self.head_dim)
         q, k, v = (
             layer(x).view(shape).transpose(1, 2)
