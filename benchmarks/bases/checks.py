@@ -30,6 +30,7 @@ from loramix.experts.targets import carrier_path, in_head
 from loramix.formats import save_adapter
 from loramix.layers.inject import Site
 from loramix.layers.tokens import refusal, uses_of
+from loramix.passes.state import state_of
 
 WORKS, BASE_FAILS, ABSENT, REFUSED, WRONG, FAILS = "works", "base fails", "", "refused", "WRONG", "fails"
 NO_MODEL = "no tiny model"
@@ -131,7 +132,14 @@ def _inputs(base: PreTrainedModel) -> dict[str, Tensor]:
         inputs = {"input_features": torch.randn(2, *_sound(base.config), generator=generator)}
     elif not _reads(base, "input_ids"):
         inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
-    return inputs | {"decoder_input_ids": target} if _reads(base, "decoder_input_ids") else inputs
+    if not _reads(base, "decoder_input_ids"):
+        return inputs
+    try:
+        output(base, **inputs, decoder_input_ids=target)
+    except Exception:  # BART classifies by the end of the text, which its decoder reads too
+        ids[:, -1] = base.config.eos_token_id
+        return inputs
+    return inputs | {"decoder_input_ids": target}
 
 
 def _sound(config: Any) -> tuple[int, int]:
@@ -156,9 +164,10 @@ def _given(out: Any) -> Tensor:
 def forward_equals_reference(case: Case) -> None:
     """A plain forward of the base model, with one expert at a time added to each layer by a hook.
 
-    An encoder's tokens and a decoder's differ in number.
+    An encoder's tokens and a decoder's are told apart by their number; where they are equal, as the dry run tells.
     """
     mixture = case.mixture()
+    of_encoder = state_of(mixture).uses.seeing_encoder
     mixture.enable_scalings_logging()
     found = output(mixture, **case.inputs)
     scalings = mixture.get_scalings_log()  # (B, S, L, E), of an encoder and of a decoder
@@ -170,7 +179,8 @@ def forward_equals_reference(case: Case) -> None:
         def add(module: nn.Module, args: Any, y: Tensor, number: int = number, path: str = path) -> Tensor:
             for e, weights in tensors.items():
                 delta, tokens = _delta(module, args[0], weights[path].A, weights[path].B)
-                own = next(each for each in scalings if each.shape[:2].numel() == math.prod(tokens))
+                fitting = [each for each in scalings if each.shape[:2].numel() == math.prod(tokens)]
+                own = fitting[0 if number in of_encoder else -1]
                 y = y + SCALE * own[:, :, number, e].reshape(tokens) * delta
             return y
 

@@ -38,8 +38,8 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
     these to scalings s (B, S, L, E): s = softmax(z / softmax_temperature) with `enable_softmax`, else z; with
     `top_k_lora` all but the k largest become 0; with `enable_softmax_topk` a softmax over those that are left.
 
-    A mixture with another router or another gating has `peft_type` LORAMIX, in its file too, so that PEFT refuses it
-    rather than run it with a classifier drawn at random.
+    A mixture with another router or another gating, or with scalings given `elsewhere`, has `peft_type` LORAMIX, in its
+    file too, so that PEFT refuses it rather than run it with a classifier drawn at random.
 
     Args:
         hidden_size: H, the base model's hidden size; if it is left out, it is set when the model is built.
@@ -60,6 +60,9 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         gating: kind of gating.
         gating_settings: settings of a registered gating by name: numbers, texts, True, False or None. Those of "xlora"
             are the fields above.
+        elsewhere: given scalings for layers that the router cannot scale, such as those of a vision tower: part of a
+            path, such as "vision_tower" or "decoder.embed_positions", -> expert -> scaling, 0 for experts that are left
+            out; or "uniform", 1 / E for each. Of several parts that fit a layer the longest counts.
 
     Raises:
         ConfigurationError: an invalid value, whatever the base model is.
@@ -84,6 +87,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
     router: str = "classifier"
     gating: str = "xlora"
     gating_settings: dict[str, Any] = field(default_factory=dict)
+    elsewhere: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         missing_adapters = cast(object, self.adapters) is None
@@ -100,7 +104,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
 
     @property
     def peft_type(self) -> PeftType:
-        """XLORA, or LORAMIX with a router or a gating that PEFT does not have; it follows from the fields."""
+        """XLORA, or LORAMIX with what PEFT does not have; it follows from the fields."""
         return PeftType.LORAMIX if self._beyond_peft() else PeftType.XLORA
 
     @peft_type.setter
@@ -116,6 +120,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         super().validate()
         require_integer("hidden_size", self.hidden_size, at_least=1, remedy="Use base.config.hidden_size.")
         self._validate_router()
+        self._validate_elsewhere()
         require_integer("xlora_depth", self.xlora_depth, at_least=1, remedy="Use xlora_depth=1 or more.")
         require(
             self.xlora_depth <= _DEEPEST,
@@ -166,6 +171,35 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
             remedy=f"Leave {', '.join(given)} out, or use router={_CLASSIFIER!r}.",
         )
 
+    def _validate_elsewhere(self) -> None:
+        given = cast("object", self.elsewhere)
+        entries = cast("dict[object, object]", given) if isinstance(given, dict) else {None: None}
+        for part, scalings in entries.items():
+            require(
+                isinstance(part, str) and bool(part) and (scalings == UNIFORM or isinstance(scalings, dict)),
+                f'elsewhere must map parts of paths to "{UNIFORM}", or to the scalings of experts by name.',
+                received=f"elsewhere={given!r}",
+                remedy='Write for example elsewhere={"vision_tower": {"math": 1.0}}.',
+            )
+            for name, value in cast("dict[str, object]", scalings if isinstance(scalings, dict) else {}).items():
+                require(
+                    name in self.adapters or not self.adapters,
+                    "elsewhere must name experts of the mixture.",
+                    received=f"elsewhere[{part!r}] with {name!r}, and experts {', '.join(map(repr, self.adapters))}",
+                    remedy="Name experts of the mixture.",
+                )
+                require_finite(f"elsewhere[{part!r}][{name!r}]", value, remedy="Use a number, such as 1.0.")
+
+    def scalings_elsewhere(self, path: str) -> list[float] | None:
+        """The given scaling of each expert, in their order, for the layer at `path`; None if none is given."""
+        fitting = [part for part in self.elsewhere if f".{part}." in f".{path}."]
+        if not fitting:
+            return None
+        scalings = self.elsewhere[max(fitting, key=len)]
+        if scalings == UNIFORM:
+            return [1 / len(self.adapters)] * len(self.adapters)
+        return [float(scalings.get(name, 0.0)) for name in self.adapters]
+
     def validate_for(self, num_experts: int, hidden_size: int) -> None:
         """Check the rules that depend on the base model and the experts, and all others again.
 
@@ -207,9 +241,9 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         named = any(known.get(name, default) != default for name, default in _BEYOND_PEFT.items())
         require(
             values.get("peft_type") != PeftType.LORAMIX.value or named,
-            "A configuration with peft_type LORAMIX names a router or a gating that PEFT does not have.",
-            received=", ".join(f"{name}={known.get(name)!r}" for name in ("router", "gating")),
-            remedy='Put "router" or "gating" back into the file, or write "peft_type": "XLORA".',
+            "A configuration with peft_type LORAMIX has a router, a gating or given scalings that PEFT does not have.",
+            received=", ".join(f"{name}={known.get(name)!r}" for name in ("router", "gating", "elsewhere")),
+            remedy='Put "router", "gating" or "elsewhere" back into the file, or write "peft_type": "XLORA".',
         )
         return known
 
@@ -232,7 +266,9 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
 
 _CLASSIFIER = "classifier"
 _OF_THE_CLASSIFIER = ("xlora_depth", "xlora_size", "xlora_dropout_p")
-_BEYOND_PEFT: Mapping[str, Any] = {"router": _CLASSIFIER, "gating": "xlora", "gating_settings": {}}
+_BEYOND_PEFT: Mapping[str, Any] = {"router": _CLASSIFIER, "gating": "xlora", "gating_settings": {}, "elsewhere": {}}
+UNIFORM = "uniform"
+"""In `elsewhere`: every expert counts as much as any other."""
 _SETTING = (str, int, float, bool, type(None))
 _DEEPEST = 1000
 _SWITCHES = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")

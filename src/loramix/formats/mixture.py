@@ -9,11 +9,12 @@ import copy
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from loramix.config.base import PeftType
-from loramix.config.xlora import XLoraConfig, as_adapters
+from loramix.config.xlora import UNIFORM, XLoraConfig, as_adapters
 from loramix.errors import (
     AdapterMismatchError,
     ConfigurationError,
@@ -95,6 +96,8 @@ def select_experts(
         adapters = {n: place for n, place in config.adapters.items() if saved.adapters.get(n) != place} or None
     chosen = copy.deepcopy(config or saved)
     chosen.adapters = _replaced(saved.adapters, adapters)
+    names = dict(zip(saved.adapters, chosen.adapters, strict=False))
+    chosen.elsewhere = {part: _renamed(given, names) for part, given in chosen.elsewhere.items()}
     if not chosen.adapters:
         raise ConfigurationError(
             "A mixture names its experts.",
@@ -102,6 +105,11 @@ def select_experts(
             remedy='Say what they are: from_pretrained(…, adapters={"name": "path or Hub id"}), or correct the file.',
         )
     return chosen, tuple(adapters or ())
+
+
+def _renamed(given: Any, names: Mapping[str, str]) -> Any:
+    """The scalings given elsewhere, with other names of the experts."""
+    return given if given == UNIFORM else {names.get(name, name): value for name, value in given.items()}
 
 
 def _replaced(saved: Mapping[str, str], given: Mapping[str, str | os.PathLike[str]] | None) -> dict[str, str]:

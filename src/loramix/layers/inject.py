@@ -140,16 +140,18 @@ def _mismatch(adapter: Adapter, what: str, paths: Sequence[str]) -> AdapterMisma
 
 
 def find_backbones(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[str]) -> Backbones:
-    """The one `PreTrainedModel` above all adapted layers; or a decoder, and the encoder whose states it reads.
+    """The `PreTrainedModel` that runs the passes: the nearest above the layers; or a decoder and its encoder.
+
+    Layers may lie outside, as in a vision tower.
 
     Args:
         model: the model given to `get_peft_model`.
-        sites: the layers to adapt.
+        sites: the layers to adapt, without those that are given their scalings.
         names: the experts' names, for errors.
 
     Raises:
         UnsupportedAdapterError: an expert adapts what runs after the backbone, other than the output embeddings.
-        ModelError: the adapted layers have no such model, or several others.
+        ModelError: the forward of such a model was replaced on the object.
     """
     modules = dict(model.named_modules())
     after = [site for site in sites if in_head(modules, site.path)]
@@ -163,14 +165,7 @@ def find_backbones(model: PreTrainedModel, sites: Sequence[Site], names: Sequenc
                 remedy=f"train the expert without {site.path.rpartition('.')[2]!r} in target_modules",
             )
     found = {carrier_path(modules, site.path): None for site in sites if site not in after}
-    carriers = {path: modules[path] for path in sorted(found)}
-    backbones = _backbones(model, list(carriers.values()))
-    if backbones is None:
-        raise ModelError(
-            "All adapted layers lie under one backbone, or under an encoder and its decoder.",
-            received=f"{type(model).__name__} with adapted layers in {', '.join(p or 'its root' for p in carriers)}",
-            remedy="use experts that adapt only its language model",
-        )
+    backbones = _backbones(model, [modules[path] for path in sorted(found)])
     for carrier in filter(None, backbones):
         if "forward" in carrier.__dict__ and "_old_forward" not in carrier.__dict__:
             raise ModelError(
@@ -181,15 +176,18 @@ def find_backbones(model: PreTrainedModel, sites: Sequence[Site], names: Sequenc
     return backbones
 
 
-def _backbones(model: PreTrainedModel, carriers: Sequence[PreTrainedModel]) -> Backbones | None:
-    """The backbones of a model with these carriers; None where they are not one, or an encoder and its decoder."""
+def _backbones(model: PreTrainedModel, carriers: Sequence[nn.Module]) -> Backbones:
+    """The backbones of a model whose adapted layers lie under these models: of several, those that read the text."""
     both = encoder_and_decoder(model)
-    if both is None:
-        only = carriers or [cast(PreTrainedModel, model.base_model)]
-        return Backbones(only[0]) if len(only) == 1 else None
-    if carriers == [both.encoder]:
-        return Backbones(carriers[0])  # the decoder has no experts
-    return both if all(carrier in both for carrier in carriers) else None
+    if len(carriers) == 1 and (both is None or carriers[0] is not both.main):
+        return Backbones(cast(PreTrainedModel, carriers[0]))  # of an encoder–decoder, maybe the encoder alone
+    if both is not None:
+        return both
+    modules = dict(model.named_modules())
+    embedding = model.get_input_embeddings()
+    path = next((path for path, module in modules.items() if module is embedding), None)
+    text = model.base_model if path is None or not carriers else modules[carrier_path(modules, path)]
+    return Backbones(cast(PreTrainedModel, text))
 
 
 def refuse_meta(sites: Sequence[Site]) -> None:

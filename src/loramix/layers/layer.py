@@ -5,7 +5,7 @@ y = base(x) + Σ_stacks Δ(x)                                                   
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from loramix.layers.convolution import ConvolutionStack
 from loramix.layers.dora import DoraStack
 from loramix.layers.embedding import EmbeddingStack
 from loramix.layers.linear import LinearStack
+from loramix.layers.routing import Routing
 from loramix.layers.slot import called, current, weight_read
 from loramix.layers.stack import ExpertStack, LayerExpert
 
@@ -42,6 +43,10 @@ class XLoraLayer(nn.Module):
     Raises:
         RoutingError (the forward): outside the passes of the model, or with scalings of other tokens.
     """
+
+    apart: Callable[[int], Routing] | None = None
+    """What gives the layer, by its number, its routing in place of the pass: where it runs outside, or where the router
+    cannot scale it."""
 
     def __init__(self, base_layer: nn.Module, *stacks: ExpertStack) -> None:
         super().__init__()
@@ -81,7 +86,7 @@ class XLoraLayer(nn.Module):
         own.register_parameter(name, param)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        routing = current()
+        routing = current() if self.apart is None else self.apart(self.stack.number)
         modules = cast("dict[str, nn.Module]", self._modules)  # as attributes they are looked for, each time
         base_layer = modules["base_layer"]
         base_y: Tensor = base_layer(x, *args, **kwargs)

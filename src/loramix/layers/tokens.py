@@ -5,7 +5,7 @@ B, S: batch, sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from loramix.errors import ModelError, RoutingError, UnsupportedAdapterError
 from loramix.experts.base_model import Backbones
-from loramix.experts.dry_run import OTHERS, TEXTS, TOKENS, LayerUse, Sees, dry_run
+from loramix.experts.dry_run import OTHERS, TEXTS, TOKENS, LayerUse, dry_run
 from loramix.experts.kept_state import KeptState
+from loramix.experts.targets import carrier_path, in_head
 from loramix.layers.inject import Site
 
 
@@ -28,16 +29,25 @@ class BaseUses(NamedTuple):
         kept: what the base model keeps outside the cache.
         seeing_cached: the numbers of the layers that see the tokens in the cache too.
         seeing_encoder: of those that see the encoder's tokens: in the encoder, and keys and values of cross-attention.
+        apart: the paths of the layers that do not read the routing of a pass: those outside the backbones, and those
+            that are given their scalings.
     """
 
     told: bool
     kept: KeptState
     seeing_cached: tuple[int, ...] = ()
     seeing_encoder: tuple[int, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 def check_uses(
-    model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site], names: Sequence[str], *, routed: bool
+    model: PreTrainedModel,
+    backbones: Backbones,
+    sites: Sequence[Site],
+    names: Sequence[str],
+    *,
+    routed: bool,
+    given: Collection[str] = (),
 ) -> BaseUses:
     """Check by a dry run what the layers to adapt see.
 
@@ -47,6 +57,7 @@ def check_uses(
         sites: the layers to adapt.
         names: the experts' names, for errors.
         routed: whether scalings of the backbone's tokens reach the layers; without, a layer may see any tokens.
+        given: the paths of layers that are given their scalings, as if they were not routed.
 
     Returns:
         what the dry run told.
@@ -68,15 +79,18 @@ def check_uses(
             remedy='use another base model, or router="static", which needs one pass',
         )
     uses = uses_of(model, backbones, sites)
-    if uses is None and routed and model.config.is_encoder_decoder:
+    told = uses is not None
+    if not told and routed and model.config.is_encoder_decoder:
         raise ModelError(
             "Of an encoder–decoder it is known whose tokens each layer sees.",
             received=f"a {type(model).__name__}, whose parts could not be tried",
             remedy='mix with router="static", which has one weight for all tokens',
         )
     if uses is None:
-        return BaseUses(False, kept)
-    found_in = {path: refusal(use, routed=routed, has_encoder=has_encoder) for path, use in uses.items()}
+        uses = {site.path: LayerUse("other tokens", outside=True) for site in outside(model, backbones, sites)}
+    found_in = {
+        path: refusal(use, routed=routed and path not in given, has_encoder=has_encoder) for path, use in uses.items()
+    }
     refused = {path: found for path, found in found_in.items() if found is not None}
     if refused:
         rule, _, remedy = next(iter(refused.values()))
@@ -90,32 +104,58 @@ def check_uses(
             received=f"expert {', '.join(experts)} on a {type(carrier).__name__}: {shown}{more}",
             remedy=f"train the expert without {ends} in target_modules{remedy}",
         )
-    seeing = {kind: tuple(n for n, site in enumerate(sites) if uses[site.path].sees == kind) for kind in _OTHERS}
-    return BaseUses(True, kept, *seeing.values())
+    seen = [uses.get(site.path, LayerUse()) for site in sites]
+    return BaseUses(
+        told,
+        kept,
+        seeing_cached=tuple(n for n, use in enumerate(seen) if use.sees == "cached tokens"),
+        seeing_encoder=tuple(n for n, use in enumerate(seen) if use.sees == "encoder tokens"),
+        apart=tuple(s.path for s, use in zip(sites, seen, strict=True) if use.outside or s.path in given),
+    )
 
 
-_OTHERS: tuple[Sees, ...] = ("cached tokens", "encoder tokens")
+def outside(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site]) -> list[Site]:
+    """The sites that lie in none of the backbones, and not in the head."""
+    inside = {id(module) for backbone in filter(None, backbones) for module in backbone.modules()}
+    modules = dict(model.named_modules())
+    return [site for site in sites if id(site.module) not in inside and not in_head(modules, site.path)]
 
 
 def uses_of(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
-    """What dry runs show of these layers, by the sites' paths; None where none is possible.
+    """What dry runs show of these layers, by the sites' paths; None where none of a backbone is possible.
 
     Args:
         model: the base model.
         backbones: those that run the passes.
         sites: the layers; that of a head lies outside the backbone.
     """
-    if backbones.encoder is None:
-        return _uses_in(model, backbones.main, sites)
-    inside = {id(module) for module in backbones.encoder.modules()}
-    own = [site for site in sites if id(site.module) in inside]
-    of_encoder = _uses_in(model, backbones.encoder, own)
-    of_decoder = _uses_in(model, backbones.main, [site for site in sites if id(site.module) not in inside])
-    if of_encoder is None or of_decoder is None:
-        return None
-    for path, use in of_encoder.items():
-        of_encoder[path] = replace(use, sees="encoder tokens" if use.sees == "tokens" else use.sees)
-    return of_encoder | of_decoder
+    around = outside(model, backbones, sites)
+    encoder = set[int]() if backbones.encoder is None else {id(module) for module in backbones.encoder.modules()}
+    of_encoder = [site for site in sites if id(site.module) in encoder]
+    of_main = [site for site in sites if site not in around and id(site.module) not in encoder]
+    parts = [_uses_in(model, backbones.main, of_main)]
+    if backbones.encoder is not None:
+        parts.append(_uses_in(model, backbones.encoder, of_encoder))
+    found: dict[str, LayerUse] = {}
+    for part in parts:
+        if part is None:
+            return None
+        found |= part
+    for site in of_encoder:
+        if found[site.path].sees == "tokens":
+            found[site.path] = replace(found[site.path], sees="encoder tokens")
+    return found | _uses_around(model, around)
+
+
+def _uses_around(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, LayerUse]:
+    """The same of layers outside the backbones, as far as the models that they lie under can be run alone."""
+    modules, found = dict(model.named_modules()), dict[str, LayerUse]()
+    for site in sites:
+        above = carrier_path(modules, site.path)
+        run = dry_run(modules[above])
+        use = None if run is None else run.get(site.path.removeprefix(f"{above}."))
+        found[site.path] = replace(use or LayerUse("other tokens"), outside=True)
+    return found
 
 
 def _uses_in(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
@@ -172,18 +212,20 @@ def refusal(use: LayerUse, *, routed: bool, has_encoder: bool = False) -> Refusa
     if use.is_bypassed:
         rule = "Experts act in a layer that the base model calls."
         return Refusal(rule, "is not called: the base model reads its weight")
-    if use.outside:
-        rule = "Experts act in a layer that is called inside the backbone, whose passes have its scalings."
-        return Refusal(rule, "is called by the model around the backbone")
     if use.returns_tuple:
         return Refusal("Experts adapt layers that return one tensor.", "returns several values")
+    if routed and use.outside:
+        return Refusal(_RULE, "is called outside the backbone", _REMEDY)
     if not routed or use.sees in ("tokens", "cached tokens") or (has_encoder and use.sees == "encoder tokens"):
         return None
-    return Refusal(
-        "A router gives scalings to the tokens of the backbone: an adapted layer sees these, in their order.",
-        _described(use),
-        ', or mix with router="static", which has one weight for all tokens',
-    )
+    return Refusal(_RULE, _described(use), _REMEDY)
+
+
+_RULE = "A router gives scalings to the tokens of the backbone: an adapted layer sees these, in their order."
+_REMEDY = (
+    ', give it scalings with XLoraConfig(elsewhere={"…": "uniform"}), or mix with router="static", which has one '
+    "weight for all tokens"
+)
 
 
 def _described(use: LayerUse) -> str:

@@ -32,7 +32,7 @@ from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
 from loramix.layers.inject import Site, adapt, find_backbones, head_site, plan, refuse_meta, replace, router_sizes
 from loramix.layers.layer import XLoraLayer
-from loramix.layers.tokens import check_uses
+from loramix.layers.tokens import BaseUses, check_uses
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
@@ -284,13 +284,15 @@ def _build_mixture(
         router.load(saved)
     router.requires_grad_(trainable).train(model.training)
     names = [expert.name for expert in experts]
-    backbones = find_backbones(model, sites, names)
+    given = given_scalings(config, sites)
+    others = [site for site in sites if site.path not in given]
+    backbones = find_backbones(model, others, names)
     refuse_meta(sites)
-    head = head_site(model, sites)
+    head = head_site(model, others)
     if head is not None:
         _check_head(head, names, kind)
     routed = issubclass(kind, HiddenStateRouter)
-    uses = check_uses(model, backbones, sites, names, routed=routed)
+    uses = check_uses(model, backbones, sites, names, routed=routed, given=given)
     if uses.told and not uses.seeing_encoder:
         backbones = Backbones(backbones.main)
     if routed:
@@ -299,6 +301,7 @@ def _build_mixture(
     router.to(list(backbones.main.parameters())[-1].device)  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, uses)
     state.head = None if head is None else head.path
+    _set_apart(layers, state, uses)
     _commit(model, backbones, layers, state, XLoraMethods, find_own(model, experts))
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
@@ -309,6 +312,27 @@ def _check(config: XLoraConfig, num_experts: int, hidden_size: int) -> type[Rout
     config.validate_for(num_experts, hidden_size)
     gating_of(config)
     return router_class(config)
+
+
+def given_scalings(config: XLoraConfig, sites: Sequence[Site]) -> list[str]:
+    """The paths of the layers that are given their scalings by `elsewhere`.
+
+    Raises:
+        ConfigurationError: scalings for no layer.
+    """
+    idle = [part for part in config.elsewhere if not any(f".{part}." in f".{site.path}." for site in sites)]
+    if idle:
+        raise ConfigurationError(
+            "elsewhere names parts of the paths of adapted layers.",
+            received=f"{', '.join(map(repr, idle))}, in none of {', '.join(site.path for site in sites[:3])}, …",
+            remedy="name modules that experts adapt; loramix info names these",
+        )
+    return [site.path for site in sites if config.scalings_elsewhere(site.path) is not None]
+
+
+def _set_apart(layers: Mapping[str, XLoraLayer], state: AdaptedState, uses: BaseUses) -> None:
+    for path in uses.apart:
+        layers[path].apart = state.apart
 
 
 def _check_widths(backbones: Backbones, hidden_size: int) -> None:
@@ -339,10 +363,11 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str |
     backbones = find_backbones(model, sites, [adapter.name])
     refuse_meta(sites)
     head = head_site(model, sites)
-    check_uses(model, backbones, sites, [adapter.name], routed=False)
+    uses = check_uses(model, backbones, sites, [adapter.name], routed=False)
     layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
     state.head = None if head is None else head.path
+    _set_apart(layers, state, uses)
     _commit(model, backbones, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of))
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())

@@ -162,7 +162,10 @@ class _Means(RoutingHook):
 
 @torch.no_grad()
 def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "#L E"]:
-    """The mean of a text's final scalings over its real tokens; of an encoder–decoder, over those that a layer sees."""
+    """The mean of a text's final scalings over its real tokens; for each layer, over those that it sees.
+
+    Layers that are given their scalings keep them.
+    """
     hook = _Means()
     with observing(model, hook):
         model(**{name: value.to(model.device) for name, value in prompt.items()}, use_cache=False)
@@ -172,8 +175,10 @@ def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "#L
             received="a mixture that makes no scalings at present",
             remedy="leave fixed_scalings(…) and disable_adapter() first",
         )
-    if len(hook.means) == 1:
+    state, layers = model._loramix, range(len(model.adapted_modules))
+    if len(hook.means) == 1 and not state.config.elsewhere:
         return hook.means[0]
-    of_encoder, of_decoder = (mean.expand(len(model.adapted_modules), -1) for mean in hook.means)
-    seeing = model._loramix.uses.seeing_encoder
-    return torch.stack([(of_encoder if n in seeing else of_decoder)[n] for n in range(len(of_decoder))])
+    of_encoder, of_decoder = (mean.expand(len(layers), -1) for mean in (hook.means[0], hook.means[-1]))
+    own = [(of_encoder if layer in state.uses.seeing_encoder else of_decoder)[layer] for layer in layers]
+    given = map(state.config.scalings_elsewhere, model.adapted_modules)
+    return torch.stack([one if other is None else one.new_tensor(other) for one, other in zip(own, given, strict=True)])

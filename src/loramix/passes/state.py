@@ -21,13 +21,13 @@ from loramix.config.xlora import XLoraConfig
 from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
 from loramix.layers.layer import XLoraLayer
-from loramix.layers.routing import ConstantRouting, Routing, TensorRouting
+from loramix.layers.routing import ConstantRouting, LayerRouting, Routing, TensorRouting
 from loramix.layers.slot import ObservedPass, overriding
 from loramix.layers.tokens import BaseUses, refuse_ambiguous
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.scalings_log import ScalingsLog
 from loramix.routers.gating import Gating, gating_of
-from loramix.routers.router import HiddenStateRouter, Router
+from loramix.routers.router import ConstantRouter, HiddenStateRouter, LayerRouter, Router
 
 
 class RoutedPass(NamedTuple):
@@ -106,6 +106,20 @@ class AdaptedState:
     def _fixed_pass(self) -> Routing | None:
         return ConstantRouting(1.0)
 
+    def apart(self, layer: int) -> Routing:
+        """The routing of a layer that does not read that of a pass.
+
+        Args:
+            layer: its number.
+        """
+        given = self.single_pass()
+        if isinstance(given, ObservedPass):
+            return given.routing
+        return self._routing_apart(layer) if given is None else given
+
+    def _routing_apart(self, layer: int) -> Routing:
+        raise AssertionError("one expert has one scaling everywhere")
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled model is another model: it does not continue this one's caches."""
         self.__dict__.update(state, owner=uuid.uuid4().hex)
@@ -170,6 +184,21 @@ class MixtureState(AdaptedState):
 
     def _fixed_pass(self) -> Routing | None:
         return None if self.fixed is None else self.routing(self.fixed)
+
+    def _routing_apart(self, layer: int) -> Routing:
+        """The scalings given for it, else those that the router makes without a scaling pass."""
+        router, gating, weight = self.router, self.gating, self.config.global_scaling_weight
+        given = self.config.scalings_elsewhere(self.paths[layer])
+        if given is not None:
+            return TensorRouting(torch.tensor([given]), weight)
+        if isinstance(router, ConstantRouter):
+            return self.routing(gating.select(gating.activate(router.constant_logits())))
+        assert isinstance(router, LayerRouter)
+
+        def scalings(layer: int, low_rank: Tensor) -> Tensor:
+            return gating.select(gating.activate(router.layer_logits(layer, low_rank.float())))
+
+        return LayerRouting(scalings, weight)
 
     def routing(self, scalings: Tensor) -> TensorRouting:
         """The routing of a pass with these final scalings, its columns computed once a forward."""

@@ -24,6 +24,7 @@ from loramix.files.base_models import without_weights
 from loramix.files.hub import from_anywhere
 from loramix.layers.inject import find_backbones, plan
 from loramix.layers.tokens import check_uses
+from loramix.model.build import given_scalings
 from loramix.routers import HiddenStateRouter, router_class
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base
@@ -65,8 +66,9 @@ def check(settings: TrainSettings) -> CheckedRun:
     sites = plan(base, [replace(expert, base_weights={}) for expert in experts])
     config.validate_for(len(experts), hidden_size_of(base))
     routed = issubclass(router_class(config), HiddenStateRouter)
-    names = list(config.adapters)
-    check_uses(base, find_backbones(base, sites, names), sites, names, routed=routed)
+    names, given = list(config.adapters), given_scalings(config, sites)
+    backbones = find_backbones(base, [site for site in sites if site.path not in given], names)
+    check_uses(base, backbones, sites, names, routed=routed, given=given)
     data = settings.data
     rows = read_rows(data.train, list(config.adapters), split=data.split, subset=data.subset)
     eval_rows = [] if data.eval is None else read_rows(data.eval, split=data.eval_split, subset=data.subset)
