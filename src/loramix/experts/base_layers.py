@@ -5,6 +5,7 @@ Only sizes are read, never `weight.shape`, so that quantised layers work.
 
 from __future__ import annotations
 
+import copy
 import re
 from itertools import chain
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from transformers.pytorch_utils import Conv1D
 
 from loramix.errors import UnsupportedAdapterError
+from loramix.experts.offload import execution_device, with_weights
 
 Kind = Literal["linear", "embedding", "convolution"]
 
@@ -30,8 +32,12 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def device_of(layer: nn.Module) -> torch.device:
-    """The device of a layer's tensors; the CPU if it has none."""
-    return next((tensor.device for tensor in chain(layer.parameters(), layer.buffers())), torch.device("cpu"))
+    """The device that a layer, or the first one of a model, computes on; the CPU if it has no tensors."""
+    for part in layer.modules():
+        tensor = next(chain(part.parameters(recurse=False), part.buffers(recurse=False)), None)
+        if tensor is not None:
+            return execution_device(part) or tensor.device
+    return torch.device("cpu")
 
 
 def computes_with_its_weight(layer: nn.Module) -> bool:
@@ -45,17 +51,70 @@ def computes_with_its_weight(layer: nn.Module) -> bool:
     return plain and moved_only and type(getattr(layer, "weight", None)) in (Tensor, nn.Parameter)
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer holds its weight otherwise than in plain numbers, or computes with other ones."""
+    tensors = chain(layer.parameters(), layer.buffers())
+    packed = any(type(t) not in (Tensor, nn.Parameter) or t.dtype not in COMPUTED for t in tensors)
+    return packed or ("forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__)
+
+
+def unpack(model: nn.Module) -> None:
+    """Let compressed-tensors restore a compressed model's weights, as it does before the model's first forward."""
+    handle: Any = model.__dict__.get("ct_decompress_hook")
+    if handle is not None:
+        model._forward_pre_hooks[handle.id](model, ())  # pyright: ignore[reportPrivateUsage]
+
+
+@torch.no_grad()
 def dense_weight(layer: nn.Module) -> Tensor:
     """A linear layer's weight (out, in) in float32; a quantised one is found by applying the layer to the identity."""
     if computes_with_its_weight(layer):
-        weight: Any = layer.weight
+        weight: Tensor = with_weights(layer, getattr, layer, "weight")
         return weight.detach().float().T if isinstance(layer, Conv1D) else weight.detach().float()
-    reference = next(t for t in (*layer.parameters(), *layer.buffers()))
-    dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
-    eye = torch.eye(linear_sizes(layer)[0], device=reference.device, dtype=dtype)
-    out: Tensor = layer(eye)
-    bias = getattr(layer, "bias", None)
-    return (out if bias is None else out - bias).T.float()
+    if _dequantises_itself(layer):
+        packed: Tensor = with_weights(layer, getattr, layer, "weight")
+        return packed.detach().dequantize().float()
+    return _on_one_hot(layer, linear_sizes(layer)[0], 1.0)
+
+
+def rounds_its_input(layer: nn.Module) -> bool:
+    """Whether a linear layer rounds its input to steps of a fixed size, and so hides its weight.
+
+    Steps that follow from the input leave one-hot vectors as they are.
+    """
+    if kind_of(layer) != "linear" or computes_with_its_weight(layer) or _dequantises_itself(layer):
+        return False
+    rows = min(8, linear_sizes(layer)[0])
+    weight = _on_one_hot(layer, rows, 1.0)
+    bound = 0.01 * float(weight.abs().max())
+    return any(float((_on_one_hot(layer, rows, size) - weight).abs().max()) > bound for size in _SIZES)
+
+
+_SIZES = (0.5, 0.375, 0.078125, 3.0)  # exact in bfloat16; no two are multiples of one step
+
+
+def _dequantises_itself(layer: nn.Module) -> bool:
+    """Whether the layer's weight is a tensor with a `dequantize` of its own, as those of torchao and quanto."""
+    kind: Any = type(getattr(layer, "weight", None))
+    return issubclass(kind, Tensor) and kind.dequantize is not Tensor.dequantize
+
+
+@torch.no_grad()
+def _on_one_hot(layer: nn.Module, rows: int, size: float) -> Tensor:
+    """The first columns of a linear layer's weight, (out, rows) in float32: of one-hot vectors of this size.
+
+    A copy of the layer is applied: some pack their weight for the dtype that comes first.
+    """
+    hook = layer.__dict__.get("_hf_hook")
+    own = with_weights(layer, copy.deepcopy, layer, {id(hook): hook})
+    plain = (t.dtype for t in chain(own.parameters(), own.buffers()) if type(t) in (Tensor, nn.Parameter))
+    dtype = next((dtype for dtype in plain if dtype in COMPUTED), torch.float32)
+    x = size * torch.eye(rows, linear_sizes(layer)[0], device=device_of(layer), dtype=dtype)
+    return (own(x) - own(torch.zeros_like(x[:1]))).T.float() / size
+
+
+COMPUTED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+"""The dtypes that layers compute in; others hold quantised numbers."""
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int]:

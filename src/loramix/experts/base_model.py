@@ -6,9 +6,14 @@ model's is read.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from loramix.files.base_models import errors_only
 
 
 class Backbones(NamedTuple):
@@ -53,6 +58,20 @@ def vocabulary_of(config: PreTrainedConfig) -> int:
 def blocks_of(config: PreTrainedConfig) -> int:
     """The number of blocks."""
     return text_config(config).num_hidden_layers
+
+
+def in_declared_order(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
+    """Paths of modules, in the order of `named_modules()` of a new model of the class; as they are where none is made.
+
+    Some quantisers (GPTQ by optimum) replace modules in the order of their names.
+    """
+    kind: Any = type(model)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), errors_only():
+            places = {path: place for place, (path, _) in enumerate(kind(copy.deepcopy(model.config)).named_modules())}
+    except Exception:  # whatever the class comes up with
+        return list(paths)
+    return sorted(paths, key=lambda path: places.get(path, len(places)))
 
 
 def identifier_of(model: PreTrainedModel) -> str | None:

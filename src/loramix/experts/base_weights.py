@@ -26,6 +26,8 @@ from loramix.errors import (
     UnsupportedAdapterError,
 )
 from loramix.experts.adapter import Adapter, of_another_base
+from loramix.experts.base_layers import is_quantised
+from loramix.experts.offload import kept_tensor
 from loramix.files.tensors import all_finite
 
 _UNLIKE = 0.7  # of the longer of two rows: unrelated rows are further apart than that, trained ones are not
@@ -62,6 +64,7 @@ def own_rows(
     Raises:
         ConfigurationError: `chosen` is no expert that holds weights.
         IncompleteCheckpointError: a module that `modules_to_save` names, and the file lacks.
+        UnsupportedAdapterError: rows of a weight that is offloaded.
         AdapterMismatchError: experts that disagree, or weights of another base model.
     """
     given = given or {}
@@ -88,8 +91,10 @@ def own_rows(
             mine = _agreed(holders, only_first=chosen is not None)
         if mine is None:
             continue
-        rows = _rows(~same(own, mine))
+        rows = _rows(~same(kept_tensor(model, names[0]), mine))
         if len(rows):
+            if own.is_meta:
+                raise _offloaded(names[0], rows)
             made.append(OwnRows(names[0], rows, mine.detach()[rows.to(mine.device)]))
             if not any(name in given for name in names):
                 _warn(adapters, holders, names[0], rows)
@@ -107,10 +112,17 @@ def check_base_weights(model: PreTrainedModel, adapter: Adapter) -> None:
     """
     if not adapter.base_weights:
         return
-    weights, embeddings = _weights(model), embedding_paths(model)
+    weights, embeddings, modules = _weights(model), embedding_paths(model), dict(model.named_modules())
     for name, saved in adapter.base_weights.items():
         path, own = name.rpartition(".")[0], weights.get(name)
         declared = is_declared(adapter, path)
+        packed = own is None and path in modules and is_quantised(modules[path])
+        if packed or (own is not None and not _is_plain(own)) or not saved.is_floating_point():
+            raise UnsupportedAdapterError(
+                "A weight that is saved with an expert takes the place of a plain weight.",
+                received=f"expert {adapter.name!r}: {name!r} of {saved.dtype}, where the base model's is quantised",
+                remedy="load the base model without quantising this module, or train the expert without it",
+            )
         if own is None:
             raise _another(adapter, path or name, "the base model has no such weight, and")
         if not (declared or path in embeddings or path in adapter.weights):
@@ -121,12 +133,6 @@ def check_base_weights(model: PreTrainedModel, adapter: Adapter) -> None:
             )
         if own.shape != saved.shape:
             raise _other_shape(adapter, path, own, saved)
-        if not own.is_floating_point() or not saved.is_floating_point():
-            raise UnsupportedAdapterError(
-                "A weight that is saved with an expert takes the place of a plain weight.",
-                received=f"expert {adapter.name!r}: {name!r} of {saved.dtype}, the base model's of {own.dtype}",
-                remedy="load the base model without quantising this module, or train the expert without it",
-            )
         if not all_finite([saved]):
             raise CorruptCheckpointError(
                 "The weights in an expert's file are finite numbers.",
@@ -238,6 +244,18 @@ def _warn(adapters: Sequence[Adapter], holders: Sequence[tuple[Adapter, str]], n
         "saved rows are used, for all experts.",
         stacklevel=5,
     )
+
+
+def _offloaded(name: str, rows: Tensor) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        "Rows that are saved with an expert take the place of rows in memory.",
+        received=f"rows {numbered(rows.tolist())} of {name!r}, which accelerate has offloaded",
+        remedy="load the base model with a device_map that keeps this module in memory",
+    )
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
 
 
 def _rows(differing: Tensor) -> Int[Tensor, " n"]:

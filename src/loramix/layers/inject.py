@@ -1,7 +1,8 @@
 """Find the layers that experts adapt, number them, replace them.
 
 Everything is checked before the first layer is replaced, so that a refused expert leaves the base model as it was.
-L: adapted layers, numbered 0..L-1 in the order of `named_modules()`; the numbering is part of the checkpoint format.
+L: adapted layers, numbered 0..L-1 in the order of `named_modules()`; the numbering is part of the checkpoint format. A
+quantiser may have put layers back in another order, which does not count.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ from transformers import PreTrainedModel
 
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights, of_another_base, refuse_infinite
-from loramix.experts.base_layers import Kind, device_of, expected_shapes, kind_of, refuse_module
-from loramix.experts.base_model import Backbones, encoder_and_decoder
+from loramix.experts.base_layers import (
+    COMPUTED,
+    Kind,
+    device_of,
+    expected_shapes,
+    is_quantised,
+    kind_of,
+    refuse_module,
+    rounds_its_input,
+)
+from loramix.experts.base_model import Backbones, encoder_and_decoder, in_declared_order
 from loramix.experts.base_weights import check_base_weights, resizing_remedy
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.files.tensors import all_finite
@@ -41,7 +51,7 @@ class Site:
 
 
 def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
-    """The layers that at least one expert adapts, in the order of `named_modules()`.
+    """The layers that at least one expert adapts, in the order of `named_modules()` of the model's class.
 
     Raises:
         AdapterMismatchError: an expert of another base: other modules, or other shapes.
@@ -53,6 +63,8 @@ def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
         _check(adapter, base)
         check_base_weights(model, adapter)
     paths = [path for path in modules if any(path in adapter.weights for adapter in adapters)]
+    if any(is_quantised(modules[path]) for path in paths):
+        paths = in_declared_order(model, paths)
     return [Site(path, modules[path], tuple(_experts_at(path, adapters))) for path in paths]
 
 
@@ -191,13 +203,14 @@ def _backbones(model: PreTrainedModel, carriers: Sequence[nn.Module]) -> Backbon
 
 
 def refuse_meta(sites: Sequence[Site]) -> None:
-    """Raises ModelError: layers whose weights are not in memory."""
+    """Raises ModelError: layers whose weights are neither in memory, nor brought for each call of the layer."""
     absent = [site.path for site in sites if device_of(site.module).type == "meta"]
     if absent:
         raise ModelError(
-            "The base model's weights are in memory when experts are put on it.",
+            "The weights of adapted layers are in memory, or offloaded layer by layer by accelerate.",
             received=f"weights on the meta device, such as those of {absent[0]!r}",
-            remedy="load the base model without offloading to disk or CPU (device_map)",
+            remedy="load the base model's weights; to offload them, use device_map or cpu_offload, without "
+            "preload_module_classes",
         )
 
 
@@ -218,7 +231,9 @@ def adapt(sites: Sequence[Site], names: Sequence[str], *, precise: bool, dtype: 
 
     Raises:
         CorruptCheckpointError: an expert with an infinite number or NaN.
+        UnsupportedAdapterError: DoRA on a layer without one weight that tells what it computes.
     """
+    _refuse_rounded(sites, names)
     layers: dict[str, XLoraLayer] = {}
     layouts: dict[object, int] = {}
     for number, site in enumerate(sites):
@@ -234,12 +249,24 @@ def adapt(sites: Sequence[Site], names: Sequence[str], *, precise: bool, dtype: 
     return layers
 
 
+def _refuse_rounded(sites: Sequence[Site], names: Sequence[str]) -> None:
+    for site in sites:
+        experts = [names[e.expert] for e in site.experts if e.weights.magnitude is not None]
+        if experts and rounds_its_input(site.module):
+            raise UnsupportedAdapterError(
+                "DoRA needs the weight that a layer multiplies with.",
+                received=f"expert {', '.join(map(repr, experts))} with DoRA on {site.path!r}: a "
+                f"{type(site.module).__name__} that rounds its input to steps of a fixed size",
+                remedy="load the base model with weights quantised alone, or train the expert without use_dora",
+            )
+
+
 def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Of a plain weight its own; a quantised one is stored in another dtype than its layer computes in."""
     weight = getattr(module, "weight", None)
-    return weight.dtype if isinstance(weight, torch.Tensor) and weight.dtype in _COMPUTED else default
-
-
-_COMPUTED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+    if isinstance(weight, torch.Tensor) and not is_quantised(module) and weight.dtype in COMPUTED:
+        return weight.dtype
+    return default
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
+from loramix.errors import UnsupportedOperationError
 from loramix.experts.adapter import LoraWeights
 from loramix.experts.base_layers import Kind, kind_of
+from loramix.experts.offload import with_weights
 from loramix.layers.convolution import ConvolutionStack
 from loramix.layers.dora import DoraStack
 from loramix.layers.embedding import EmbeddingStack
@@ -42,6 +44,7 @@ class XLoraLayer(nn.Module):
 
     Raises:
         RoutingError (the forward): outside the passes of the model, or with scalings of other tokens.
+        UnsupportedOperationError (the backward): a base layer that has no gradient for its input.
     """
 
     apart: Callable[[int], Routing] | None = None
@@ -93,10 +96,12 @@ class XLoraLayer(nn.Module):
         called(self)
         if routing.silent:
             return base_y
+        if x.requires_grad and not base_y.requires_grad and torch.is_grad_enabled():
+            base_y = cast(Tensor, _WithoutGradient.apply(base_y, x, type(base_layer).__name__))
         stacks = cast("dict[str, ExpertStack]", modules["stacks"]._modules)
         y = base_y if len(stacks) == 1 else base_y.clone()
         for stack in stacks.values():
-            y = stack.add_to(y, x, routing, base_layer, base_y)
+            y = with_weights(stack, stack.add_to, y, x, routing, base_layer, base_y)
         return y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -105,6 +110,23 @@ class XLoraLayer(nn.Module):
             if f"{prefix}{name}" in state_dict:
                 state_dict[f"{prefix}{STACK}.{name}"] = state_dict.pop(f"{prefix}{name}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The output of a base layer that has no gradient for its input; whoever asks for it gets an error, not zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, base_y: Tensor, x: Tensor, base_layer: str) -> Tensor:
+        ctx.base_layer = base_layer
+        return base_y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> NoReturn:
+        raise UnsupportedOperationError(
+            "A base layer hands gradients on to its input, for what is trained before it.",
+            received=f"a {ctx.base_layer} whose output has none, as of layers that quantise their input",
+            remedy="train on the base model as it was before, or with weights quantised alone",
+        )
 
 
 def stack_class(module: nn.Module, experts: Sequence[LayerExpert]) -> type[ExpertStack] | None:

@@ -23,6 +23,7 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter
+from loramix.experts.base_layers import device_of, is_quantised, kind_of, unpack
 from loramix.experts.base_model import Backbones, identifier_of
 from loramix.experts.base_weights import OwnRows, own_rows
 from loramix.experts.dry_run import hidden_size_of
@@ -96,6 +97,7 @@ class PeftModel(_Peft):
             ModelError: a base model that cannot carry a mixture, or carries one already.
         """
         _check_base(model)
+        unpack(model)
         options = _options(hub)
         config = copy.deepcopy(config)
         location = Location(model_id, options)
@@ -170,6 +172,7 @@ def get_peft_model(
             remedy="pass XLoraConfig(adapters={…}) or LoraConfig(target_modules=…), imported from loramix",
         )
     config = copy.deepcopy(peft_config)
+    unpack(model)
     config.revision = hub.pop("revision", config.revision)
     options = _options(hub)
     if config.base_model_name_or_path is None:
@@ -209,15 +212,22 @@ def prepare_model_for_kbit_training(
 ) -> PreTrainedModel:
     """Freeze a quantised base model, hold what is not quantised in float32, and checkpoint its gradients.
 
+    Quantised layers stay as they are. Those of other packages than bitsandbytes take the dtype that they were made
+    for, so that beside them all of the model keeps its own, as in PEFT.
+
     Args:
         model: the base model, before `get_peft_model`.
         use_gradient_checkpointing: trade time for memory.
         gradient_checkpointing_kwargs: for transformers; `use_reentrant` is False unless given.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
+    model.requires_grad_(False)
+    quantised = [module for module in model.modules() if kind_of(module) is not None and is_quantised(module)]
+    if all(type(module).__module__.startswith("bitsandbytes.") for module in quantised):
+        packed = {id(parameter) for module in quantised for parameter in module.parameters()}
+        for parameter in model.parameters():
+            plain = type(parameter) is nn.Parameter and id(parameter) not in packed
+            if plain and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
         enable_checkpointing(model, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
     return model
@@ -298,7 +308,8 @@ def _build_mixture(
     if routed:
         _check_widths(backbones, hidden_size)
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
-    router.to(list(backbones.main.parameters())[-1].device)  # where the last hidden state comes out
+    parts = [module for module in backbones.main.modules() if next(module.parameters(recurse=False), None) is not None]
+    router.to(device_of(parts[-1]))  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, uses)
     state.head = None if head is None else head.path
     _set_apart(layers, state, uses)
