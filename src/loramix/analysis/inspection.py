@@ -15,6 +15,7 @@ from loramix.config.checks import require_integer
 from loramix.errors import DataError, RoutingError
 from loramix.evaluation.ablation import LeaveOneOut, leave_one_out
 from loramix.evaluation.passages import pad, start_of, window_size, windows
+from loramix.experts.base_layers import device_of
 from loramix.experts.base_model import positions_of
 from loramix.experts.selection import listed
 from loramix.model.build import XLoraModel
@@ -211,7 +212,7 @@ def _named(one: Any) -> tuple[str, str]:
 
 
 def _read(model: XLoraModel, texts: Sequence[list[int]], size: int) -> None:
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = max(1, _AT_ONCE // size)
     with evaluating(model):
         for i in range(0, len(texts), batch):

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loramix.evaluation.passages import pad
+from loramix.experts.base_layers import device_of
 from loramix.passes.state import evaluating
 
 
@@ -32,7 +33,7 @@ def text_nats(
         batch: texts in one forward.
         done: called after each forward, with the number of its texts.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     found: list[Tensor] = []
     with evaluating(model):
         for i in range(0, len(texts), batch):

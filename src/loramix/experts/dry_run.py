@@ -135,7 +135,7 @@ _MOST_KNOWN = 32
 def _structure(backbone: PreTrainedModel) -> object:
     """What the dry run depends on: modules, sizes and configuration, but no weight."""
     return (
-        tuple((path, type(m), vars(m).get("forward")) for path, m in backbone.named_modules(remove_duplicate=False)),
+        tuple((path, type(m)) for path, m in backbone.named_modules(remove_duplicate=False)),
         tuple((name, p.shape, p.dtype) for name, p in backbone.named_parameters(remove_duplicate=False)),
         backbone.config.to_json_string(use_diff=False),  # finding the differences takes longer
         getattr(backbone.config, "_attn_implementation", None),
@@ -283,6 +283,8 @@ def _hollow_copy(backbone: PreTrainedModel) -> PreTrainedModel:
     """A copy of the structure: buffers are real, large parameters take no memory, quantised layers are plain ones."""
     known: dict[int, Any] = {}
     for module in backbone.modules():
+        hook = module.__dict__.get("_hf_hook")  # of accelerate, which may hold the weights of the whole model
+        known[id(hook)] = hook
         if kind_of(module) == "linear" and not _is_plain(module, backbone):
             inputs, outputs = linear_sizes(module)
             with torch.device("meta"):

@@ -18,6 +18,7 @@ from torch import Tensor
 from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter, LoraWeights
+from loramix.experts.offload import with_weights
 from loramix.layers.dora import DoraStack
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import Routing
@@ -51,7 +52,7 @@ def single_adapter(
     weights: dict[str, LoraWeights] = {}
     lost = whole = 0.0
     for path, layer in layers.items():
-        both = _side_by_side(path, layer.stack, routing)
+        both = with_weights(layer.stack, _side_by_side, path, layer.stack, routing)
         if rank is not None and both.rank > rank:
             both, left_out, all_of_it = _nearest(both, rank)
             lost, whole = lost + left_out, whole + all_of_it

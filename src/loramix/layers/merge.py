@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from loramix.errors import UnsupportedOperationError
 from loramix.experts.base_layers import computes_with_its_weight
 from loramix.experts.base_model import text_config
+from loramix.experts.offload import is_away
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import Routing
 from loramix.layers.stack import ExpertStack
@@ -73,6 +74,8 @@ def _merged(path: str, layer: XLoraLayer, routing: Routing) -> MergedWeights:
     if not computes_with_its_weight(base):
         raise _refused(path, f"a {type(base).__name__} that does not compute with a plain weight: a quantised one")
     weight = cast("Tensor", base.weight)
+    if is_away(base) or is_away(stack):
+        raise _refused(path, "weights that accelerate has offloaded")
     up, stretch = stack.update_matrices(routing, base)
     update = _product(stack, up[:, : stack.rank])
     if stretch is not None:

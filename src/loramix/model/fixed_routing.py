@@ -16,6 +16,8 @@ from torch import Tensor
 
 from loramix import formats
 from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
+from loramix.experts.base_layers import device_of
+from loramix.experts.offload import KeptTensors, refuse_held
 from loramix.layers.compress import single_adapter
 from loramix.layers.routing import TensorRouting
 from loramix.layers.slot import override
@@ -43,7 +45,7 @@ class FixedMethods(MixtureMethods):
     def _checked_scalings(self, values: Tensor | Sequence[float]) -> Tensor:
         shapes = [(len(self.expert_names),), (len(self.adapted_modules), len(self.expert_names))]
         try:
-            scalings = torch.as_tensor(values, dtype=torch.float32, device=self.get_base_model().device)
+            scalings = torch.as_tensor(values, dtype=torch.float32, device=device_of(self.get_base_model()))
         except (TypeError, ValueError, RuntimeError):
             scalings = torch.empty(0)
         if tuple(scalings.shape) not in shapes or not bool(torch.isfinite(scalings).all()):
@@ -134,10 +136,11 @@ class FixedMethods(MixtureMethods):
                 received=f"save_fixed() on a mixture of {', '.join(self.expert_names)}, which routes each token",
                 remedy="call fix_routing(…) first, or use save_pretrained(folder)",
             )
+        refuse_held(self.get_base_model())
         like = self._loramix.experts[0].config
         adapter, error = single_adapter(layers_of(self.get_base_model()), routing, like, rank=rank)
         model = self.get_base_model()
-        formats.save_adapter(save_directory, with_base_weights(adapter, model, self._loramix, model.state_dict()))
+        formats.save_adapter(save_directory, with_base_weights(adapter, model, self._loramix, KeptTensors(model)))
         return error
 
 
@@ -168,7 +171,7 @@ def mean_scalings(model: Any, prompt: Mapping[str, Tensor]) -> Float[Tensor, "#L
     """
     hook = _Means()
     with observing(model, hook):
-        model(**{name: value.to(model.device) for name, value in prompt.items()}, use_cache=False)
+        model(**{name: value.to(device_of(model)) for name, value in prompt.items()}, use_cache=False)
     if not hook.means:
         raise RoutingError(
             "Scalings are fixed from a prompt that is routed, token by token.",

@@ -19,6 +19,7 @@ from loramix import formats
 from loramix.config.base import PeftConfig, PeftType
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
+from loramix.experts.offload import KeptTensors, refuse_held
 from loramix.layers.inject import replace
 from loramix.layers.layer import STACK, XLoraLayer
 from loramix.layers.merge import merge, put
@@ -88,8 +89,13 @@ class PeftMethods:
         return cast(PreTrainedModel, self)
 
     def unload(self) -> PreTrainedModel:
-        """Take the experts out again: the plain base model, the same object."""
+        """Take the experts out again: the plain base model, the same object.
+
+        Raises:
+            UnsupportedOperationError: whole blocks were offloaded with the experts in them.
+        """
         model, state = self.get_base_model(), self._loramix
+        refuse_held(model)
         for path, layer in layers_of(model).items():
             replace(model, path, layer.base_layer)
         restore_rows(model, state)
@@ -262,7 +268,7 @@ def layers_of(model: PreTrainedModel) -> dict[str, XLoraLayer]:
 def _save(
     model: PreTrainedModel, state: AdaptedState, folder: str | PathLike[str], given: Mapping[str, Tensor] | None
 ) -> None:
-    tensors = model.state_dict() | dict(given or {})
+    tensors = KeptTensors(model, given or {})
     experts = _experts(model, state, tensors)
     training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer_state = training if given is not _NO_TRAINER and training else None
@@ -270,7 +276,7 @@ def _save(
         formats.save_adapter(folder, with_base_weights(experts[0], model, state, tensors), trainer_state)
         return
     prefix = f"{state.router.attribute}."
-    router = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    router = {name: tensors[f"{prefix}{name}"] for name in state.router.state_dict()}
     base_weights = own_weights(model, state, tensors)
     formats.save_mixture(folder, state.config, router, experts, trainer_state, base_weights=base_weights)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from loramix.errors import RoutingError
+from loramix.experts.offload import with_weights
 from loramix.layers.routing import LayerRouting
 from loramix.layers.slot import routed
 from loramix.passes.cache import follow, refuse_two_pass_cache
@@ -35,7 +36,7 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
     router = state.router
     assert isinstance(router, LayerRouter)
     if isinstance(router, ConstantRouter):
-        logits = state.changed_logits(router.constant_logits(), call.training)
+        logits = state.changed_logits(with_weights(router, router.constant_logits), call.training)
         routing = state.routing(state.gating.select(state.gating.activate(logits)))
         out = routed(routing, call.run)
         logits = logits.expand(*call.tokens(out), *logits.shape)
@@ -73,7 +74,7 @@ class _LayerScalings:
     def of(self, layer: int, low_rank: Tensor) -> Tensor:
         """(*tokens, E), from (*tokens, R). A block that is recomputed calls it again."""
         with torch.autocast(low_rank.device.type, enabled=False):
-            logits = self._router.layer_logits(layer, low_rank.float()).unsqueeze(-2)
+            logits = with_weights(self._router, self._router.layer_logits, layer, low_rank.float()).unsqueeze(-2)
         logits = self._state.changed_logits(logits, self._training)
         if self._logits is not None:
             self._logits[layer] = logits

@@ -20,6 +20,7 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
+from loramix.experts.offload import refuse_training, with_weights
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import ConstantRouting, LayerRouting, Routing, TensorRouting
 from loramix.layers.slot import ObservedPass, overriding
@@ -246,7 +247,8 @@ class MixtureState(AdaptedState):
         if not self.uses.told:
             refuse_ambiguous(hidden.shape[:2], inputs)
         assert isinstance(self.router, HiddenStateRouter)
-        logits = self.changed_logits(self.router.distinct(hidden), training)
+        refuse_training(self.router)
+        logits = self.changed_logits(with_weights(self.router, self.router.distinct, hidden), training)
         output = self.gated(logits, inputs, training, of_encoder)
         return RoutedPass(self.routing(output.final), output.activated.detach(), self.publish(output))
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError, UnsupportedOperationError
+from loramix.experts.base_layers import device_of
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
 from loramix.passes.state import observing, state_of
@@ -178,7 +179,7 @@ class _Reader(RoutingHook):
 def hidden_states(model: XLoraModel, batch: Mapping[str, Tensor]) -> Float[Tensor, "B S H"]:
     """The router's input: the scaling pass's last hidden states of a batch, in evaluation mode."""
     reader = _Reader()
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
+    inputs = {name: batch[name].to(device_of(model)) for name in ("input_ids", "attention_mask") if name in batch}
     with observing(model, reader):
         model.base_model(**inputs, use_cache=False)
     return reader.hidden
