@@ -193,11 +193,12 @@ class MixtureState(AdaptedState):
         if given is not None:
             return TensorRouting(torch.tensor([given]), weight)
         if isinstance(router, ConstantRouter):
-            return self.routing(gating.select(gating.activate(router.constant_logits())))
+            return self.routing(gating.select(gating.activate(with_weights(router, router.constant_logits))))
         assert isinstance(router, LayerRouter)
 
         def scalings(layer: int, low_rank: Tensor) -> Tensor:
-            return gating.select(gating.activate(router.layer_logits(layer, low_rank.float())))
+            logits = with_weights(router, router.layer_logits, layer, low_rank.float())
+            return gating.select(gating.activate(logits))
 
         return LayerRouting(scalings, weight)
 
