@@ -1,4 +1,4 @@
-"""What users name by a text: routers, gatings, file formats. Other packages may add their own."""
+"""Registries of routers, gatings and file formats by name. Other packages may add their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names and what they stand for.
+    """Entries by name.
 
     Args:
         what: the field or argument that holds such a name.

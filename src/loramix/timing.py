@@ -161,7 +161,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 
 def generation_times(model: Any, ids: torch.Tensor, tokens: int, rounds: int) -> Measurement:
-    """Greedy generation in turns: the base model, two passes, as `generate` decides, and with fixed routing.
+    """Greedy generation, interleaved: the base model, two passes, as `generate` decides, and with fixed routing.
 
     Args:
         model: a mixture.

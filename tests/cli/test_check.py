@@ -30,7 +30,7 @@ def test_a_usual_model_works(loramix, folders) -> None:
 
 def test_the_answer_as_json(loramix, folders) -> None:
     document = json.loads(loramix("check", folders.base, "--targets", "q_proj, embed_tokens", "--json").out)
-    assert (document["works"], document["told"], document["problem"]) == (True, True, None)
+    assert (document["works"], document["dry_run"], document["problem"]) == (True, True, None)
     assert [(group["name"], group["layers"]) for group in document["targets"]] == [
         ("model.embed_tokens", 1),
         ("model.layers.*.self_attn.q_proj", 2),

@@ -62,7 +62,7 @@ def _show(found: Compatibility) -> None:
         routed = "works" if group.problem is None else group.problem
         table.add_row(Text(group.name), str(group.layers), Text(routed), "works" if group.works_with_static else "no")
     console.print(table)
-    if not found.told:
+    if not found.dry_run:
         console.print("  A dry run was not possible: whether these layers see the texts' tokens shows in a forward.")
     elif not found.works:
         console.print(f"  These work: target_modules={found.working_targets}", markup=False)

@@ -46,7 +46,7 @@ class LoraWeights:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that there are."""
+        """The tensors that are not None."""
         return [tensor for tensor in (self.A, self.B, self.bias, self.magnitude) if tensor is not None]
 
     @property
@@ -55,7 +55,7 @@ class LoraWeights:
         return sum(tensor.numel() for tensor in self.tensors)
 
     def move_into(self, place: LoraWeights) -> None:
-        """Copy the tensors into those of `place`, and be these from now on: the memory of the old ones may go."""
+        """Copy the tensors into those of `place` and refer to these from now on: the old memory can be freed."""
         for own, other in zip(self.tensors, place.tensors, strict=True):
             other.copy_(own.view_as(other))
         vars(self).update(vars(place))
@@ -93,7 +93,7 @@ class Adapter:
 
 
 def of_another_base(adapter: Adapter, what: str) -> AdapterMismatchError:
-    """The error of an expert that was trained on another base model; `what` shows it."""
+    """The error for an expert that was trained on another base model; `what` shows it."""
     base = adapter.config.base_model_name_or_path
     return AdapterMismatchError(
         "An expert adapts the modules of the base model it was trained on.",

@@ -233,7 +233,7 @@ def _agreed(holders: Sequence[tuple[Adapter, str]], *, only_first: bool) -> Tens
 
 
 def _warn(adapters: Sequence[Adapter], holders: Sequence[tuple[Adapter, str]], name: str, rows: Tensor) -> None:
-    """Say whose weight is used, unless every expert has declared that it brings its own."""
+    """Warn which experts' weight is used, unless every expert declares that it brings one."""
     path = name.rpartition(".")[0]
     holding = list(dict.fromkeys(repr(adapter.name) for adapter, _ in holders))
     if len(holding) == len(adapters) and all(is_declared(adapter, path) for adapter, _ in holders):
@@ -265,7 +265,7 @@ def _rows(differing: Tensor) -> Int[Tensor, " n"]:
 
 
 def _unrelated(own: Tensor, saved: Tensor) -> bool:
-    """Whether most rows have nothing to do with each other, as those of another base model."""
+    """Whether most rows are uncorrelated, as those of different base models are."""
     own, saved = own.detach().float().flatten(1), saved.to(own.device).float().flatten(1)
     longer = torch.maximum(own.norm(dim=1), saved.norm(dim=1))
     return bool(((own - saved).norm(dim=1) > _UNLIKE * longer).float().mean() > 0.5)
@@ -316,7 +316,7 @@ def _other_shape(adapter: Adapter, path: str, own: Tensor, saved: Tensor) -> Ada
 
 
 def resizing_remedy(saved: int, own: int) -> str:
-    """What to do with an expert that was trained with `saved` tokens, and a base model with `own`."""
+    """The remedy where an expert was trained with `saved` tokens, and the base model has `own`."""
     if saved > own:
         return f"call base.resize_token_embeddings({saved}) before the experts are put on"
     return (

@@ -1,8 +1,8 @@
 """What a base model's forward keeps outside the cache that it is given.
 
 The two passes of a mixture each have a cache. What a forward keeps elsewhere, in its modules or in a state that it
-returns, they would share. Where it is kept does not matter to find it: a text of NaN is read, then another text goes on
-with a cache of its own. If NaN comes out, the one text has reached the other outside the cache.
+returns, they would share. It is found wherever it is kept: the model reads a text of NaN, then continues another text
+with a cache of its own. If that gives NaN, the first text has reached the second outside the cache.
 
 B, S: batch, sequence.
 """
@@ -45,7 +45,7 @@ class KeptState:
 
     @staticmethod
     def by_names(model: PreTrainedModel) -> KeptState:
-        """What the names of the forward's arguments tell."""
+        """The state that the names of the forward's arguments show."""
         return KeptState(tuple(name for name in STATES if name in _names(model)))
 
     @property
@@ -95,7 +95,7 @@ def kept_state(model: PreTrainedModel, inputs: Mapping[str, Any], whole: Any, wa
 
 
 def _with_cache(model: PreTrainedModel, inputs: Mapping[str, Any], whole: Any, cache: Any, watch: Watch) -> KeptState:
-    """The same of its forwards with a cache; `cache` is the one to fill, None if the model makes its own."""
+    """The state that forwards with a cache keep; `cache` is the one to fill, None if the model makes its own."""
     start, other = ({**inputs, "use_cache": True, **_given(model, each)} for each in (cache, copy.deepcopy(cache)))
     first = _run(model, start, watch)
     made = next((first[name] for name in CACHES if isinstance(first.get(name), Cache)), cache)
@@ -115,7 +115,7 @@ def _empty_cache(model: PreTrainedModel) -> Cache:
 
 
 def _no_cache(model: PreTrainedModel) -> None:
-    """It makes its own."""
+    """No cache: the model makes its own."""
 
 
 def _given(model: PreTrainedModel, cache: Cache | None) -> dict[str, Any]:

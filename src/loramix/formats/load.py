@@ -68,7 +68,7 @@ def load_adapter(
 
 
 def read_expert(location: Location, name: str, config: LoraConfig | None = None) -> Adapter:
-    """`load_adapter`, from a location; the tensors are mapped, and their numbers not looked at."""
+    """`load_adapter`, from a location; the tensors are memory-mapped, and their values not checked."""
     try:
         format = format_of(location)
         if not isinstance(format, ExpertFormat):
@@ -126,7 +126,7 @@ def read_mixture(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     config: XLoraConfig | None = None,
 ) -> MixtureCheckpoint:
-    """`load_mixture`, from a location; the experts' tensors are mapped, and their numbers not looked at."""
+    """`load_mixture`, from a location; the experts' tensors are memory-mapped, and their values not checked."""
     format = format_of(location)
     if not isinstance(format, MixtureFormat):
         raise CheckpointError(

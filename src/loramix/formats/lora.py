@@ -4,7 +4,7 @@ Keys are `base_model.model.<module path>.<part>`. Also read: keys with the prefi
 name after the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. An expert that adapts an embedding
 also holds that embedding's own weight, `<module path>.base_layer.weight`; one whose vocabulary was resized holds
 `<module path>.weight`, and so does one with `modules_to_save`. Whether the base model has such a weight, and which of
-them an expert may bring, is told when the expert is put on it.
+them an expert may bring, is checked when the expert is put on it.
 
 Source: PEFT 0.21.2, `utils/save_and_load.py`.
 """

@@ -5,8 +5,8 @@
 
 The operators are `loramix::add_mixture`, `loramix::shrink` and `loramix::expand`; `functional.lora_mixture` computes
 the same anywhere and is what tests compare with. Sums are float32, and float32 products are exact ones (no TF32). How
-the work is cut follows from the sizes alone: nothing is tuned and nothing waits for the device, as the capture of a
-CUDA graph asks, once the kernels are compiled.
+the work is divided depends on the sizes alone: nothing is tuned, and once the kernels are compiled nothing waits for
+the device, so that CUDA graphs can be captured.
 
 Checked so far: the numbers in Triton's interpreter on a CPU, and that Triton compiles every tiling for compute
 capability 8.0 and 9.0. Neither the numbers nor the speed have been seen on a GPU. A layer uses the kernels on a device
@@ -92,7 +92,7 @@ def _rows(y: Tensor) -> Tensor:
 
 
 def usable(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether `add_mixture` may stand for the plain products: a proven GPU, one dtype, no gradients, no autocast.
+    """Whether `add_mixture` may replace the plain products: a proven GPU, one dtype, no gradients, no autocast.
 
     `y` must be one that may be overwritten; that is for the caller to know.
     """

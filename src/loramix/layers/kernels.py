@@ -2,7 +2,7 @@
 """The Triton kernels behind `fused`, and the operators that launch them; importing this module needs triton.
 
 A low-rank activation is made in shares, each the sum over a part of the inputs, so that few tokens still give many
-programs. The shares are added in a fixed order by whoever reads them, without atomics: a result repeats bit by bit.
+programs. Whoever reads the shares adds them in a fixed order, without atomics: results are the same bit for bit.
 
 R: total rank of the layer.
 """
@@ -270,7 +270,7 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _check(operator: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
-    """A pointer knows no sizes: what does not fit would be read beyond its end."""
+    """Kernels get bare pointers: tensors that do not fit would be read out of bounds."""
     first = next(iter(tensors.values()))[0]
     fits = first.dtype in DTYPES and all(
         t.dtype == first.dtype

@@ -21,7 +21,7 @@ from loramix.layers.tokens import refusal, uses_of
 
 @dataclass(frozen=True)
 class TargetGroup:
-    """Targeted layers that have one name, but for the numbers in their paths, and one answer.
+    """Targeted layers whose paths differ in numbers only, and that are judged alike.
 
     Attributes:
         name: the path, with "*" for each number.
@@ -46,7 +46,7 @@ class Compatibility:
             these targets.
         hidden_size: of the backbone's last hidden state; None if there is no backbone.
         problem: why the model cannot be a mixture's base with these targets, whatever the layers; None if it can.
-        told: whether a dry run told what the layers see. If not, it is only known in a forward.
+        dry_run: whether a dry run was possible. If not, what the layers see is only known in a forward.
         targets: the targeted layers.
     """
 
@@ -54,7 +54,7 @@ class Compatibility:
     backbone: str | None
     hidden_size: int | None
     problem: str | None
-    told: bool
+    dry_run: bool
     targets: tuple[TargetGroup, ...]
 
     @property
@@ -76,7 +76,7 @@ class Compatibility:
 
 
 def check_base(base: PreTrainedModel, target_modules: str | Sequence[str] = ALL_LINEAR) -> Compatibility:
-    """What experts on these modules would meet in a base model; it is not changed, and may be without weights.
+    """Whether experts on these modules would work with a base model; it is not changed, and may be without weights.
 
     Args:
         base: the base model.

@@ -30,7 +30,7 @@ def put_rows(model: nn.Module, state: AdaptedState, own: Sequence[OwnRows]) -> N
 
 @torch.no_grad()
 def restore_rows(model: nn.Module, state: AdaptedState) -> None:
-    """Put back what the rows were, once the base model's layers are in their places."""
+    """Restore the rows, once the base model's layers are in their places."""
     for name, (rows, values) in state.replaced.items():
         weight = model.get_parameter(name)
         there = (rows < len(weight)).to(weight.device)  # the vocabulary may have shrunk

@@ -3,7 +3,7 @@
 They load `create_model_from_path(get_config_model_id(model.config))`, which is the base model; only of a model of
 PEFT's own class they take the model as it is at the start. TRL offers no place to say otherwise. So these two
 functions are replaced in TRL's modules: for the model of a trainer, they give `create_reference_model(model)`. A
-reference that follows its model (`sync_ref_model`) is averaged in place, so that what the two share is left out.
+reference that follows its model (`sync_ref_model`) is averaged in place, without the weights that the two share.
 
 This happens when `loramix.model` and TRL are both imported, in either order; nothing here imports TRL.
 """
@@ -40,7 +40,7 @@ def watch() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing itself: changes a module of TRL once it has been imported."""
+    """Changes a module of TRL once the other finders have imported it."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname not in _CHANGES:
@@ -122,7 +122,7 @@ def _change_callbacks(callbacks: ModuleType) -> None:
 
 
 def _syncing_apart(sync: Callable[[Any, Any, float], None]) -> Callable[[Any, Any, float], None]:
-    """The moving average of a reference, which is made in place, leaves alone what it shares with the model."""
+    """The moving average of a reference, in place, skips the weights that it shares with the model."""
 
     @functools.wraps(sync)
     def run(model: Any, target_model: Any, alpha: float) -> None:

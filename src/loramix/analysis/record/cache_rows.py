@@ -24,7 +24,7 @@ class TextPosition(NamedTuple):
 
 @runtime_checkable
 class RowsObserver(Protocol):
-    """Is told about the tokens of the rows."""
+    """Observes the tokens that the rows of a cache gain and lose."""
 
     def commit(self) -> None:
         """The tokens of the last forward can no longer be taken back."""

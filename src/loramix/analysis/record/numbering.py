@@ -40,7 +40,7 @@ class TextNumbering:
         self._lengths[sequence] -= tokens
 
     def number(self, rows: CacheRows, new: Bool[Tensor, "B S"], starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The text of each token, and its position there, (B, S) each; the rows move on.
+        """The text of each token, and its position there, (B, S) each; the rows advance.
 
         Args:
             rows: where the rows stand.
@@ -68,7 +68,7 @@ class TextNumbering:
         return sequence, first + torch.arange(new.shape[1])
 
     def _advance(self, rows: CacheRows, row: int, added: int) -> TextPosition:
-        """Where a row's new tokens begin; the row moves on behind them."""
+        """Where a row's new tokens begin; the row advances past them."""
         place = rows.places[row] or self.start()
         if added and self._lengths[place.sequence] != place.length:
             place = self.start(place.length, place)
