@@ -48,11 +48,11 @@ def _matches(modules: Iterable[str] | str, path: str) -> bool:
 
 
 def _is_in_layers(config: LoraConfig, path: str) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == []:
+    blocks = config.layers_to_transform
+    if blocks is None or blocks == []:
         return True
     index = _block_index(config.layers_pattern, path)
-    return index == wanted if isinstance(wanted, int) else index in wanted
+    return index == blocks if isinstance(blocks, int) else index in blocks
 
 
 def _block_index(layers_pattern: list[str] | str | None, path: str) -> int | None:

@@ -73,6 +73,6 @@ def _check(journal: Journal) -> None:
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\\" in place:
             raise ValueError(f"{place!r} is not inside the folder")
     for place, temporary in journal.files.items():
-        written, wanted = PurePosixPath(temporary), PurePosixPath(place)
-        if written.parent != wanted.parent or not written.name.startswith(PREFIX) or "\\" in temporary:
+        written, final = PurePosixPath(temporary), PurePosixPath(place)
+        if written.parent != final.parent or not written.name.startswith(PREFIX) or "\\" in temporary:
             raise ValueError(f"{temporary!r} is no temporary of {place!r}")

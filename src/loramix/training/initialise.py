@@ -80,9 +80,9 @@ def init_router(
         DataError: an expert without text, a name that is no expert's, or a file that cannot be read.
         UnsupportedOperationError: "prompts" or "labels" for an encoder–decoder.
     """
-    wanted = {"zeros": (), "prompts": ("tokenizer", "prompts"), "labels": ("batches",)}
+    needed = {"zeros": (), "prompts": ("tokenizer", "prompts"), "labels": ("batches",)}
     given = {"tokenizer": tokenizer, "prompts": prompts, "batches": batches}
-    if method not in wanted or {name for name, value in given.items() if value is not None} != set(wanted[method]):
+    if method not in needed or {name for name, value in given.items() if value is not None} != set(needed[method]):
         raise ConfigurationError(
             'init_router takes "zeros", "prompts" with tokenizer= and prompts=, or "labels" with batches=.',
             received=f"method={method!r} with {', '.join(n for n, v in given.items() if v is not None) or 'nothing'}",
