@@ -91,7 +91,8 @@ def make_case(name: str, folder: Path) -> Case:
     """
     base = tiny_model(name)
     modules = dict(base.named_modules())
-    candidates = [p for p, m in modules.items() if kind_of(m) and not why_unadaptable(m, p) and not in_head(modules, p)]
+    layers = [path for path, module in modules.items() if kind_of(module) in ("linear", "embedding", "convolution")]
+    candidates = [p for p in layers if not why_unadaptable(modules[p], p) and not in_head(modules, p)]
     backbones = encoder_and_decoder(base) or Backbones(_backbone(base, modules, candidates))
     sites = [Site(p, modules[p], ()) for p in candidates if modules[carrier_path(modules, p)] in backbones]
     uses, both = uses_of(base, backbones, sites), backbones.encoder is not None

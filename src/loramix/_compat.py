@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -63,6 +64,25 @@ def finish_reset(cache: Cache) -> None:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             layer.keys = layer.values = None
             layer.is_initialized = False
+
+
+class BlockSettings(NamedTuple):
+    """What a mixture-of-experts block says to transformers' experts interface.
+
+    transformers 5.0 has two settings; `has_gate` and `has_post_expert_norm` are missing, as in any later block where
+    they have their defaults.
+    """
+
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool = True
+    has_post_expert_norm: bool = False
+
+
+def block_settings(module: nn.Module) -> BlockSettings | None:
+    """The settings of a block that runs in the experts interface; None for any other module."""
+    own = {name: value for name, value in vars(module).items() if name in BlockSettings._fields}
+    return BlockSettings(**own) if {"is_transposed", "has_bias"} <= own.keys() else None
 
 
 CACHE = "past_key_values" if _VERSION < (5, 24) else "cache"

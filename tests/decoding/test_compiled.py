@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from support.tiny import qwen3_moe, save_expert
+
 pytestmark = pytest.mark.slow
 
 CODE = """
@@ -48,4 +50,33 @@ with torch.no_grad():
 def test_a_forward_and_a_decode_step_are_one_graph(layerwise: bool, experts: Callable[[str], dict[str, str]]) -> None:
     command = [sys.executable, "-c", CODE, str(layerwise), *experts("llama").values()]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+BLOCKS = """
+import sys
+
+import torch
+from torch.testing import assert_close
+
+from loramix import XLoraConfig, get_peft_model
+from support.tiny import HIDDEN, qwen3_moe, tokens
+
+config = XLoraConfig(hidden_size=HIDDEN, adapters={"a": sys.argv[1]})
+model = get_peft_model(qwen3_moe(), config).eval()
+compiled = torch.compile(model, dynamic=False, backend="eager")
+with torch.no_grad():
+    expected = model(tokens()).logits
+    assert_close(compiled(tokens()).logits, expected)
+    with model.disable_adapter():
+        assert (model(tokens()).logits - expected).abs().max() > 1e-3
+"""
+
+
+@pytest.mark.parametrize("parameters", [["gate.weight"], ["experts.gate_up_proj", "experts.down_proj"]])
+def test_mixture_of_experts_blocks_break_the_graph_and_change_no_number(parameters: list[str], tmp_path: Path) -> None:
+    folder = save_expert(tmp_path, qwen3_moe(), target_modules=[], target_parameters=parameters)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS, folder], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

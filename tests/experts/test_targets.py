@@ -61,7 +61,6 @@ def test_without_targets_nothing_is_adapted():
 
 
 REFUSED = {
-    "target_parameters": ["experts.up"],
     "layer_replication": [(0, 1)],
     "megatron_config": {"x": 1},
     "trainable_token_indices": [1],
@@ -77,6 +76,7 @@ REFUSED = {
     "bias": "lora_only",
 }
 CARRIED = {
+    "target_parameters": ["experts.gate_up_proj"],
     "init_lora_weights": "eva",
     "eva_config": {"rho": 2.0},
     "loftq_config": {"loftq_bits": 4},

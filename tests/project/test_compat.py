@@ -19,7 +19,9 @@ from loramix import _compat
 from loramix._compat import (
     CACHE,
     CHECKPOINTING,
+    BlockSettings,
     UnboundedCacheLayer,
+    block_settings,
     checkpointing_arguments,
     enable_checkpointing,
     finish_reset,
@@ -28,10 +30,16 @@ from loramix._compat import (
 )
 from loramix._versions import release_of
 from loramix.passes.call import ForwardSignature
-from support.tiny import llama, tokens
+from support.tiny import gpt_oss, llama, qwen3_moe, tokens
 
 VERSION = release_of(transformers.__version__)
 SOURCES = Path(_compat.__file__).parent
+
+
+def test_a_block_says_how_it_computes_by_the_names_of_this_version() -> None:
+    assert block_settings(qwen3_moe().get_submodule("model.layers.0.mlp.experts")) == BlockSettings(False, False)
+    assert block_settings(gpt_oss().get_submodule("model.layers.0.mlp.experts")) == BlockSettings(True, True)
+    assert block_settings(llama().get_submodule("model.layers.0.mlp")) is None
 
 
 class Layer(UnboundedCacheLayer):

@@ -46,6 +46,7 @@ NAMES = {  # name -> the file that leans on it
     "_modules": "layers/layer.py",
     "_parameters": "layers/linear.py",
     "_dynamo_marked_constant": "layers/fused.py",
+    "_disable_dynamo": "layers/layer.py",
 }
 
 
@@ -216,6 +217,12 @@ def test_dynamo_marked_constant() -> None:
         return True
 
     assert torch.compiler.assume_constant_result(function)._dynamo_marked_constant
+
+
+def test_disable_dynamo() -> None:
+    """`torch.compiler.disable`, without importing the compiler."""
+    function = torch._disable_dynamo(torch.compiler.is_compiling)
+    assert torch.compile(lambda x: x + function(), backend="eager")(torch.zeros(1)) == 0
 
 
 def names_in(path: Path) -> set[str]:

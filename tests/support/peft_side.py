@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,6 +39,15 @@ def write_expert(folder: Path, base: PreTrainedModel, *, seed: int = 0, **config
 def lora(base: PreTrainedModel, folder: str, **options: Any) -> peft.PeftModel:
     """PEFT's plain LoRA model of one saved expert."""
     return peft.PeftModel.from_pretrained(base, folder, **options)
+
+
+def read_by_peft(base: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """PEFT's model of a file's configuration and tensors, key by key: its own reading renames keys of some models."""
+    model = peft.get_peft_model(base, peft.LoraConfig.from_pretrained(folder)).eval()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    named = {key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}
+    assert not model.load_state_dict(named, strict=False).unexpected_keys
+    return model
 
 
 def xlora(base: PreTrainedModel, experts: Iterable[str], **config: Any) -> peft.PeftModel:

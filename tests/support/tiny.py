@@ -100,3 +100,47 @@ def save_experts(
         name: save_expert(folder / name, base, seed=i, **{"r": 2 + i, "lora_alpha": 4 + 2 * i, **settings})
         for i, name in enumerate(names)
     }
+
+
+MOE: dict[str, Any] = {**GATED, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+
+
+def qwen3_moe(**changes: Any) -> PreTrainedModel:
+    """Blocks of four experts with gates, stored as (N, out, in)."""
+    sizes = {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32}
+    return build(transformers.Qwen3MoeForCausalLM, **{**MOE, **sizes, **changes})
+
+
+def mixtral(**changes: Any) -> PreTrainedModel:
+    """The same blocks, whose modules had other names before transformers 5."""
+    return build(transformers.MixtralForCausalLM, **{**MOE, "num_local_experts": 4, **changes})
+
+
+def gpt_oss(**changes: Any) -> PreTrainedModel:
+    """Blocks stored as (N, in, out), with biases, gates of its own and projections that are interleaved."""
+    sizes = {"head_dim": 16, "num_local_experts": 4, "sliding_window": 4}
+    model = build(transformers.GptOssForCausalLM, **{**MOE, **sizes, **changes})
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj_bias"):
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def llama4(**changes: Any) -> PreTrainedModel:
+    """Blocks that compute every token in each of their experts, beside a shared expert."""
+    sizes = {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 64, "attn_temperature_tuning": False}
+    config = {**MOE, **sizes, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, **changes}
+    model = build(transformers.Llama4ForCausalLM, **config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("experts.gate_up_proj"):  # transformers starts it with zeros
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+MOES: dict[str, Callable[..., PreTrainedModel]] = {
+    "qwen3_moe": qwen3_moe,
+    "mixtral": mixtral,
+    "gpt_oss": gpt_oss,
+    "llama4": llama4,
+}
+"""Mixture-of-experts models; "gate_up_proj" and "down_proj" of "experts" are their blocks' parameters."""

@@ -44,6 +44,8 @@ class LoraConfig(PeftConfig, reads=[PeftType.LORA]):
         alpha_pattern: expression -> lora_alpha of the modules whose path matches it.
         use_dora: weight-decomposed LoRA.
         lora_bias: a bias on B.
+        target_parameters: names of parameters to adapt (a parameter's name equals one, or ends in "." and one): those
+            of mixture-of-experts blocks, such as "experts.gate_up_proj", and weights.
 
     Raises:
         ConfigurationError: an invalid value.
@@ -97,6 +99,10 @@ class LoraConfig(PeftConfig, reads=[PeftType.LORA]):
         self.alpha_pattern = {} if cast(object, self.alpha_pattern) is None else self.alpha_pattern
         super().__post_init__()
 
+    def targets_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` matches a parameter, by PEFT's rule."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters or ())
+
     def validate(self) -> None:
         super().validate()
         for name in ("rank_pattern", "alpha_pattern"):
@@ -131,8 +137,14 @@ class LoraConfig(PeftConfig, reads=[PeftType.LORA]):
         )
 
     def _validate_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
             require_names(name, getattr(self, name))
+        require(
+            not isinstance(cast(object, self.target_parameters), str),
+            "target_parameters must be a list of names.",
+            received=f"target_parameters={self.target_parameters!r}",
+            remedy='Use target_parameters=["experts.gate_up_proj"].',
+        )
         require_indices("layers_to_transform", self.layers_to_transform)
         by_expression = isinstance(self.target_modules, str)
         require(

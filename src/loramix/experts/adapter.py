@@ -1,6 +1,7 @@
 """One LoRA expert in memory: its name, its configuration, and its matrices for each module.
 
-r: the expert's rank in a module. in, out: the module's sizes. V, D: entries and width of an embedding.
+r: the expert's rank in a module. in, out: the module's sizes. V, D: entries and width of an embedding. N: matrices in
+one parameter of a mixture-of-experts block.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +20,9 @@ from loramix.errors import AdapterMismatchError, CorruptCheckpointError
 from loramix.files.tensors import all_finite
 
 _Value = TypeVar("_Value")
+
+WRAPPED = ".base_layer"
+"""What the path of a block has at its end in PEFT's files, once for each wrapper around the one that is meant."""
 
 
 @dataclass
@@ -62,13 +66,51 @@ class LoraWeights:
 
 
 @dataclass
+class BlockWeights(LoraWeights):
+    """An expert's tensors for one parameter of a mixture-of-experts block: each of its N matrices has an A and a B.
+
+    PEFT's files hold them as two matrices (`from_file`, `as_file`), the ranks of A beside each other matrix by matrix,
+    those of B rank by rank.
+
+    Args:
+        A: (N, r, in).
+        B: (N, out, r).
+        exchanged: whether what is A here is B in PEFT's files: PEFT takes a parameter that is stored as (N, in, out)
+            for (N, out, in), unless its block says `is_transposed`.
+
+    Source: PEFT 0.21.2, `tuners/lora/layer.py`, `ParamWrapper`.
+    """
+
+    A: Float[Tensor, "N r n"]
+    B: Float[Tensor, "N out r"]
+    exchanged: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1]
+
+    @classmethod
+    def from_file(cls, A: Float[Tensor, "Nr n"], B: Float[Tensor, "out Nr"], count: int, *, exchanged: bool) -> Self:
+        """The tensors of a file: views. `count` is N."""
+        down = A.reshape(count, -1, A.shape[1])
+        up = B.reshape(len(B), -1, count).permute(2, 0, 1)
+        return cls(up.mT, down.mT, exchanged=True) if exchanged else cls(down, up)
+
+    def as_file(self) -> LoraWeights:
+        """The tensors that a file holds."""
+        down, up = (self.B.mT, self.A.mT) if self.exchanged else (self.A, self.B)
+        return LoraWeights(down.flatten(0, 1), up.permute(1, 2, 0).flatten(1))
+
+
+@dataclass
 class Adapter:
     """One expert: y = base(x) + c B A x in each of its modules, with c = `scaling(module_path)`.
 
     Args:
         name: the expert's name in the mixture.
         config: its configuration.
-        weights: module path, as in `base.named_modules()`, -> tensors.
+        weights: module path, as in `base.named_modules()`, -> tensors; of a parameter of a mixture-of-experts block its
+            path. Right after reading, the paths are those of the file (`on_base` names them as the base model does).
         source: the folder or Hub identifier that it was read from; for messages and records.
         base_weights: parameter name, as in `base.named_parameters()`, -> the weight of the base model that the file
             holds: of an embedding that was adapted, resized or trained, or of a module in `modules_to_save`
@@ -83,13 +125,21 @@ class Adapter:
 
     def rank(self, module_path: str) -> int:
         """r of a module: by `rank_pattern` if a key matches its path, else `r`."""
-        return pattern_value(self.config.rank_pattern, module_path, self.config.r)
+        return pattern_value(self.config.rank_pattern, self.pattern_key(module_path), self.config.r)
+
+    def alpha(self, module_path: str) -> float:
+        """alpha of a module, likewise by `alpha_pattern`."""
+        return pattern_value(self.config.alpha_pattern, self.pattern_key(module_path), self.config.lora_alpha)
 
     def scaling(self, module_path: str) -> float:
-        """c of a module: alpha / r, or alpha / sqrt(r) with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
-        rank = self.rank(module_path)
-        alpha = pattern_value(self.config.alpha_pattern, module_path, self.config.lora_alpha)
+        """c of a module: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        rank, alpha = self.rank(module_path), self.alpha(module_path)
         return alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank
+
+    def pattern_key(self, module_path: str) -> str:
+        """What the patterns match: the path, or the name of the weight where `target_parameters` names that."""
+        weight = f"{module_path}.weight"
+        return weight if self.config.targets_parameter(weight) else module_path
 
 
 def of_another_base(adapter: Adapter, what: str) -> AdapterMismatchError:

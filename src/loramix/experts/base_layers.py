@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,33 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from transformers.pytorch_utils import Conv1D
 
 from loramix.errors import UnsupportedAdapterError
+from loramix.experts.blocks import BlockMatrices, called_module
 from loramix.experts.offload import execution_device, with_weights
 
-Kind = Literal["linear", "embedding", "convolution"]
+Kind = Literal["linear", "embedding", "convolution", "block", "gate"]
+"""A linear layer; an embedding; a convolution; a parameter of a mixture-of-experts block (`BlockMatrices`); a gate:
+what multiplies by its own weight and goes on with the product, as the choice of a block's experts does."""
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module, None if experts cannot adapt it; modules with `in_features`, `out_features` are linear."""
+    if isinstance(module, BlockMatrices):
+        return "block"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, _ConvNd):
         return None if module.transposed else "convolution"
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return "linear" if isinstance(module, Conv1D) or all(isinstance(size, int) for size in sizes) else None
+    if isinstance(module, Conv1D) or all(isinstance(size, int) for size in sizes):
+        return "linear"
+    weight = getattr(module, "weight", None)
+    is_matrix = isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.is_floating_point()
+    return "gate" if is_matrix else None
 
 
 def device_of(layer: nn.Module) -> torch.device:
     """The device that a layer, or the first one of a model, computes on; the CPU if it has no tensors."""
-    for part in layer.modules():
+    for part in called_module(layer).modules():
         tensor = next(chain(part.parameters(recurse=False), part.buffers(recurse=False)), None)
         if tensor is not None:
             return execution_device(part) or tensor.device
@@ -47,6 +56,7 @@ def computes_with_its_weight(layer: nn.Module) -> bool:
     accelerate's forward moves tensors and changes no number.
     """
     plain = type(layer) is nn.Linear or isinstance(layer, Conv1D | nn.Embedding | _ConvNd)
+    plain = plain or kind_of(layer) in ("block", "gate")
     moved_only = "forward" not in layer.__dict__ or "_hf_hook" in layer.__dict__
     return plain and moved_only and type(getattr(layer, "weight", None)) in (Tensor, nn.Parameter)
 
@@ -118,14 +128,20 @@ COMPUTED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int]:
-    """in and out of a linear layer, from its attributes."""
+    """in and out of a linear layer, from its attributes; of a gate from its weight."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
+    if kind_of(layer) == "gate":
+        outputs, inputs = cast(Tensor, layer.weight).shape
+        return inputs, outputs
     return layer.in_features, layer.out_features  # pyright: ignore[reportReturnType]
 
 
 def expected_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B in an expert's file, for this module and rank."""
+    """The shapes of an expert's A and B, for this module and rank."""
+    if isinstance(module, BlockMatrices):
+        count, inputs, outputs = module.sizes
+        return (count, rank, inputs), (count, outputs, rank)
     if isinstance(module, nn.Embedding):
         return (rank, module.num_embeddings), (module.embedding_dim, rank)
     if isinstance(module, _ConvNd):
@@ -186,7 +202,8 @@ def refuse_module(module: nn.Module, path: str, expert: str, *, dora: bool) -> N
     reason = why_unadaptable(module, path, dora=dora)
     if reason is not None:
         raise UnsupportedAdapterError(
-            "Experts may adapt linear layers, Conv1D, embeddings, and plain convolutions (DoRA: linear layers only).",
+            "Experts may adapt linear layers, Conv1D, embeddings, plain convolutions, and the parameters of "
+            "mixture-of-experts blocks that transformers' experts interface runs (DoRA: linear layers only).",
             received=f"expert {expert!r} adapts {path!r}: {reason}",
             remedy="train the expert without this module in target_modules",
         )

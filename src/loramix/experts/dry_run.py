@@ -26,7 +26,9 @@ from transformers.pytorch_utils import Conv1D
 from loramix.errors import ModelError
 from loramix.experts.base_layers import kind_of, linear_sizes
 from loramix.experts.base_model import encoder_and_decoder, text_config
+from loramix.experts.blocks import form_of
 from loramix.experts.kept_state import KeptState, Watch, kept_state, run_copy
+from loramix.experts.weight_products import WeightProducts
 from loramix.files.base_models import errors_only
 
 TEXTS, TOKENS, OTHERS = 3, 7, 11
@@ -147,7 +149,7 @@ def _dry_run(model: PreTrainedModel, backbone: str) -> DryRun | None:
         hollow = _hollow_copy(model)
     except Exception:  # whatever a module's own way of being copied comes up with
         return None
-    seen = DryRun({path: LayerUse() for path, module in hollow.named_modules() if kind_of(module) is not None})
+    seen = DryRun({path: LayerUse() for path, module in hollow.named_modules() if kind_of(module) or form_of(module)})
     watch, running = Watch(), _Running(hollow.get_submodule(backbone))
     for path, use in seen.items():
         _watch(hollow.get_submodule(path), use, watch, running)
@@ -340,14 +342,20 @@ def _watch(layer: nn.Module, use: LayerUse, watch: Watch, running: _Running) -> 
     kind = type(layer)
     forward = _zeros_of(layer) if kind.forward is nn.Linear.forward else layer.forward
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        out: Any = forward(*args, **kwargs)
+    def note(x: Any, out: Any) -> Any:
         if watch.stage != "none":
             seen = use.tokens if watch.stage == "whole" else use.continued
-            seen.append(_tokens(layer, args[0] if args else next(iter(kwargs.values())), out))
+            seen.append(_tokens(layer, x, out))
         if watch.stage == "whole":
             use.outside |= not running.now
             use.returns_tuple |= not isinstance(out, Tensor)
+        return out
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if kind_of(layer) == "gate":
+            with WeightProducts(cast(Tensor, layer.weight), note):
+                return forward(*args, **kwargs)
+        out: Any = note(args[0] if args else next(iter(kwargs.values())), forward(*args, **kwargs))
         return out * float("nan") if watch.poisoned and isinstance(layer, nn.Embedding) else out
 
     def read(self: nn.Module, name: str) -> Any:
@@ -371,4 +379,7 @@ def _tokens(layer: nn.Module, x: Any, out: Any) -> tuple[int, ...]:
         return tuple(x.shape)
     if isinstance(layer, _ConvNd):
         return (out.shape[0], out.shape[2:].numel())
+    form = form_of(layer)
+    if form is not None and form.dense:  # all tokens for each of its experts
+        return (len(x) // len(getattr(layer, form.up)),)
     return tuple(x.shape[:-1])

@@ -6,7 +6,6 @@ from loramix.config.lora import LoraConfig
 from loramix.errors import UnsupportedAdapterError
 
 _WITHOUT_MEANING_HERE = (
-    "target_parameters",
     "layer_replication",
     "megatron_config",
     "trainable_token_indices",
@@ -33,6 +32,8 @@ def unsupported_features(config: LoraConfig) -> list[str]:
     found = [f"{name}={getattr(config, name)!r}" for name in _WITHOUT_MEANING_HERE if getattr(config, name)]
     if config.bias != "none":
         found.append(f"bias={config.bias!r}")
+    if config.target_parameters and (config.use_dora or config.lora_bias):
+        found.append(f"{'use_dora' if config.use_dora else 'lora_bias'}=True beside target_parameters")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         found.append(f"init_lora_weights={init!r}")
@@ -55,7 +56,8 @@ def refuse_unsupported(config: LoraConfig, name: str) -> None:
     changed_base = any(feature.startswith("init_lora_weights") for feature in found)
     convert = " (PEFT converts it on saving: path_initial_model_for_weight_conversion)" if changed_base else ""
     raise UnsupportedAdapterError(
-        "A mixture supports LoRA, rsLoRA, DoRA, LoRA biases and modules_to_save, and no other features of an expert.",
+        "A mixture supports LoRA, rsLoRA, DoRA, LoRA biases, target_parameters and modules_to_save, and no other "
+        "features of an expert.",
         received=f"expert {name!r} with {', '.join(found)}",
         remedy=f"Leave this expert out, or train it without them{convert}.",
     )

@@ -1,6 +1,6 @@
 """A new LoRA expert: its modules and its initial matrices (LoRA, arXiv 2106.09685, section 4).
 
-r: the expert's rank in a module.
+r: the expert's rank in a module. N: matrices in a parameter of a mixture-of-experts block.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError, UnsupportedAdapterError
-from loramix.experts.adapter import Adapter, LoraWeights, pattern_value
+from loramix.experts.adapter import Adapter, BlockWeights, LoraWeights
 from loramix.experts.base_layers import dense_weight, expected_shapes, kind_of, refuse_module
+from loramix.experts.blocks import BlockMatrices, with_matrices
 from loramix.experts.features import refuse_unsupported
 from loramix.experts.targets import ALL_LINEAR, new_targets
 
@@ -41,19 +42,22 @@ def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapte
             "saved with it",
         )
     initialise = _initialiser(config)
-    paths = new_targets(model, config)
+    paths, modules = new_targets(model, config), with_matrices(model)
     if config.target_modules == ALL_LINEAR:
-        config.target_modules = {path.rpartition(".")[2] for path in paths}
+        linear = [path for path in paths if kind_of(modules[path]) == "linear"]
+        config.target_modules = {path.rpartition(".")[2] for path in linear}
     for path in paths:
-        refuse_module(model.get_submodule(path), path, name, dora=config.use_dora)
-    weights = {path: _new_weights(model.get_submodule(path), path, config, initialise) for path in paths}
-    return Adapter(name, config, weights, source="")
+        refuse_module(modules[path], path, name, dora=config.use_dora)
+    expert = Adapter(name, config, {}, source="")
+    expert.weights = {path: _new_weights(modules[path], expert.rank(path), config, initialise) for path in paths}
+    return expert
 
 
 def _new_weights(
-    module: nn.Module, path: str, config: LoraConfig, initialise: Callable[[Tensor], Tensor]
+    module: nn.Module, rank: int, config: LoraConfig, initialise: Callable[[Tensor], Tensor]
 ) -> LoraWeights:
-    rank = pattern_value(config.rank_pattern, path, config.r)
+    if isinstance(module, BlockMatrices):
+        return _new_block_weights(module, rank, config, initialise)
     shape_A, shape_B = expected_shapes(module, rank)
     embedding = kind_of(module) == "embedding"
     A, B = torch.empty(shape_A), torch.empty(shape_B)
@@ -66,6 +70,20 @@ def _new_weights(
     bias = torch.zeros(shape_B[0]) if config.lora_bias else None
     magnitude = torch.linalg.vector_norm(dense_weight(module), dim=1) if config.use_dora else None
     return LoraWeights(A, B, bias, magnitude, embedding)
+
+
+def _new_block_weights(
+    matrices: BlockMatrices, rank: int, config: LoraConfig, initialise: Callable[[Tensor], Tensor]
+) -> BlockWeights:
+    """Started as PEFT's file holds them: A (r · N, in) as one matrix."""
+    count, inputs, outputs = matrices.sizes
+    if matrices.exchanged:
+        inputs, outputs = outputs, inputs
+    A, B = torch.empty(rank * count, inputs), torch.zeros(outputs, rank * count)
+    initialise(A)
+    if config.init_lora_weights is False:
+        _kaiming(B)
+    return BlockWeights.from_file(A, B, count, exchanged=matrices.exchanged)
 
 
 def _initialiser(config: LoraConfig) -> Callable[[Tensor], Tensor]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError
 from loramix.experts.base_layers import Kind, kind_of
+from loramix.experts.blocks import with_matrices
 
 ALL_LINEAR = "all-linear"
 
@@ -71,33 +72,41 @@ def adaptable(modules: Mapping[str, nn.Module]) -> dict[str, Kind]:
 
 
 def targeted(modules: Mapping[str, nn.Module], kinds: Mapping[str, Kind], config: LoraConfig) -> list[str]:
-    """The paths of the modules that `target_modules` matches and experts can adapt.
+    """The paths of the modules that `target_modules` or `target_parameters` matches and experts can adapt.
 
-    "all-linear" matches every linear layer but the head's; None matches nothing.
+    "all-linear" matches every linear layer but the head's; None matches nothing. Parameters of mixture-of-experts
+    blocks, and what chooses their experts, are matched by `target_parameters` alone.
 
     Args:
         modules: the base model's modules by path.
         kinds: those that experts can adapt, by `adaptable`.
         config: the expert's configuration.
     """
-    if config.target_modules == ALL_LINEAR:
-        linear = [path for path, kind in kinds.items() if kind == "linear"]
-        return [path for path in linear if not in_head(modules, path) and not is_excluded(config, path)]
-    return [path for path in kinds if is_target(config, path)]
+
+    def matches(path: str, kind: Kind) -> bool:
+        if config.targets_parameter(path if kind == "block" else f"{path}.weight"):
+            return True
+        if config.target_modules == ALL_LINEAR:
+            return kind == "linear" and not in_head(modules, path) and not is_excluded(config, path)
+        return kind not in ("block", "gate") and is_target(config, path)
+
+    return [path for path, kind in kinds.items() if matches(path, kind)]
 
 
 def new_targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """The paths of the modules that a new expert adapts; otherwise as `targeted`.
 
     Raises:
-        ConfigurationError: `target_modules` is missing, or matches no module of this model.
+        ConfigurationError: `target_modules` and `target_parameters` match nothing in this model, or are missing.
     """
-    modules = dict(model.named_modules())
+    modules = with_matrices(model)
     paths = targeted(modules, adaptable(modules), config)
     if not paths:
         raise ConfigurationError(
             "target_modules names at least one module of the base model.",
-            received=f"target_modules={config.target_modules!r} for a {type(model).__name__}",
+            received=f"target_modules={config.target_modules!r}"
+            + (f", target_parameters={config.target_parameters!r}" if config.target_parameters else "")
+            + f" for a {type(model).__name__}",
             remedy='write target_modules="all-linear", or names such as ["q_proj", "v_proj"]',
         )
     return paths

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loramix.config.base import TaskType
-from loramix.experts.adapter import Adapter, refuse_infinite
+from loramix.experts.adapter import WRAPPED, Adapter, refuse_infinite
 from loramix.files.hub import HubOptions
 from loramix.files.location import Location
 from loramix.formats.load import Kind, kind_at, read_expert, read_mixture
@@ -25,8 +25,8 @@ class ExpertDescription:
         base_model: identifier of its base model, if its configuration has it.
         ranks: the distinct ranks of its modules, in ascending order.
         alpha: `lora_alpha`.
-        targets: the distinct names of its modules, such as q_proj.
-        modules: number of modules that it adapts.
+        targets: the distinct names of its modules, such as q_proj, and of its parameters, such as gate_up_proj.
+        modules: number of modules and parameters that it adapts.
         parameters: number of its parameters.
         dtypes: the distinct dtypes of its tensors.
         variants: those of rslora, dora and bias that it uses.
@@ -149,14 +149,17 @@ def _single_expert(location: Location) -> Description:
 def _expert(expert: Adapter) -> ExpertDescription:
     config, weights = expert.config, expert.weights
     refuse_infinite(expert.name, weights)
+    of_blocks = {path for path, module in weights.items() if path.endswith(WRAPPED) or module.rank != expert.rank(path)}
+    parameters = (config.target_parameters or []) if of_blocks else []  # the file does not tell which is which
+    own = {path: module for path, module in weights.items() if path not in of_blocks}
     variants = {"rslora": config.use_rslora, "dora": config.use_dora, "bias": config.lora_bias}
     return ExpertDescription(
         name=expert.name,
         source=expert.source,
         base_model=config.base_model_name_or_path,
-        ranks=tuple(sorted({module.rank for module in weights.values()})),
+        ranks=tuple(sorted({*(module.rank for module in own.values()), *map(expert.rank, parameters)})),
         alpha=config.lora_alpha,
-        targets=tuple(sorted({path.rpartition(".")[2] for path in weights})),
+        targets=tuple(sorted({path.removesuffix(".weight").rpartition(".")[2] for path in [*own, *parameters]})),
         modules=len(weights),
         parameters=sum(module.num_parameters for module in weights.values()),
         dtypes=tuple(sorted({str(module.A.dtype).removeprefix("torch.") for module in weights.values()})),

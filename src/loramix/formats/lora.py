@@ -4,7 +4,8 @@ Keys are `base_model.model.<module path>.<part>`. Also read: keys with the prefi
 name after the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. An expert that adapts an embedding
 also holds that embedding's own weight, `<module path>.base_layer.weight`; one whose vocabulary was resized holds
 `<module path>.weight`, and so does one with `modules_to_save`. Whether the base model has such a weight, and which of
-them an expert may bring, is checked when the expert is put on it.
+them an expert may bring, is told when the expert is put on it; likewise, which parameters of a mixture-of-experts block
+the tensors of its path belong to (`experts/on_base.py`).
 
 Source: PEFT 0.21.2, `utils/save_and_load.py`.
 """
@@ -22,7 +23,7 @@ from loramix.config.base import PeftType
 from loramix.config.folder import CONFIG_NAME, find_config
 from loramix.config.lora import LoraConfig
 from loramix.errors import CorruptCheckpointError, IncompleteCheckpointError, UnsupportedAdapterError
-from loramix.experts.adapter import Adapter, LoraWeights
+from loramix.experts.adapter import WRAPPED, Adapter, BlockWeights, LoraWeights
 from loramix.experts.features import refuse_unsupported
 from loramix.files.atomic import Writer, text_writer
 from loramix.files.location import Location
@@ -117,7 +118,7 @@ def parse_tensors(
 def format_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """An expert's tensors by PEFT's keys: the inverse of `parse_tensors`."""
     tensors: dict[str, Tensor] = {}
-    for path, weights in adapter.weights.items():
+    for path, weights in _wrapped(adapter.weights).items():
         names = (EMBEDDING_A, EMBEDDING_B) if weights.embedding else (A, B)
         parts = zip((*names, BIAS, MAGNITUDE), (weights.A, weights.B, weights.bias, weights.magnitude), strict=True)
         tensors.update({f"{PREFIX}{path}.{part}": tensor for part, tensor in parts if tensor is not None})
@@ -125,6 +126,18 @@ def format_tensors(adapter: Adapter) -> dict[str, Tensor]:
         path, _, leaf = name.rpartition(".")
         tensors[f"{PREFIX}{path}.base_layer.{leaf}" if path in adapter.weights else PREFIX + name] = tensor
     return tensors
+
+
+def _wrapped(weights: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
+    """The tensors by a file's paths: a block is wrapped once for each of its parameters, the first one innermost."""
+    found: dict[str, LoraWeights] = {}
+    for path, each in reversed(list(weights.items())):
+        if isinstance(each, BlockWeights):
+            path, each = path.rpartition(".")[0], each.as_file()
+            while path in found:
+                path += WRAPPED
+        found[path] = each
+    return dict(reversed(list(found.items())))
 
 
 def _parse_key(name: str, key: str) -> tuple[str, str | None]:
@@ -174,11 +187,13 @@ def _weights_of(expert: Adapter, path: str, parts: Mapping[str, Tensor]) -> Lora
 
 def _check_shapes(expert: Adapter, path: str, first: Tensor, second: Tensor, parts: Mapping[str, Tensor]) -> None:
     rank, bias, magnitude = expert.rank(path), parts.get(BIAS), parts.get(MAGNITUDE)
+    told_later = bool(expert.config.target_parameters)  # whether it is r, or r times the matrices of a parameter
     fits = (
         all(tensor.is_floating_point() for tensor in parts.values())
         and first.ndim >= 2
         and second.ndim == first.ndim
-        and first.shape[0] == second.shape[1] == rank
+        and first.shape[0] == second.shape[1]
+        and (first.shape[0] == rank or told_later)
         and (bias is None or bias.shape == second.shape[:1])
         and (magnitude is None or magnitude.numel() == second.shape[0])
     )

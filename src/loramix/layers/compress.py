@@ -4,7 +4,7 @@ Experts whose scalings are the same for every token add g · Σ_e s[e] · c_e ·
 their A below each other and their scaled B beside each other, of rank R; and, by its singular values, the nearest one
 of any lower rank (Eckart and Young).
 
-R: total rank of a layer.
+R: total rank of a layer. N: matrices in a parameter of a mixture-of-experts block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError, UnsupportedOperationError
-from loramix.experts.adapter import Adapter, LoraWeights
+from loramix.experts.adapter import Adapter, BlockWeights, LoraWeights
+from loramix.experts.blocks import BlockMatrices
 from loramix.experts.offload import with_weights
 from loramix.layers.dora import DoraStack
 from loramix.layers.layer import XLoraLayer
@@ -61,13 +62,15 @@ def single_adapter(
         weights[path] = both
     largest = max(part.rank for part in weights.values())
     ranks = {path: part.rank for path, part in weights.items() if part.rank != largest}
+    named = [path for path in weights if isinstance(layers[path].base_layer, BlockMatrices)]
     config = dataclasses.replace(
         LoraConfig(task_type=like.task_type),
         r=largest,
         lora_alpha=largest,
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
-        target_modules=set(weights),
+        target_modules={path for path in weights if path not in named},
+        target_parameters=named or None,
         fan_in_fan_out=like.fan_in_fan_out,
         base_model_name_or_path=like.base_model_name_or_path,
         revision=like.revision,
@@ -87,6 +90,9 @@ def _side_by_side(path: str, stack: ExpertStack, routing: Routing) -> LoraWeight
     tensors = {"lora_A": stack.lora_A.float(), "lora_B": up * routing.columns(stack, up)}
     parts = list(stack.unstack(tensors).values())
     kept = [part for part in parts if bool(part.B.any())] or parts[:1]
+    if isinstance(kept[0], BlockWeights):
+        down, up = torch.cat([part.A for part in kept], dim=1), torch.cat([part.B for part in kept], dim=2)
+        return BlockWeights(down, up, exchanged=kept[0].exchanged)
     A = torch.cat([part.A for part in kept])
     return LoraWeights(
         A.contiguous(), torch.cat([part.B for part in kept], dim=1).contiguous(), embedding=stack.is_embedding
@@ -94,21 +100,33 @@ def _side_by_side(path: str, stack: ExpertStack, routing: Routing) -> LoraWeight
 
 
 def _product(weights: LoraWeights) -> Tensor:
-    return weights.B.flatten(1) @ weights.A.flatten(1)
+    A, B = _as_matrices(weights)
+    return B @ A
+
+
+def _as_matrices(weights: LoraWeights) -> tuple[Tensor, Tensor]:
+    """A as (r, in) and B as (out, r); of a mixture-of-experts block (N, r, in) and (N, out, r)."""
+    if isinstance(weights, BlockWeights):
+        return weights.A, weights.B
+    return weights.A.flatten(1), weights.B.flatten(1)
 
 
 def _nearest(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float, float]:
     """The nearest product of a lower rank, and the squared norms of what is left out and of the whole."""
-    A, B = weights.A.flatten(1), weights.B.flatten(1)
+    A, B = _as_matrices(weights)
     left, upper = torch.linalg.qr(B)
-    right, lower = torch.linalg.qr(A.T)
-    U, S, V = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    rank = min(rank, len(S))
-    root = S[:rank].sqrt()
-    new_B, new_A = left @ U[:, :rank] * root, (right @ V[:rank].T * root).T
-    new = LoraWeights(
-        new_A.reshape(rank, *weights.A.shape[1:]).contiguous(),
-        new_B.reshape(len(new_B), rank, *weights.B.shape[2:]).contiguous(),
-        embedding=weights.embedding,
-    )
-    return new, float(S[rank:].square().sum()), float(S.square().sum())
+    right, lower = torch.linalg.qr(A.mT)
+    U, S, V = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    rank = min(rank, S.shape[-1])
+    root = S[..., :rank].sqrt()
+    new_B = left @ U[..., :rank] * root.unsqueeze(-2)
+    new_A = (right @ V[..., :rank, :].mT * root.unsqueeze(-2)).mT
+    if isinstance(weights, BlockWeights):
+        new: LoraWeights = BlockWeights(new_A, new_B, exchanged=weights.exchanged)
+    else:
+        new = LoraWeights(
+            new_A.reshape(rank, *weights.A.shape[1:]).contiguous(),
+            new_B.reshape(len(new_B), rank, *weights.B.shape[2:]).contiguous(),
+            embedding=weights.embedding,
+        )
+    return new, float(S[..., rank:].square().sum()), float(S.square().sum())

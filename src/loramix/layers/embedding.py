@@ -28,8 +28,8 @@ class EmbeddingStack(ExpertStack):
     def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]:
         return stacked.T.split(self.ranks)
 
-    def _dropped_down(self, x: Tensor, base_layer: nn.Module) -> Tensor:
-        return self._down(x, self.lora_A, base_layer)
+    def _dropped_down(self, x: Tensor, stacked: Tensor, base_layer: nn.Module) -> Tensor:
+        return self._down(x, stacked, base_layer)
 
     def _down(self, x: Tensor, A: Tensor, base_layer: nn.Module) -> Tensor:
         return F.embedding(x, A, cast(nn.Embedding, base_layer).padding_idx)

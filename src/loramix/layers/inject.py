@@ -2,7 +2,8 @@
 
 Everything is checked before the first layer is replaced, so that a refused expert leaves the base model as it was.
 L: adapted layers, numbered 0..L-1 in the order of `named_modules()`; the numbering is part of the checkpoint format. A
-quantiser may have put layers back in another order, which does not count.
+quantiser may have put layers back in another order, which does not count. Each adapted parameter of a
+mixture-of-experts block is a layer, numbered where its block stands, in the order of the block's parameters.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from loramix.experts.base_layers import (
 )
 from loramix.experts.base_model import Backbones, encoder_and_decoder, in_declared_order
 from loramix.experts.base_weights import check_base_weights, resizing_remedy
+from loramix.experts.blocks import BlockMatrices, with_matrices
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.files.tensors import all_finite
-from loramix.layers.layer import XLoraLayer, fill, new_layer
+from loramix.layers.layer import XLoraBlock, XLoraLayer, fill, new_layer
 from loramix.layers.stack import LayerExpert
 from loramix.routers.router import RouterSizes
 
@@ -53,11 +55,15 @@ class Site:
 def plan(model: PreTrainedModel, adapters: Sequence[Adapter]) -> list[Site]:
     """The layers that at least one expert adapts, in the order of `named_modules()` of the model's class.
 
+    Args:
+        model: the base model.
+        adapters: the experts, by the base model's names (`on_base`).
+
     Raises:
         AdapterMismatchError: an expert of another base: other modules, or other shapes.
         UnsupportedAdapterError: an expert that reaches into a layer that no mixture can adapt.
     """
-    modules = dict(model.named_modules())
+    modules = with_matrices(model)
     base = _Base(modules, adaptable(modules))
     for adapter in adapters:
         _check(adapter, base)
@@ -118,12 +124,14 @@ def _check(adapter: Adapter, base: _Base) -> None:
     missing = [path for path in targeted(modules, base.kinds, adapter.config) if path not in adapter.weights]
     if missing:
         raise _mismatch(
-            adapter, "target_modules names it in this base model, and the file has no tensors for it", missing
+            adapter,
+            "target_modules or target_parameters names it in this base model, and the file has no tensors for it",
+            missing,
         )
 
 
 def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraWeights) -> None:
-    rank = weights.A.shape[0]
+    rank = weights.rank
     found: dict[str, object] = {"A": tuple(weights.A.shape), "B": tuple(weights.B.shape)}
     shapes = expected_shapes(module, rank)
     expected: dict[str, object] = dict(zip("AB", shapes, strict=True))
@@ -275,3 +283,26 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     holder = model.get_submodule(parent)
     module.train(holder.training)
     setattr(holder, name, module)
+
+
+def put_on(model: nn.Module, path: str, layer: XLoraLayer) -> None:
+    """Put an adapted layer where its base layer is; that of a parameter beside its block."""
+    if not isinstance(layer.base_layer, BlockMatrices):
+        replace(model, path, layer)
+        return
+    place, _, name = path.rpartition(".")
+    block = model.get_submodule(place)
+    if not isinstance(block, XLoraBlock):
+        block = XLoraBlock(block)
+        replace(model, place, block)
+    block.add_module(name, layer)
+    layer.train(block.training)
+
+
+def take_off(model: nn.Module, path: str, layer: XLoraLayer) -> None:
+    """Put the base layer back in its place."""
+    base = layer.base_layer
+    if isinstance(base, BlockMatrices):
+        replace(model, path.rpartition(".")[0], base.block)
+    else:
+        replace(model, path, base)

@@ -12,10 +12,13 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from loramix.errors import UnsupportedOperationError
+from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.experts.adapter import LoraWeights
 from loramix.experts.base_layers import Kind, kind_of
+from loramix.experts.blocks import form_of
 from loramix.experts.offload import with_weights
+from loramix.experts.weight_products import WeightProducts
+from loramix.layers.block import BlockStack, mixed
 from loramix.layers.convolution import ConvolutionStack
 from loramix.layers.dora import DoraStack
 from loramix.layers.embedding import EmbeddingStack
@@ -28,6 +31,8 @@ _STACKS: dict[Kind, type[ExpertStack]] = {
     "linear": LinearStack,
     "embedding": EmbeddingStack,
     "convolution": ConvolutionStack,
+    "block": BlockStack,
+    "gate": LinearStack,
 }
 
 
@@ -89,7 +94,7 @@ class XLoraLayer(nn.Module):
         own.register_parameter(name, param)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        routing = current() if self.apart is None else self.apart(self.stack.number)
+        routing = self._routing()
         modules = cast("dict[str, nn.Module]", self._modules)  # as attributes they are looked for, each time
         base_layer = modules["base_layer"]
         base_y: Tensor = base_layer(x, *args, **kwargs)
@@ -103,6 +108,9 @@ class XLoraLayer(nn.Module):
         for stack in stacks.values():
             y = with_weights(stack, stack.add_to, y, x, routing, base_layer, base_y)
         return y
+
+    def _routing(self) -> Routing:
+        return current() if self.apart is None else self.apart(self.stack.number)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Earlier checkpoints of trainers hold the matrices of the only stack as the layer's own."""
@@ -129,6 +137,62 @@ class _WithoutGradient(torch.autograd.Function):
         )
 
 
+class XLoraGate(XLoraLayer):
+    """An adapted module that multiplies by its own weight and goes on with the product: the delta is added to that.
+
+    Raises:
+        RoutingError (the forward): the module does not multiply by its weight once.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        routing = self._routing()
+        return self.base_layer(x, *args, **kwargs) if routing.silent else self._mixed(routing, x, *args, **kwargs)
+
+    # Compiled, the product would be made without the delta.
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    def _mixed(self, routing: Routing, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def adapted(x: Tensor, y: Tensor) -> Tensor:
+            for stack in cast("Sequence[ExpertStack]", self.stacks):
+                y = stack.add_to(y, x, routing, self.base_layer, y)
+            return y
+
+        with WeightProducts(cast(Tensor, self.base_layer.weight), adapted) as products:
+            out = self.base_layer(x, *args, **kwargs)
+        if products.count != 1:
+            raise RoutingError(
+                "Experts adapt a module that multiplies its input by its weight, once.",
+                received=f"a {type(self.base_layer).__name__} with {products.count} such products",
+                remedy="train the expert without this module",
+            )
+        return out
+
+
+class XLoraBlock(nn.Module):
+    """A mixture-of-experts block of the base model, with an `XLoraLayer` for each of its parameters that is adapted.
+
+    These have the parameters' names; their base layers are no modules, and what they add is computed here.
+
+    Args:
+        base_layer: the block.
+
+    Raises:
+        RoutingError (the forward): as for `XLoraLayer`.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, hidden_states: Tensor, *chosen: Tensor) -> Tensor:
+        routing, form = current(), form_of(self.base_layer)
+        if routing.silent:
+            return self.base_layer(hidden_states, *chosen)
+        assert form is not None
+        layers = {name: layer for name, layer in self.named_children() if isinstance(layer, XLoraLayer)}
+        stacks = {name: cast("list[BlockStack]", list(layer.stacks)) for name, layer in layers.items()}
+        return mixed(self.base_layer, form, stacks, routing, hidden_states, *chosen)
+
+
 def stack_class(module: nn.Module, experts: Sequence[LayerExpert]) -> type[ExpertStack] | None:
     """The stack that holds these experts of a module of the base model; None where no stack can."""
     kind = kind_of(module)
@@ -146,7 +210,8 @@ def new_layer(
     """
     kind = stack_class(module, experts)
     assert kind is not None
-    return XLoraLayer(module, kind(module, experts, number, dtype=dtype))
+    wrapper = XLoraGate if kind_of(module) == "gate" else XLoraLayer
+    return wrapper(module, kind(module, experts, number, dtype=dtype))
 
 
 def fill(layers: Sequence[XLoraLayer], experts: Sequence[Sequence[LayerExpert]]) -> None:

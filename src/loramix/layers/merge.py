@@ -6,7 +6,7 @@ and with DoRA, of magnitude m and norm n (docs/semantics.md §2),
 
     W' = W + g · Σ_e s[e] · ((m_e/n_e − 1) W + (m_e/n_e) · c_e · B_e A_e)
 
-R: total rank of a layer.
+R: total rank of a layer. N: matrices in a parameter of a mixture-of-experts block.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from loramix.errors import UnsupportedOperationError
 from loramix.experts.base_layers import computes_with_its_weight
 from loramix.experts.base_model import text_config
+from loramix.experts.blocks import BlockMatrices, called_module, with_matrices
 from loramix.experts.offload import is_away
+from loramix.layers.block import BlockStack
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import Routing
 from loramix.layers.stack import ExpertStack
@@ -57,11 +59,13 @@ def put(model: PreTrainedModel, merged: Mapping[str, MergedWeights]) -> None:
 
     A weight that others share, as a tied head shares the embedding's, stays theirs.
     """
+    layers = with_matrices(model)
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for path, (weight, bias) in merged.items():
-        layer: Any = model.get_submodule(path)
+        layer: Any = layers[path]
         tied = uses[id(layer.weight)] > 1
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+        name = layer.name if isinstance(layer, BlockMatrices) else "weight"
+        setattr(called_module(layer), name, nn.Parameter(weight, requires_grad=layer.weight.requires_grad))
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
         if tied:
@@ -77,7 +81,7 @@ def _merged(path: str, layer: XLoraLayer, routing: Routing) -> MergedWeights:
     if is_away(base) or is_away(stack):
         raise _refused(path, "weights that accelerate has offloaded")
     up, stretch = stack.update_matrices(routing, base)
-    update = _product(stack, up[:, : stack.rank])
+    update = _product(stack, up[..., : stack.rank])
     if stretch is not None:
         update = update + _rows(base, weight.float()) * stretch.unsqueeze(1)
     new = weight.float() + _like_weight(base, update)
@@ -91,7 +95,9 @@ def _merged(path: str, layer: XLoraLayer, routing: Routing) -> MergedWeights:
     return MergedWeights(new.to(weight.dtype), bias)
 
 
-def _product(stack: ExpertStack, up: Float[Tensor, "out R"]) -> Float[Tensor, "out inputs"]:
+def _product(stack: ExpertStack, up: Float[Tensor, "*N out R"]) -> Float[Tensor, "*N out inputs"]:
+    if isinstance(stack, BlockStack):
+        return up @ stack.lora_A.float()
     experts = stack.unstack(dict(stack.named_parameters(recurse=False))).values()
     down = torch.cat([weights.A.float().flatten(1) for weights in experts])
     return up @ down
@@ -102,8 +108,10 @@ def _rows(base: nn.Module, weight: Tensor) -> Float[Tensor, "out inputs"]:
     return weight.T if isinstance(base, Conv1D | nn.Embedding) else weight.flatten(1)
 
 
-def _like_weight(base: nn.Module, rows: Float[Tensor, "out inputs"]) -> Tensor:
-    """The inverse of `_rows`."""
+def _like_weight(base: nn.Module, rows: Float[Tensor, "*N out inputs"]) -> Tensor:
+    """The inverse of `_rows`; of a block's parameter, each matrix as it is stored."""
+    if isinstance(base, BlockMatrices):
+        return rows.mT if base.form.settings.is_transposed else rows
     transposed = isinstance(base, Conv1D | nn.Embedding)
     return rows.T if transposed else rows.reshape(cast("Tensor", base.weight).shape)
 

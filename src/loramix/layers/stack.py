@@ -44,7 +44,7 @@ class LayerExpert(NamedTuple):
     @property
     def rank(self) -> int:
         """r, by the shape of A."""
-        return self.weights.A.shape[0]
+        return self.weights.rank
 
 
 class ExpertStack(nn.Module):
@@ -95,14 +95,18 @@ class ExpertStack(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
-        shape_A, shape_B = expected_shapes(base_layer, self.rank)
-        self.lora_A = empty(*(reversed(shape_A) if self.is_embedding else shape_A))
-        self.lora_B = empty(shape_B[0], self.rank + len(self.biased))
+        shape_A, shape_B = self._shapes(base_layer)
+        self.lora_A, self.lora_B = empty(*shape_A), empty(*shape_B)
         columns = [i for i, rank in enumerate(self.ranks) for _ in range(rank)] + list(self.biased)
         scales = [experts[i].scale for i in columns]
         self._buffer("index", torch.tensor([number], device=device))
         self._buffer("expert_of_rank", torch.tensor([self.members[i] for i in columns], device=device))
         self._buffer("rank_scale", torch.tensor(scales, dtype=torch.float32, device=device))
+
+    def _shapes(self, base_layer: nn.Module) -> tuple[Sequence[int], Sequence[int]]:
+        """The shapes of the stacked matrices."""
+        shape_A, shape_B = expected_shapes(base_layer, self.rank)
+        return shape_A[::-1] if self.is_embedding else shape_A, (shape_B[0], self.rank + len(self.biased))
 
     def _buffer(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
@@ -133,11 +137,10 @@ class ExpertStack(nn.Module):
 
     def _low_rank(self, x: Tensor, base_layer: nn.Module) -> Tensor:
         """h = A dropout(x), with a 1 for each LoRA bias: (*tokens, R)."""
-        h = self._tokens_last(self._dropped_down(x, base_layer))
+        h = self._tokens_last(self._dropped_down(x, self.lora_A, base_layer))
         return torch.cat([h, h.new_ones(*h.shape[:-1], len(self.biased))], dim=-1) if self.biased else h
 
-    def _dropped_down(self, x: Tensor, base_layer: nn.Module) -> Tensor:
-        stacked = self.lora_A
+    def _dropped_down(self, x: Tensor, stacked: Tensor, base_layer: nn.Module) -> Tensor:
         x = self._input(x, stacked.dtype)
         if not self.training or not any(self.dropouts):
             return self._down(x, stacked, base_layer)

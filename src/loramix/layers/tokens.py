@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from loramix.errors import ModelError, RoutingError, UnsupportedAdapterError
 from loramix.experts.base_model import Backbones
+from loramix.experts.blocks import called_module
 from loramix.experts.dry_run import OTHERS, TEXTS, TOKENS, LayerUse, dry_run
 from loramix.experts.kept_state import KeptState
 from loramix.experts.targets import carrier_path, in_head
@@ -118,7 +119,7 @@ def outside(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site])
     """The sites that lie in none of the backbones, and not in the head."""
     inside = {id(module) for backbone in filter(None, backbones) for module in backbone.modules()}
     modules = dict(model.named_modules())
-    return [site for site in sites if id(site.module) not in inside and not in_head(modules, site.path)]
+    return [s for s in sites if id(called_module(s.module)) not in inside and not in_head(modules, s.path)]
 
 
 def uses_of(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
@@ -131,8 +132,8 @@ def uses_of(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site])
     """
     around = outside(model, backbones, sites)
     encoder = set[int]() if backbones.encoder is None else {id(module) for module in backbones.encoder.modules()}
-    of_encoder = [site for site in sites if id(site.module) in encoder]
-    of_main = [site for site in sites if site not in around and id(site.module) not in encoder]
+    of_encoder = [site for site in sites if id(called_module(site.module)) in encoder]
+    of_main = [site for site in sites if site not in around and site not in of_encoder]
     parts = [_uses_in(model, backbones.main, of_main)]
     if backbones.encoder is not None:
         parts.append(_uses_in(model, backbones.encoder, of_encoder))
@@ -170,7 +171,7 @@ def _uses_in(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[S
     here = {id(module): path for path, module in carrier.named_modules()}
     found: dict[str, LayerUse] = {}
     for site in sites:
-        path = here.get(id(site.module))
+        path = here.get(id(called_module(site.module)))
         outer = None if path is None or around is None else around.get(f"{within_base}.{path}")
         use = outer if path is None or own is None else own.get(path)
         if path is None:  # a head

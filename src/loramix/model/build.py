@@ -26,12 +26,14 @@ from loramix.experts.adapter import Adapter
 from loramix.experts.base_layers import device_of, is_quantised, kind_of, unpack
 from loramix.experts.base_model import Backbones, identifier_of
 from loramix.experts.base_weights import OwnRows, own_rows
+from loramix.experts.blocks import BlockMatrices
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.initialise import new_adapter
+from loramix.experts.on_base import on_base
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
-from loramix.layers.inject import Site, adapt, find_backbones, head_site, plan, refuse_meta, replace, router_sizes
+from loramix.layers.inject import Site, adapt, find_backbones, head_site, plan, put_on, refuse_meta, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import BaseUses, check_uses
 from loramix.model.own_weights import put_rows
@@ -288,6 +290,7 @@ def _build_mixture(
     hidden_size = hidden_size_of(model)
     kind = _check(config, len(experts), hidden_size)
     config.hidden_size = hidden_size
+    experts = [on_base(model, expert) for expert in experts]
     sites = plan(model, experts)
     router = kind.build(config, router_sizes(sites, hidden_size, len(experts)))
     if saved is not None:
@@ -301,6 +304,7 @@ def _build_mixture(
     head = head_site(model, others)
     if head is not None:
         _check_head(head, names, kind)
+    _check_blocks(sites, names, kind)
     routed = issubclass(kind, HiddenStateRouter)
     uses = check_uses(model, backbones, sites, names, routed=routed, given=given)
     if uses.told and not uses.seeing_encoder:
@@ -338,7 +342,15 @@ def given_scalings(config: XLoraConfig, sites: Sequence[Site]) -> list[str]:
             received=f"{', '.join(map(repr, idle))}, in none of {', '.join(site.path for site in sites[:3])}, …",
             remedy="name modules that experts adapt; loramix info names these",
         )
-    return [site.path for site in sites if config.scalings_elsewhere(site.path) is not None]
+    given = [site for site in sites if config.scalings_elsewhere(site.path) is not None]
+    blocks = [site.path for site in given if isinstance(site.module, BlockMatrices)]
+    if blocks:
+        raise ConfigurationError(
+            "elsewhere gives scalings to whole layers, not to parameters of a mixture-of-experts block.",
+            received=f"{blocks[0]!r}",
+            remedy="leave the block out of elsewhere",
+        )
+    return [site.path for site in given]
 
 
 def _set_apart(layers: Mapping[str, XLoraLayer], state: AdaptedState, uses: BaseUses) -> None:
@@ -368,7 +380,23 @@ def _check_head(head: Site, names: Sequence[str], kind: type[Router]) -> None:
         )
 
 
+def _check_blocks(sites: Sequence[Site], names: Sequence[str], kind: type[Router]) -> None:
+    """Raises UnsupportedAdapterError: a router that reads one low-rank activation of each token, where there are many.
+
+    A mixture-of-experts block makes one for each of its experts that a token is given to.
+    """
+    found = [site for site in sites if isinstance(site.module, BlockMatrices)]
+    if found and kind.reads == "low-rank activation":
+        experts = dict.fromkeys(repr(names[e.expert]) for site in found for e in site.experts)
+        raise UnsupportedAdapterError(
+            "A router that reads a layer's activation is for layers that each token passes once.",
+            received=f"expert {', '.join(experts)} adapts {found[0].path!r}, of a mixture-of-experts block",
+            remedy='train the expert without target_parameters, or use router="classifier" or router="static"',
+        )
+
+
 def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str | None, *, trainable: bool) -> PeftModel:
+    adapter = on_base(model, adapter)
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
     backbones = find_backbones(model, sites, [adapter.name])
@@ -400,7 +428,7 @@ def _commit(
     for path, layer in layers.items():
         if f"{path}.weight" in state.replaced:
             layer.stack.settle(layer.base_layer)
-        replace(model, path, layer)
+        put_on(model, path, layer)
     if isinstance(state, MixtureState):
         model.add_module(state.router.attribute, state.router)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]

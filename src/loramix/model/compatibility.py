@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from loramix.config.lora import LoraConfig
 from loramix.errors import LoramixError
 from loramix.experts.base_layers import why_unadaptable
+from loramix.experts.blocks import with_matrices
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.targets import ALL_LINEAR, new_targets
 from loramix.files.base_models import one_line
@@ -80,13 +81,16 @@ def check_base(base: PreTrainedModel, target_modules: str | Sequence[str] = ALL_
 
     Args:
         base: the base model.
-        target_modules: as in `LoraConfig`.
+        target_modules: as in `LoraConfig`; names may also be those of `target_parameters`.
 
     Raises:
         ConfigurationError: targets that no module of the model matches.
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    sites = [Site(path, base.get_submodule(path), ()) for path in new_targets(base, LoraConfig(target_modules=targets))]
+    modules = with_matrices(base)
+    parameters = None if isinstance(targets, str) else targets
+    config = LoraConfig(target_modules=targets, target_parameters=parameters)
+    sites = [Site(path, modules[path], ()) for path in new_targets(base, config)]
     name, reasons = type(base).__name__, {site.path: why_unadaptable(site.module, site.path) for site in sites}
     try:
         backbones = find_backbones(base, sites, [])

@@ -92,10 +92,10 @@ def _trained(model: nn.Module, state: AdaptedState) -> list[str]:
 def _name_here(name: str, state: AdaptedState) -> str:
     """The mixture's name of a parameter of the base model."""
     path, _, leaf = name.rpartition(".")
-    return f"{path}.base_layer.{leaf}" if path in state.paths else name
+    return f"{path}.base_layer.{leaf}" if path in state.paths or path in state.blocks else name
 
 
 def _base_name(name: str, state: AdaptedState) -> str:
     path, _, leaf = name.rpartition(".")
     inner = path.removesuffix(".base_layer")
-    return f"{inner}.{leaf}" if inner in state.paths else name
+    return f"{inner}.{leaf}" if inner in state.paths or inner in state.blocks else name

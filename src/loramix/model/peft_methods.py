@@ -20,7 +20,7 @@ from loramix.config.base import PeftConfig, PeftType
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
 from loramix.experts.offload import KeptTensors, refuse_held
-from loramix.layers.inject import replace
+from loramix.layers.inject import take_off
 from loramix.layers.layer import STACK, XLoraLayer
 from loramix.layers.merge import merge, put
 from loramix.layers.routing import ConstantRouting, Routing
@@ -97,7 +97,7 @@ class PeftMethods:
         model, state = self.get_base_model(), self._loramix
         refuse_held(model)
         for path, layer in layers_of(model).items():
-            replace(model, path, layer.base_layer)
+            take_off(model, path, layer)
         restore_rows(model, state)
         if isinstance(state, MixtureState):
             delattr(model, state.router.attribute)

@@ -20,6 +20,7 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import RoutingError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
+from loramix.experts.blocks import BlockMatrices
 from loramix.experts.offload import refuse_training, with_weights
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.routing import ConstantRouting, LayerRouting, Routing, TensorRouting
@@ -87,6 +88,7 @@ class AdaptedState:
         self.head: str | None = None  # the path of the model's head, if it is adapted
         self.replaced: dict[str, ReplacedRows] = {}  # of the base model's parameters
         self.paths = list(layers)
+        self.blocks = {p.rpartition(".")[0] for p, each in layers.items() if isinstance(each.base_layer, BlockMatrices)}
         self.layouts = list({layer.stack.layout: layer.stack for layer in layers.values()}.values())
         self.owner = uuid.uuid4().hex
         self.enabled = True

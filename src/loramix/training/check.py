@@ -19,6 +19,7 @@ from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError, SaveError
 from loramix.experts.dry_run import hidden_size_of
+from loramix.experts.on_base import on_base
 from loramix.experts.targets import new_targets
 from loramix.files.base_models import without_weights
 from loramix.files.hub import from_anywhere
@@ -63,7 +64,7 @@ def check(settings: TrainSettings) -> CheckedRun:
     base: PreTrainedModel = cast(Any, without_weights(base_config, causal=True)).to(dtype)
     config = _mixture_config(settings, base)
     experts = [formats.load_adapter(name, place) for name, place in config.adapters.items()]
-    sites = plan(base, [replace(expert, base_weights={}) for expert in experts])
+    sites = plan(base, [on_base(base, replace(expert, base_weights={})) for expert in experts])
     config.validate_for(len(experts), hidden_size_of(base))
     routed = issubclass(router_class(config), HiddenStateRouter)
     names, given = list(config.adapters), given_scalings(config, sites)

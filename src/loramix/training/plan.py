@@ -84,7 +84,7 @@ def make_plan(
         config,
         router_sizes(sites, config.hidden_size, len(experts)),
         experts=sum(module.num_parameters for module in weights),
-        ranks=sum(module.A.shape[0] for module in weights),
+        ranks=sum(module.rank for module in weights),
     )
     sample = [pieces(row, tokenizer, arguments.max_length) for row in rows[:_SAMPLE]]
     lengths = [len(piece) for found in sample for piece in found]
