@@ -20,7 +20,8 @@ every layer that can have some. To try again: `python -m benchmarks.bases` (all 
 
 Cells: **works**; **base fails**: the plain base model fails this check too, or cannot run it; **refused**: loramix
 stops with an error, whose reason is in the last column; **fails**: another error. Layers that see other tokens than the
-backbone, such as tables of positions and poolers, are refused by name and left out here.
+backbone, such as tables of positions and poolers, are refused by name and left out here. The parameters of
+mixture-of-experts blocks are left out too: `tests/oracle/test_every_block.py` tries them on every class that has some.
 """
 _TITLES = {
     "causal": "Causal language models",
