@@ -2,6 +2,7 @@
 
 Files name modules. A parameter of a mixture-of-experts block goes by its block's name, and where several parameters of
 a block are adapted PEFT wraps the block once for each, the first one innermost: `experts.base_layer`, then `experts`.
+Experts of older versions of transformers name modules as these did (`older_names.py`).
 
 N: matrices in a parameter of a block. r: rank.
 """
@@ -19,10 +20,11 @@ from loramix.errors import AdapterMismatchError, CorruptCheckpointError, Unsuppo
 from loramix.experts.adapter import WRAPPED, Adapter, BlockWeights, LoraWeights, of_another_base
 from loramix.experts.base_layers import kind_of, refuse_module
 from loramix.experts.blocks import BlockMatrices, with_matrices
+from loramix.experts.older_names import with_present_names
 
 
 def on_base(model: PreTrainedModel, adapter: Adapter) -> Adapter:
-    """The expert with its tensors by the base model's own names; names that it does not have stay.
+    """The expert with its tensors by the base model's own names; names that it has under no version stay.
 
     Args:
         model: the base model.
@@ -32,8 +34,10 @@ def on_base(model: PreTrainedModel, adapter: Adapter) -> Adapter:
         UnsupportedAdapterError: a block or a parameter that no adapted layer can stand in for.
         AdapterMismatchError: other parameters of a block than the configuration names, or other shapes.
         CorruptCheckpointError: another rank than the configuration says.
+        IncompleteCheckpointError: tensors for some of a block's own experts only.
     """
     modules = with_matrices(model)
+    adapter = with_present_names(model, modules, adapter)
     weights: dict[str, LoraWeights] = {}
     wrapped: dict[str, dict[int, LoraWeights]] = {}  # block -> how deep inside its wrappers -> tensors
     for path, given in adapter.weights.items():
