@@ -44,7 +44,8 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from loramix.model.build import PeftModel, XLoraModel, get_peft_model, prepare_model_for_kbit_training
+    from loramix.model.build import PeftModel, XLoraModel, get_peft_model
+    from loramix.model.kbit import prepare_model_for_kbit_training
     from loramix.model.reference import create_reference_model
     from loramix.passes.cache import TwoPassCache
     from loramix.routers.classifier import XLoraClassifier
@@ -101,7 +102,8 @@ _HOMES = {
     "LoraConfig": "config.lora",
     "XLoraConfig": "config.xlora",
     **dict.fromkeys(("PeftConfig", "PeftType", "TaskType"), "config.base"),
-    **dict.fromkeys(("PeftModel", "XLoraModel", "get_peft_model", "prepare_model_for_kbit_training"), "model.build"),
+    **dict.fromkeys(("PeftModel", "XLoraModel", "get_peft_model"), "model.build"),
+    "prepare_model_for_kbit_training": "model.kbit",
     **dict.fromkeys((name for name in __all__ if name.startswith("AutoPeft")), "model.auto"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
 }

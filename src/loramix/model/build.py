@@ -13,29 +13,27 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from loramix._compat import enable_checkpointing
 from loramix.config.base import PeftConfig
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import ConfigurationError, ModelError, UnsupportedAdapterError
+from loramix.errors import ConfigurationError, ModelError
 from loramix.experts.adapter import Adapter
-from loramix.experts.base_layers import device_of, is_quantised, kind_of, unpack
+from loramix.experts.base_layers import device_of, unpack
 from loramix.experts.base_model import Backbones, identifier_of
 from loramix.experts.base_weights import OwnRows, own_rows
-from loramix.experts.blocks import BlockMatrices
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.initialise import new_adapter
 from loramix.experts.on_base import on_base
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
-from loramix.layers.inject import Site, adapt, find_backbones, head_site, plan, put_on, refuse_meta, router_sizes
+from loramix.layers.inject import adapt, find_backbones, head_site, plan, put_on, refuse_meta, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import BaseUses, check_uses
+from loramix.model.checks import check_blocks, check_head, check_plain, check_widths, checked_router, given_scalings
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.xlora_methods import XLoraMethods
@@ -43,8 +41,7 @@ from loramix.passes.call import Role
 from loramix.passes.checkpointing import route_checkpoints
 from loramix.passes.specialise import rebind_forward, specialise
 from loramix.passes.state import AdaptedState, MixtureState
-from loramix.routers.gating import gating_of
-from loramix.routers.router import HiddenStateRouter, Router, router_class
+from loramix.routers.router import HiddenStateRouter
 
 _Config = TypeVar("_Config", bound=PeftConfig)
 
@@ -98,7 +95,7 @@ class PeftModel(_Peft):
             ConfigurationError: settings that cannot work.
             ModelError: a base model that cannot carry a mixture, or carries one already.
         """
-        _check_base(model)
+        check_plain(model)
         unpack(model)
         options = _options(hub)
         config = copy.deepcopy(config)
@@ -165,7 +162,7 @@ def get_peft_model(
     Raises:
         ConfigurationError, CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
     """
-    _check_base(model)
+    check_plain(model)
     if not isinstance(peft_config, XLoraConfig | LoraConfig) or mixed:
         kind = type(peft_config)
         raise ModelError(
@@ -181,7 +178,7 @@ def get_peft_model(
         config.base_model_name_or_path = identifier_of(model)
     if isinstance(config, LoraConfig):
         return _build_lora(model, new_adapter(adapter_name, model, config), base_weights_of, trainable=True)
-    _check(config, len(config.adapters), hidden_size_of(model))
+    checked_router(config, len(config.adapters), hidden_size_of(model))
     config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
     experts = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
     own = functools.partial(own_rows, chosen=base_weights_of)
@@ -207,77 +204,6 @@ def _of_kind(config: PeftConfig | None, kind: type[_Config], model_id: str | Pat
     return config
 
 
-def prepare_model_for_kbit_training(
-    model: PreTrainedModel,
-    use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-) -> PreTrainedModel:
-    """Freeze a quantised base model, hold what is not quantised in float32, and checkpoint its gradients.
-
-    Quantised layers stay as they are. Those of other packages than bitsandbytes take the dtype that they were made
-    for, so that beside them all of the model keeps its own, as in PEFT.
-
-    Args:
-        model: the base model, before `get_peft_model`.
-        use_gradient_checkpointing: trade time for memory.
-        gradient_checkpointing_kwargs: for transformers; `use_reentrant` is False unless given.
-    """
-    model.requires_grad_(False)
-    quantised = [module for module in model.modules() if kind_of(module) is not None and is_quantised(module)]
-    if all(type(module).__module__.startswith("bitsandbytes.") for module in quantised):
-        packed = {id(parameter) for module in quantised for parameter in module.parameters()}
-        for parameter in model.parameters():
-            plain = type(parameter) is nn.Parameter and id(parameter) not in packed
-            if plain and parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
-    if use_gradient_checkpointing:
-        enable_checkpointing(model, **{"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
-    return model
-
-
-def _check_base(model: PreTrainedModel) -> None:
-    if not isinstance(cast(object, model), PreTrainedModel):
-        wrapped = any(isinstance(getattr(model, name, None), PreTrainedModel) for name in ("module", "_orig_mod"))
-        raise ModelError(
-            "The base model is a transformers PreTrainedModel.",
-            received=f"a {type(model).__name__}{' around one' if wrapped else ''}",
-            remedy="put the experts on the model itself, and wrap or compile the result"
-            if wrapped
-            else "load it with AutoModelForCausalLM.from_pretrained(…); of a model of PEFT, pass model.unload()",
-        )
-    if any(_is_divided(parameter) for parameter in model.parameters()):
-        raise ModelError(
-            "The base model's weights are whole when experts are put on it.",
-            received=f"a {type(model).__name__} whose weights are divided among processes (FSDP, DeepSpeed, tensor "
-            "parallelism)",
-            remedy="put the experts on first, and let the trainer or launcher divide the result",
-        )
-    if any(isinstance(module, XLoraLayer) or _is_of_peft(module) for module in model.modules()):
-        raise ModelError(
-            "Experts are put on a plain base model.",
-            received=f"a {type(model).__name__} that already carries experts",
-            remedy="call model.unload() first, or load the base model anew",
-        )
-    route_checkpoints(model, dry_run=True)
-
-
-def _is_divided(parameter: Tensor) -> bool:
-    if hasattr(parameter, "ds_id"):  # DeepSpeed's mark
-        return True
-    return type(parameter) not in (Tensor, nn.Parameter) and isinstance(parameter, _dtensor())
-
-
-@functools.cache
-def _dtensor() -> type[Tensor]:
-    from torch.distributed.tensor import DTensor  # takes long to import, and few need it
-
-    return DTensor
-
-
-def _is_of_peft(module: object) -> bool:
-    return type(module).__module__.startswith("peft.")
-
-
 def _build_mixture(
     model: PreTrainedModel,
     config: XLoraConfig,
@@ -288,7 +214,7 @@ def _build_mixture(
     trainable: bool,
 ) -> PeftModel:
     hidden_size = hidden_size_of(model)
-    kind = _check(config, len(experts), hidden_size)
+    kind = checked_router(config, len(experts), hidden_size)
     config.hidden_size = hidden_size
     experts = [on_base(model, expert) for expert in experts]
     sites = plan(model, experts)
@@ -303,14 +229,14 @@ def _build_mixture(
     refuse_meta(sites)
     head = head_site(model, others)
     if head is not None:
-        _check_head(head, names, kind)
-    _check_blocks(sites, names, kind)
+        check_head(head, names, kind)
+    check_blocks(sites, names, kind)
     routed = issubclass(kind, HiddenStateRouter)
     uses = check_uses(model, backbones, sites, names, routed=routed, given=given)
     if uses.told and not uses.seeing_encoder:
         backbones = Backbones(backbones.main)
     if routed:
-        _check_widths(backbones, hidden_size)
+        check_widths(backbones, hidden_size)
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     parts = [module for module in backbones.main.modules() if next(module.parameters(recurse=False), None) is not None]
     router.to(device_of(parts[-1]))  # where the last hidden state comes out
@@ -322,77 +248,9 @@ def _build_mixture(
     return cast(XLoraModel, model)
 
 
-def _check(config: XLoraConfig, num_experts: int, hidden_size: int) -> type[Router]:
-    """The router's kind, once the configuration is known to fit and to name what is registered."""
-    config.validate_for(num_experts, hidden_size)
-    gating_of(config)
-    return router_class(config)
-
-
-def given_scalings(config: XLoraConfig, sites: Sequence[Site]) -> list[str]:
-    """The paths of the layers that are given their scalings by `elsewhere`.
-
-    Raises:
-        ConfigurationError: scalings for no layer.
-    """
-    idle = [part for part in config.elsewhere if not any(f".{part}." in f".{site.path}." for site in sites)]
-    if idle:
-        raise ConfigurationError(
-            "elsewhere names parts of the paths of adapted layers.",
-            received=f"{', '.join(map(repr, idle))}, in none of {', '.join(site.path for site in sites[:3])}, …",
-            remedy="name modules that experts adapt; loramix info names these",
-        )
-    given = [site for site in sites if config.scalings_elsewhere(site.path) is not None]
-    blocks = [site.path for site in given if isinstance(site.module, BlockMatrices)]
-    if blocks:
-        raise ConfigurationError(
-            "elsewhere gives scalings to whole layers, not to parameters of a mixture-of-experts block.",
-            received=f"{blocks[0]!r}",
-            remedy="leave the block out of elsewhere",
-        )
-    return [site.path for site in given]
-
-
 def _set_apart(layers: Mapping[str, XLoraLayer], state: AdaptedState, uses: BaseUses) -> None:
     for path in uses.apart:
         layers[path].apart = state.apart
-
-
-def _check_widths(backbones: Backbones, hidden_size: int) -> None:
-    """Raises ModelError: a router for hidden states of one width, and an encoder and a decoder of two."""
-    widths = [hidden_size_of(carrier) for carrier in filter(None, backbones)]
-    if any(width != hidden_size for width in widths):
-        raise ModelError(
-            "The router reads the last hidden states of all backbones, which are of one width.",
-            received=f"widths of {', '.join(map(str, widths))}, and hidden_size={hidden_size}",
-            remedy='mix with router="static", or adapt only one of the two',
-        )
-
-
-def _check_head(head: Site, names: Sequence[str], kind: type[Router]) -> None:
-    """Raises UnsupportedAdapterError: a router whose logits are collected before the head has run."""
-    if kind.reads == "low-rank activation":
-        raise UnsupportedAdapterError(
-            "A router that reads a layer's activation ends with the backbone, before the head runs.",
-            received=f"expert {', '.join(repr(names[e.expert]) for e in head.experts)} adapts {head.path!r}",
-            remedy=f"train the expert without {head.path.rpartition('.')[2]!r} in target_modules, or use "
-            'router="classifier"',
-        )
-
-
-def _check_blocks(sites: Sequence[Site], names: Sequence[str], kind: type[Router]) -> None:
-    """Raises UnsupportedAdapterError: a router that reads one low-rank activation of each token, where there are many.
-
-    A mixture-of-experts block makes one for each of its experts that a token is given to.
-    """
-    found = [site for site in sites if isinstance(site.module, BlockMatrices)]
-    if found and kind.reads == "low-rank activation":
-        experts = dict.fromkeys(repr(names[e.expert]) for site in found for e in site.experts)
-        raise UnsupportedAdapterError(
-            "A router that reads a layer's activation is for layers that each token passes once.",
-            received=f"expert {', '.join(experts)} adapts {found[0].path!r}, of a mixture-of-experts block",
-            remedy='train the expert without target_parameters, or use router="classifier" or router="static"',
-        )
 
 
 def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str | None, *, trainable: bool) -> PeftModel:

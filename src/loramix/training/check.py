@@ -25,7 +25,7 @@ from loramix.files.base_models import without_weights
 from loramix.files.hub import from_anywhere
 from loramix.layers.inject import find_backbones, plan
 from loramix.layers.tokens import check_uses
-from loramix.model.build import given_scalings
+from loramix.model.checks import given_scalings
 from loramix.routers import HiddenStateRouter, router_class
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base
