@@ -106,7 +106,10 @@ class XLoraLayer(nn.Module):
         stacks = cast("dict[str, ExpertStack]", modules["stacks"]._modules)
         y = base_y if len(stacks) == 1 else base_y.clone()
         for stack in stacks.values():
-            y = with_weights(stack, stack.add_to, y, x, routing, base_layer, base_y)
+            if "_hf_hook" in stack.__dict__:
+                y = with_weights(stack, stack.add_to, y, x, routing, base_layer, base_y)
+            else:
+                y = stack.add_to(y, x, routing, base_layer, base_y)
         return y
 
     def _routing(self) -> Routing:
