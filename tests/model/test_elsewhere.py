@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.testing import assert_close
 
 from loramix import PeftModel, XLoraConfig, errors, get_peft_model
 from loramix.formats import load_adapter
-from support.mixtures import far
+from support.mixtures import far, mixture
 from support.peft_side import PEFT_WARNINGS, lora, write_expert
 from support.tiny import GATED, build, tokens
 
@@ -180,6 +181,28 @@ def test_routing_fixed_from_a_prompt_keeps_the_given_scalings(folders: dict[str,
     for number, path in enumerate(model.adapted_modules):
         if "vision_tower" in path:
             assert_close(model.fixed_routing[number], torch.tensor([0.25, 1.5]))
+
+
+@pytest.mark.parametrize("lockstep", [True, 3, "lookup"])
+def test_decoding_ahead_gives_such_layers_their_scalings_too(
+    lockstep: Any, experts: Callable[[str], dict[str, str]]
+) -> None:
+    given = {"layers.0.mlp": {"math": 3.0}, "layers.1.self_attn": "uniform"}
+    model = mixture(experts("llama"), layerwise_scalings=True, scaling_pass_value=0.3, elsewhere=given)
+    settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    ahead, plain = (model.generate(tokens(), lockstep=how, **settings) for how in (lockstep, False))
+    assert torch.equal(ahead.sequences, plain.sequences)
+    assert_close(torch.stack(ahead.logits), torch.stack(plain.logits), **CLOSE)
+    model.active_peft_config.elsewhere["layers.0.mlp"] = {}
+    assert far(logits_of_text(model), plain.logits[0])
+    model.active_peft_config.elsewhere = {}
+    with pytest.raises(errors.ConfigurationError, match="keeps its entries"):
+        logits_of_text(model)
+
+
+def logits_of_text(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens()).logits[:, -1]
 
 
 def bert() -> Any:

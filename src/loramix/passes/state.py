@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import RoutingError, UnsupportedOperationError
+from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
 from loramix.experts.blocks import BlockMatrices
 from loramix.experts.offload import refuse_training, with_weights
@@ -116,9 +116,9 @@ class AdaptedState:
             layer: its number.
         """
         given = self.single_pass()
-        if isinstance(given, ObservedPass):
-            return given.routing
-        return self._routing_apart(layer) if given is None else given
+        if given is None or isinstance(given, ObservedPass):  # of a session, which decodes ahead
+            return self._routing_apart(layer)
+        return given
 
     def _routing_apart(self, layer: int) -> Routing:
         raise AssertionError("one expert has one scaling everywhere")
@@ -196,7 +196,12 @@ class MixtureState(AdaptedState):
             return TensorRouting(torch.tensor([given]), weight)
         if isinstance(router, ConstantRouter):
             return self.routing(gating.select(gating.activate(with_weights(router, router.constant_logits))))
-        assert isinstance(router, LayerRouter)
+        if not isinstance(router, LayerRouter):
+            raise ConfigurationError(
+                "elsewhere keeps its entries: layers outside the backbone have no other scalings.",
+                received=f"elsewhere={self.config.elsewhere!r}, without {self.paths[layer]!r}",
+                remedy="change the scalings of an entry, not which layers have one",
+            )
 
         def scalings(layer: int, low_rank: Tensor) -> Tensor:
             logits = with_weights(router, router.layer_logits, layer, low_rank.float())
