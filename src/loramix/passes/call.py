@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
@@ -99,7 +100,7 @@ class BackboneCall:
         """
         texts = (self.arguments.get(name) for name in ("input_ids", "inputs_embeds"))
         text = next((text for text in texts if text is not None), None)
-        return (out.last_hidden_state if text is None or self.keeps is None else text).shape[:2]
+        return (as_tokens(out.last_hidden_state) if text is None or self.keeps is None else text).shape[:2]
 
     @property
     def hook_inputs(self) -> Mapping[str, Any]:
@@ -115,6 +116,11 @@ class BackboneCall:
         """The result as the caller asked for it: a tuple with `return_dict=False`."""
         asked = self.arguments.get("return_dict", getattr(self.model.config, "return_dict", True))
         return out.to_tuple() if asked is False else out
+
+
+def as_tokens(hidden: Tensor) -> Float[Tensor, "B S H"]:
+    """Last hidden states by token; a convolutional network's (B, H, height, width) by position."""
+    return hidden if hidden.dim() == 3 else hidden.flatten(2).transpose(1, 2)
 
 
 def cache_in(inputs: Mapping[str, Any]) -> Any:

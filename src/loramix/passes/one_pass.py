@@ -17,7 +17,7 @@ from loramix.experts.offload import with_weights
 from loramix.layers.routing import LayerRouting
 from loramix.layers.slot import routed
 from loramix.passes.cache import follow, refuse_two_pass_cache
-from loramix.passes.call import KEEP, BackboneCall
+from loramix.passes.call import KEEP, BackboneCall, as_tokens
 from loramix.passes.hooks import join_losses
 from loramix.passes.state import MixtureState
 from loramix.routers.router import ConstantRouter, LayerRouter
@@ -46,7 +46,7 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
         others = state.uses.seeing_encoder if call.role == "decoder" else ()
         layers = _LayerScalings(state, router, call.training, others)
         out = routed(LayerRouting(layers.of, state.config.global_scaling_weight), call.run)
-        logits = layers.logits(out.last_hidden_state.shape[:2])
+        logits = layers.logits(as_tokens(out.last_hidden_state).shape[:2])
     output = state.gated(logits, call.hook_inputs, call.training, call.role == "encoder")
     join_losses(out, state.publish(output))
     made = None if call.cache is not None else out.get(call.signature.cache)

@@ -15,7 +15,7 @@ from loramix.errors import CacheError, RoutingError
 from loramix.layers.routing import Routing, RoutingByStream, RoutingByTokens, TensorRouting, kept_tokens
 from loramix.layers.slot import routed
 from loramix.passes.cache import TwoPassCache
-from loramix.passes.call import KEEP, BackboneCall
+from loramix.passes.call import KEEP, BackboneCall, as_tokens
 from loramix.passes.encoder_decoder import STATES, Encoded, leave, taken
 from loramix.passes.hooks import join_losses
 from loramix.passes.state import MixtureState
@@ -148,6 +148,7 @@ def _scaling_pass(
         return ScalingPass(hidden, None)
     with torch.no_grad():
         out = routed(state.scaling_pass(), call.forward, call.model, **arguments)
+    hidden = as_tokens(out.last_hidden_state)
     if repeats:
-        state.keep(arguments, out.last_hidden_state)
-    return ScalingPass(out.last_hidden_state, out.get(call.signature.cache))
+        state.keep(arguments, hidden)
+    return ScalingPass(hidden, out.get(call.signature.cache))
