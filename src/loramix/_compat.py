@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 from loramix._versions import release_of
 
@@ -60,6 +67,9 @@ def generation_cache(model: Any, generation_config: Any, cache: Cache | None) ->
 
 def finish_reset(cache: Cache) -> None:
     """Drop what growing layers still hold after `cache.reset()`: before transformers 5.18 zeros, as many as before."""
+    parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else ()
+    for part in parts:
+        finish_reset(part)
     for layer in getattr(cache, "layers", ()):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             layer.keys = layer.values = None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from support.tiny import BLOCKS, SPECIAL
+from support.tiny import BLOCKS, GATED, SPECIAL
 from support.versions import needs_transformers
 
 
@@ -59,11 +59,22 @@ def test_positions_and_poolers_work_with_a_static_router_at_most(loramix, tmp_pa
     assert found == {"encoder.layer.*.attention.self.query": (True, True), "pooler.dense": (False, True)}
 
 
-def test_an_encoder_and_a_decoder_cannot(loramix, tmp_path: Path) -> None:
+def test_an_encoder_and_a_decoder_work(loramix, tmp_path: Path) -> None:
     config = hf.T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
     done = loramix("check", save(config, hf.T5ForConditionalGeneration, tmp_path))
-    assert done.code == 1
-    assert "cannot carry a mixture with these targets" in done.out
+    assert done.code == 0
+    assert "T5Stack, hidden size 64" in done.out
+
+
+def test_a_vision_tower_works_with_a_static_router(loramix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text, vision = {**GATED, "model_type": "llama"}, {"hidden_size": 32, "num_hidden_layers": 1, "image_size": 16}
+    vision |= {"num_attention_heads": 4, "patch_size": 8, "model_type": "clip_vision_model"}
+    config = hf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=95)
+    folder = save(config, hf.LlavaForConditionalGeneration, tmp_path)
+    groups = json.loads(loramix("check", folder, "--targets", "q_proj", "--json").out)["targets"]
+    found = {group["name"].split(".")[1]: (group["problem"], group["works_with_static"]) for group in groups}
+    assert found == {"language_model": (None, True), "vision_tower": ("is called outside the backbone", True)}
 
 
 @pytest.mark.parametrize("targets", ["nothing_like_it", "q_prj"])

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
-from support.tiny import qwen3_moe, save_expert
+from support.tiny import build, qwen3_moe, save_expert
 
 pytestmark = pytest.mark.slow
 
@@ -79,4 +80,34 @@ def test_mixture_of_experts_blocks_break_the_graph_and_change_no_number(paramete
     done = subprocess.run(
         [sys.executable, "-c", BLOCKS, folder], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr
+
+
+ENCODER_DECODER = """
+import sys
+
+import torch
+import transformers
+from torch.testing import assert_close
+
+from loramix import XLoraConfig, get_peft_model
+from support.tiny import build, tokens
+
+sizes = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+base = build(transformers.T5ForConditionalGeneration, **sizes)
+adapters = dict(zip("ab", sys.argv[1:]))
+model = get_peft_model(base, XLoraConfig(hidden_size=64, adapters=adapters, scaling_pass_value=0.3)).eval()
+inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(2, 5, seed=2), "use_cache": False}
+with torch.no_grad():
+    assert_close(torch.compile(model, backend="eager")(**inputs).logits, model(**inputs).logits)
+"""
+
+
+def test_an_encoder_and_a_decoder_compile(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+    settings = {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}
+    base = build(transformers.T5ForConditionalGeneration, **sizes)
+    folders = [save_expert(tmp_path / one, base, seed=seed, **settings) for seed, one in enumerate("ab")]
+    command = [sys.executable, "-c", ENCODER_DECODER, *folders]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

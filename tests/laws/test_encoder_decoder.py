@@ -233,7 +233,10 @@ def test_other_states_than_the_encoders_are_refused(name: str, model: Any) -> No
     plain = hf.modeling_outputs.BaseModelOutput(last_hidden_state=before.last_hidden_state)
     with pytest.raises(errors.RoutingError, match="encoder_outputs"):
         logits_of(model, inputs_of(name), encoder_outputs=plain)
-    with pytest.raises(errors.RoutingError, match="without the encoder's scaling pass"):
+    other = copy.deepcopy(model)
+    with pytest.raises(errors.RoutingError, match="this mixture's encoder"):
+        logits_of(other, inputs_of(name), encoder_outputs=before)
+    with pytest.raises(errors.RoutingError, match="this mixture's encoder"):
         model.get_decoder()(
             inputs_of(name)["decoder_input_ids"], encoder_hidden_states=before.last_hidden_state, use_cache=False
         )
@@ -449,3 +452,18 @@ def test_sound_is_classified_by_an_encoder_alone(tmp_path: Path) -> None:
     model = get_peft_model(base(), XLoraConfig(hidden_size=64, adapters=adapters)).eval()
     assert far(logits_of(model, features), logits_of(base(), features))
     assert model.get_latest_scalings().shape == (2, 12, 4, 2)
+
+
+def test_a_cache_is_continued_and_reset(folders: Experts) -> None:
+    model, inputs = make(folders("t5"), "t5"), inputs_of("t5")
+    whole = logits_of(model, inputs)
+    with torch.no_grad():
+        encoded, ids = model.get_encoder()(**source_of("t5")), inputs["decoder_input_ids"]
+        rest = {"encoder_outputs": encoded, "attention_mask": inputs["attention_mask"], "use_cache": True}
+        first = model(decoder_input_ids=ids[:, :3], **rest)
+        cache = first.past_key_values
+        for _ in range(2):
+            second = model(decoder_input_ids=ids[:, 3:], past_key_values=cache, **rest)
+            assert_close(torch.cat([first.logits, second.logits], 1), whole, **CLOSE)
+            cache.reset()
+            first = model(decoder_input_ids=ids[:, :3], past_key_values=cache, **rest)

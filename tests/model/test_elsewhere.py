@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from loramix import PeftModel, XLoraConfig, errors, get_peft_model
+from loramix._compat import enable_checkpointing
+from loramix.evaluation.ablation import without_expert
 from loramix.formats import load_adapter
+from loramix.training import ScalingPassCache
 from support.mixtures import far, mixture
 from support.peft_side import PEFT_WARNINGS, lora, write_expert
 from support.tiny import GATED, build, tokens
@@ -203,6 +206,53 @@ def test_decoding_ahead_gives_such_layers_their_scalings_too(
 def logits_of_text(model: Any) -> Tensor:
     with torch.no_grad():
         return model(tokens()).logits[:, -1]
+
+
+def test_recomputed_layers_have_the_scalings_of_their_forward(folders: dict[str, str]) -> None:
+    """Those of a fixed routing, also when the backward comes after it."""
+    found: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        model = make(folders, use_trainable_adapters=True).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        with model.fixed_scalings([0.2, 0.7]):
+            loss = model(**inputs()).logits.square().mean()
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any("vision_tower" in name for name in found[0])
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [{}, {"router": "static", "elsewhere": {}, "layerwise_scalings": False}])
+def test_an_expert_that_is_left_out_does_not_act_anywhere(folders: dict[str, str], config: dict[str, Any]) -> None:
+    model = make(folders, **config)
+    outs: list[Tensor] = []
+    tower = next(path for path in model.adapted_modules if "vision_tower" in path)
+    layer = model.get_submodule(tower)
+    layer.register_forward_hook(lambda _, args, y: outs.append(y - layer.base_layer(args[0])))
+    with without_expert(model, "a"):
+        logits_of(model)
+    with model.fixed_scalings([0.0, 1.5 if not config else 1.0]):
+        logits_of(model)
+    assert_close(*outs, **CLOSE)
+
+
+def test_a_scaling_pass_with_such_layers_is_cached_only_while_their_experts_are_frozen(
+    experts: Callable[[str], dict[str, str]],
+) -> None:
+    given = {"layers.0.mlp": "uniform"}
+    with pytest.raises(errors.UnsupportedOperationError, match="elsewhere"):
+        ScalingPassCache(mixture(experts("llama"), elsewhere=given, use_trainable_adapters=True), max_bytes=2**20)
+    model = mixture(experts("llama"), elsewhere=given, xlora_dropout_p=0.0)
+    with ScalingPassCache(model, max_bytes=2**20) as cache, torch.no_grad():
+        for _ in range(2):
+            model(tokens(), use_cache=False)
+        assert (cache.hits, cache.misses) == (1, 1)
+        model.active_peft_config.elsewhere["layers.0.mlp"] = {"math": 2.0}
+        model(tokens(), use_cache=False)
+        assert (cache.hits, cache.misses) == (1, 2)
 
 
 def bert() -> Any:

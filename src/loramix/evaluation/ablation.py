@@ -171,3 +171,6 @@ class _ExpertLeftOut(RoutingHook):
                 remedy="do not change the gating while an expert is left out",
             )
         return logits.index_fill(-1, torch.tensor([self.expert], device=logits.device), value)
+
+    def given(self, scalings: Tensor) -> Tensor:
+        return scalings.index_fill(-1, torch.tensor([self.expert]), 0.0)

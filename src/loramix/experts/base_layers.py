@@ -156,7 +156,7 @@ def _looks_up_its_input(embedding: nn.Embedding) -> bool:
 
 
 _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|[^.]*position[^.]*)$")
-_DISPATCHED = re.compile(r"(?:^|\.)experts\.\d+(?:\.|$)")
+_DISPATCHED = re.compile(r"(?:^|\.)experts\.(?:expert_)?\d+(?:\.|$)")
 
 
 def why_unadaptable(module: nn.Module, path: str, *, dora: bool = False) -> str | None:

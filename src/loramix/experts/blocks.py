@@ -9,12 +9,13 @@ Source: transformers, `integrations/moe.py`; PEFT 0.21.2, `tuners/lora/layer.py`
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from loramix._compat import BlockSettings, block_settings
+if TYPE_CHECKING:
+    from loramix._compat import BlockSettings
 
 _FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -43,6 +44,8 @@ DOWN = "down_proj"
 
 def form_of(module: nn.Module) -> BlockForm | None:
     """How a block computes; None if the module is no such block, or one that computes in an unknown way."""
+    from loramix._compat import BlockSettings, block_settings  # with it come all models of transformers
+
     settings = block_settings(module)
     if settings is not None:
         form = BlockForm("gate_up_proj" if settings.has_gate else "up_proj", settings)

@@ -158,7 +158,7 @@ def _dry_run(model: PreTrainedModel, backbone: str) -> DryRun | None:
             use.clear()
         try:
             out = run_copy(hollow, inputs)
-            batch, length, seen.hidden_size = _sizes(running.out.last_hidden_state)
+            batch, length, seen.hidden_size = _sizes(running.out.last_hidden_state, _width(model.config))
         except Exception:  # the model refuses these inputs in a way of its own: on to the next
             continue
         seen.kept = KeptState() if backbone else kept_state(hollow, inputs, out, watch)
@@ -168,9 +168,13 @@ def _dry_run(model: PreTrainedModel, backbone: str) -> DryRun | None:
     return None
 
 
-def _sizes(hidden: Tensor) -> tuple[int, int, int]:
-    """B, S and H of last hidden states (B, S, H), or of a convolutional network's (B, H, height, width)."""
-    if hidden.dim() == 4:
+def _sizes(hidden: Tensor, width: int | None) -> tuple[int, int, int]:
+    """B, S and H of last hidden states (B, S, H), or of a convolutional network's (B, H, height, width).
+
+    Raises:
+        ValueError: other ones, such as (B, height, width, H).
+    """
+    if hidden.dim() == 4 and width in (None, hidden.shape[1]):
         return hidden.shape[0], hidden.shape[2:].numel(), hidden.shape[1]
     batch, length, width = hidden.shape
     return batch, length, width

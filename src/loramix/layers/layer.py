@@ -113,7 +113,7 @@ class XLoraLayer(nn.Module):
         return y
 
     def _routing(self) -> Routing:
-        return current() if self.apart is None else self.apart(self.stack.number)
+        return current() if self.apart is None else self.apart(cast(ExpertStack, self.stacks[0]).number)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Earlier checkpoints of trainers hold the matrices of the only stack as the layer's own."""

@@ -159,11 +159,23 @@ def overriding(owner: object) -> Override | None:
 
 
 def checkpoint_with(checkpoint: Callable[..., Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Checkpoint `call` so that its recomputation reads the routing that is in force now."""
-    return checkpoint(functools.partial(_replay, call, _slot.routing), *args, **kwargs)
+    """Checkpoint `call` so that its recomputation reads the routing and the overrides that are in force now."""
+    return checkpoint(functools.partial(_replay, call, _slot.routing, _slot.overrides), *args, **kwargs)
 
 
-def _replay(call: Callable[..., Any], routing: Routing | None, *args: Any, **kwargs: Any) -> Any:
+def _replay(
+    call: Callable[..., Any],
+    routing: Routing | None,
+    overrides: tuple[tuple[object, Override], ...],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if _slot.overrides is not overrides:  # layers that read no routing of a pass ask for them
+        outer, _slot.overrides = _slot.overrides, overrides
+        try:
+            return _replay(call, routing, overrides, *args, **kwargs)
+        finally:
+            _slot.overrides = outer
     if routing is None or _slot.routing is routing:
         return call(*args, **kwargs)
     return routed(routing, call, *args, **kwargs)

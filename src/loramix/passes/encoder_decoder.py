@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from loramix.passes.call import BackboneCall
 
 OUTPUTS, STATES = "encoder_outputs", "encoder_hidden_states"
 """The arguments that bring the encoder's output to a model, and its states to a decoder."""
-_HIDDEN, _SCALINGS = "scaling_pass_hidden_state", "scalings"
+_HIDDEN, _SCALINGS, _OWNER = "scaling_pass_hidden_state", "scalings", "_loramix_owner"
 
 
 class Encoded(NamedTuple):
@@ -35,17 +36,21 @@ class Encoded(NamedTuple):
         output: (B, S, H), the last hidden states of the mixture pass, which the base model hands to the decoder.
         hidden: (B, S, H), those of the scaling pass.
         scalings: (B, S, L, E), the final scalings of the encoder's tokens.
+        owner: the mixture whose encoder it was; None where the output was copied.
     """
 
     output: Float[Tensor, "B S H"]
     hidden: Float[Tensor, "B S H"]
     scalings: Float[Tensor, "B S #L E"]
+    owner: str | None
 
     @staticmethod
     def of(outputs: Any) -> Encoded | None:
-        """What an encoder returned; None where it is not the output of this mixture's encoder."""
-        hidden, scalings = (getattr(outputs, name, None) for name in (_HIDDEN, _SCALINGS))
-        return None if hidden is None or scalings is None else Encoded(outputs.last_hidden_state, hidden, scalings)
+        """What an encoder returned; None where it is not the output of a mixture's encoder."""
+        hidden, scalings, owner = (getattr(outputs, name, None) for name in (_HIDDEN, _SCALINGS, _OWNER))
+        if hidden is None or scalings is None:
+            return None
+        return Encoded(outputs.last_hidden_state, hidden, scalings, owner)
 
 
 class _Left(threading.local):
@@ -75,32 +80,41 @@ def hands_on_encoded(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def leave(out: Any, hidden: Tensor, scalings: Tensor) -> None:
+def leave(out: Any, hidden: Tensor, scalings: Tensor, owner: str) -> None:
     """Leave what an encoder's passes made for the decoder, and add it to the encoder's output.
 
     Args:
         out: the output of the mixture pass, which is changed.
         hidden: the last hidden states of the scaling pass.
         scalings: the final scalings.
+        owner: the mixture.
     """
     if _left.inside:
-        _left.encoded = Encoded(out.last_hidden_state, hidden, scalings)
+        _left.encoded = Encoded(out.last_hidden_state, hidden, scalings, owner)
     out[_HIDDEN], out[_SCALINGS] = hidden, scalings
+    setattr(out, _OWNER, owner)  # no tensor, so none of its items
 
 
-def taken(call: BackboneCall) -> Encoded:
+def taken(call: BackboneCall, owner: str) -> Encoded:
     """What the encoder left whose states this call of the decoder reads.
 
+    Args:
+        call: the call.
+        owner: the mixture.
+
     Raises:
-        RoutingError: none, or other states.
+        RoutingError: none, or other states, or those of another mixture.
     """
     encoded, states = _left.encoded, call.arguments.get(STATES)
-    if encoded is None or states is not encoded.output:
+    if encoded is not None and encoded.owner not in (None, owner):
+        encoded = None
+    same = encoded is not None and (states is encoded.output or torch.compiler.is_compiling())  # compiled: new objects
+    if encoded is None or not same:
         raise RoutingError(
             "A mixture's decoder reads what the mixture's encoder returned in both of its passes.",
             received=f"a {type(call.model).__name__} with no {STATES}"
             if states is None
-            else f"{STATES} of {tuple(states.shape)} without the encoder's scaling pass",
+            else f"{STATES} of {tuple(states.shape)} without the scaling pass of this mixture's encoder",
             remedy=f"call the whole model; as {OUTPUTS}= pass what model.get_encoder()(…) returned, unchanged",
         )
     return encoded

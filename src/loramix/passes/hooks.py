@@ -68,6 +68,10 @@ class RoutingHook:
         """The logits to route by; of a layer router, those of one layer, without a token dimension if it reads none."""
         return logits
 
+    def given(self, scalings: Float[Tensor, "1 E"]) -> Float[Tensor, "1 E"]:
+        """The scalings of a layer that is given them (`XLoraConfig.elsewhere`): the router makes no logits for it."""
+        return scalings
+
     def routed(self, output: RouterOutput) -> Tensor | None:
         """Called with the scalings. A scalar that is returned is a loss: its gradient is added to the model's own."""
 

@@ -193,9 +193,13 @@ class MixtureState(AdaptedState):
         router, gating, weight = self.router, self.gating, self.config.global_scaling_weight
         given = self.config.scalings_elsewhere(self.paths[layer])
         if given is not None:
-            return TensorRouting(torch.tensor([given]), weight)
+            scalings = torch.tensor([given])
+            for hook in self.hooks:
+                scalings = hook.given(scalings)
+            return TensorRouting(scalings, weight)
         if isinstance(router, ConstantRouter):
-            return self.routing(gating.select(gating.activate(with_weights(router, router.constant_logits))))
+            logits = self.changed_logits(with_weights(router, router.constant_logits), router.training)
+            return self.routing(gating.select(gating.activate(logits)))
         if not isinstance(router, LayerRouter):
             raise ConfigurationError(
                 "elsewhere keeps its entries: layers outside the backbone have no other scalings.",
@@ -203,11 +207,12 @@ class MixtureState(AdaptedState):
                 remedy="change the scalings of an entry, not which layers have one",
             )
 
-        def scalings(layer: int, low_rank: Tensor) -> Tensor:
-            logits = with_weights(router, router.layer_logits, layer, low_rank.float())
-            return gating.select(gating.activate(logits))
+        def made(layer: int, low_rank: Tensor) -> Tensor:
+            logits = with_weights(router, router.layer_logits, layer, low_rank.float()).unsqueeze(-2)
+            logits = self.changed_logits(logits, router.training)
+            return gating.select(gating.activate(logits)).squeeze(-2)
 
-        return LayerRouting(scalings, weight)
+        return LayerRouting(made, weight)
 
     def routing(self, scalings: Tensor) -> TensorRouting:
         """The routing of a pass with these final scalings, its columns computed once a forward."""

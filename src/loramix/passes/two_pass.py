@@ -42,7 +42,7 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
         CacheError: a cache that this mixture did not fill; any, if the base model keeps state elsewhere.
     """
     _refuse_shared_state(state, call)
-    encoded = taken(call) if call.role == "decoder" else None
+    encoded = taken(call, state.owner) if call.role == "decoder" else None
     cache = None if call.cache is None else TwoPassCache.adopt(call.cache, state.owner)
     if cache is None:
         _keep_no_cache_in_training(call)
@@ -57,7 +57,7 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
     out = routed(routing, call.run)
     join_losses(out, second.losses)
     if call.role == "encoder":
-        leave(out, first.hidden, second.routing.scalings)
+        leave(out, first.hidden, second.routing.scalings, state.owner)
     pair = cache
     if cache is not None:
         cache.torn = False

@@ -143,7 +143,7 @@ class ScalingPassCache(RoutingHook):
         """The settings, beside the tokens, that the hidden states depend on."""
         config, kind = self._config, self.model.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
-        return config.scaling_pass_value * config.global_scaling_weight, precision
+        return config.scaling_pass_value * config.global_scaling_weight, precision, str(config.elsewhere)
 
 
 def refuse_changing_pass(model: XLoraModel) -> None:
@@ -160,7 +160,7 @@ def refuse_changing_pass(model: XLoraModel) -> None:
             remedy="Train without this cache.",
         )
     config = model.active_peft_config
-    used = bool(config.scaling_pass_value)
+    used = bool(config.scaling_pass_value) or bool(config.elsewhere)  # given scalings are those of both passes
     experts = {id(p) for m in model.modules() if isinstance(m, XLoraLayer) for p in m.stacks.parameters()}
     router = {id(parameter) for parameter in model.router.parameters()}
     reason = None
@@ -170,7 +170,8 @@ def refuse_changing_pass(model: XLoraModel) -> None:
         if id(parameter) not in experts:
             reason = f"the base model's {name} is trained"
         elif used:
-            reason = f"the scaling pass uses experts that are trained: scaling_pass_value={config.scaling_pass_value}"
+            values = f"scaling_pass_value={config.scaling_pass_value}, elsewhere={config.elsewhere}"
+            reason = f"the scaling pass uses experts that are trained: {values}"
     if state_of(model).has_encoder:
         reason = "a decoder, whose hidden states depend on the encoder's text too"
     if any(isinstance(module, FSDPModule) for module in model.modules()):
