@@ -45,6 +45,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "bart": lambda: build(hf.BartForCausalLM, vocab_size=96, **BART).model.decoder,
     "mamba": lambda: build(hf.MambaModel, **{**SPECIAL, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "llama4": lambda: build(hf.Llama4ForCausalLM, **{**GATED, "num_local_experts": 2, "head_dim": 16}).model,
+    "bigbird": lambda: build(hf.BigBirdModel, **{**BLOCKS, "intermediate_size": 128}, attention_type="original_full"),
     "vit": lambda: build(hf.ViTModel, **{**BLOCKS, "intermediate_size": 96, "image_size": 16, "patch_size": 4}),
 }
 ODD: dict[str, dict[str, str]] = {  # the layers, by the ends of their paths, that see other tokens than the backbone
@@ -55,6 +56,7 @@ ODD: dict[str, dict[str, str]] = {  # the layers, by the ends of their paths, th
     "bart": {"encoder_attn.k_proj": "encoder tokens", "encoder_attn.v_proj": "encoder tokens"},
     "mamba": {"dt_proj": "nothing", "conv1d": "nothing"},
     "llama4": {},
+    "bigbird": {"position_embeddings": "other tokens", "pooler": "other tokens"},
     "vit": {"projection": "other tokens", "pooler.dense": "other tokens"},
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -241,7 +242,7 @@ def _attempts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         main += [features for features in _features(model.config) if features.keys() <= names.keys()]
     others: list[dict[str, Any]] = [{}]
     for name in ("encoder_hidden_states", "cross_attention_states"):
-        if name in names:
+        if name in names and _attends_to_others(model):
             widths = dict.fromkeys((*_widths(model.config), _width(config) or 1))
             others = [{name: torch.rand(TEXTS, OTHERS, width)} for width in widths] + others
     for inputs in main:
@@ -249,6 +250,18 @@ def _attempts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             yield common | inputs | other
             if mask:
                 yield common | inputs | mask | other
+
+
+def _attends_to_others(model: PreTrainedModel) -> bool:
+    """Whether a model that takes an encoder's states was made to: BERT's relatives take them as encoders too."""
+    config: Any = model.config
+    flags = ("is_encoder_decoder", "is_decoder", "add_cross_attention")
+    return any(getattr(config, flag, False) for flag in flags) or any(
+        _CROSS_ATTENTION.search(path) for path, _ in model.named_modules()
+    )
+
+
+_CROSS_ATTENTION = re.compile(r"cross|encoder_(?:attn|decoder)|encdec", re.IGNORECASE)
 
 
 def _ids(model: PreTrainedModel, length: int) -> Tensor:
