@@ -29,11 +29,11 @@ from loramix.experts.base_model import Backbones, encoder_and_decoder
 from loramix.experts.targets import carrier_path, in_head
 from loramix.formats import save_adapter
 from loramix.layers.inject import Site
-from loramix.layers.tokens import refusal, uses_of
+from loramix.layers.tokens import outside, refusal, uses_of
 from loramix.passes.state import state_of
 
 WORKS, BASE_FAILS, ABSENT, REFUSED, WRONG, FAILS = "works", "base fails", "", "refused", "WRONG", "fails"
-NO_MODEL = "no tiny model"
+NO_MODEL, LAYERS = "no tiny model", "layers"
 EXPERTS, RANK, SCALE = 2, 4, 2.0
 NEW_TOKENS, TARGET = 6, 5
 CLOSE = {"atol": 2e-4, "rtol": 2e-3}
@@ -47,12 +47,14 @@ class Case:
         name: its class.
         inputs: of two texts, two images, or two sounds.
         paths: the layers that are adapted.
+        candidates: how many layers of the backbone experts could adapt, were it not for the tokens that they see.
         folders: the experts, by name.
     """
 
     name: str
     inputs: dict[str, Tensor]
     paths: list[str]
+    candidates: int
     folders: dict[str, str]
 
     @property
@@ -94,7 +96,9 @@ def make_case(name: str, folder: Path) -> Case:
     layers = [path for path, module in modules.items() if kind_of(module) in ("linear", "embedding", "convolution")]
     candidates = [p for p in layers if not why_unadaptable(modules[p], p) and not in_head(modules, p)]
     backbones = encoder_and_decoder(base) or Backbones(_backbone(base, modules, candidates))
-    sites = [Site(p, modules[p], ()) for p in candidates if modules[carrier_path(modules, p)] in backbones]
+    sites = [Site(path, modules[path], ()) for path in candidates]
+    around = outside(base, backbones, sites)
+    sites = [site for site in sites if site not in around]
     uses, both = uses_of(base, backbones, sites), backbones.encoder is not None
     paths = [s.path for s in sites if uses is None or refusal(uses[s.path], routed=True, has_encoder=both) is None]
     torch.manual_seed(1)
@@ -104,7 +108,7 @@ def make_case(name: str, folder: Path) -> Case:
         config = LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_modules=paths)
         save_adapter(folder / str(number), Adapter(f"e{number}", config, weights))
         folders[f"e{number}"] = str(folder / str(number))
-    return Case(name, _inputs(base), paths, folders)
+    return Case(name, _inputs(base), paths, len(sites), folders)
 
 
 def _backbone(base: PreTrainedModel, modules: dict[str, nn.Module], candidates: list[str]) -> PreTrainedModel:
@@ -329,6 +333,7 @@ def compiled(case: Case, model: Any) -> None:
 
 CHECKS = {
     "build": "a mixture can be built",
+    LAYERS: "how many of the backbone's layers are adapted; the others do not see its tokens, and are refused by name",
     "reference": "a forward equals that of the plain base model with one expert at a time added to each layer",
     "acts": "every adapted layer that the base model calls gives something else than its base layer",
     "cached": "greedy generation with a cache gives the logits of one forward over all tokens",
@@ -361,7 +366,7 @@ def check(name: str, folder: Path, *, compiling: bool = False) -> dict[str, str]
     except Exception as error:
         return {"build": f"{NO_MODEL}: {type(error).__name__}"}
     generates = case.base().can_generate() and "pixel_values" not in case.inputs
-    cells = dict.fromkeys(CHECKS, ABSENT) | {"build": WORKS}
+    cells = dict.fromkeys(CHECKS, ABSENT) | {"build": WORKS, LAYERS: f"{len(case.paths)} of {case.candidates}"}
     cells["reference"] = _cell(lambda: forward_equals_reference(case))
     cells["acts"] = _cell(lambda: every_layer_acts(case))
     if generates:

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bases.checks import BASE_FAILS, CHECKS, NO_MODEL, REFUSED, WORKS, status
+from benchmarks.bases.checks import BASE_FAILS, CHECKS, LAYERS, NO_MODEL, REFUSED, WORKS, status
 
 DOCS = Path(__file__).parents[2] / "docs"
 JSON, PAGE = DOCS / "bases.json", DOCS / "bases.md"
@@ -42,7 +42,8 @@ def page(found: dict[str, Any]) -> str:
         tried = {name: cells for name, cells in rows.items() if status(cells["build"]) != NO_MODEL}
         untried = sorted(set(rows) - set(tried))
         working = sum(
-            all(status(cell) in (WORKS, BASE_FAILS, "") for cell in cells.values()) for cells in tried.values()
+            all(status(cell) in (WORKS, BASE_FAILS, "") for check, cell in cells.items() if check != LAYERS)
+            for cells in tried.values()
         )
         columns = [name for name in CHECKS if any(cells.get(name) for cells in tried.values())]
         parts.append(
