@@ -172,6 +172,6 @@ def test_only_full_windows_are_measured(model: Any) -> None:
     generated(model, input_ids=tokens(1), max_new_tokens=16)
     generated(model, input_ids=tokens(1), max_new_tokens=5)  # three drafts at most
     before = list(measurements(model).of(Speculative()).seconds)
-    assert report_of(model).rounds["speculative"] or report_of(model).rounds["lockstep"]
+    assert sum(report_of(model).rounds.values())
     generated(model, input_ids=tokens(1), max_new_tokens=5)
     assert list(measurements(model).of(Speculative()).seconds) == before

@@ -49,7 +49,7 @@ PUBLIC = {
     "XLoraModel": "model.build",
     "create_reference_model": "model.reference",
     "get_peft_model": "model.build",
-    "prepare_model_for_kbit_training": "model.build",
+    "prepare_model_for_kbit_training": "model.kbit",
 }
 
 
