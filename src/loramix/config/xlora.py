@@ -190,9 +190,13 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
                 )
                 require_finite(f"elsewhere[{part!r}][{name!r}]", value, remedy="Use a number, such as 1.0.")
 
+    def parts_elsewhere(self, path: str) -> list[str]:
+        """The entries of `elsewhere` that fit the layer at `path`."""
+        return [part for part in self.elsewhere if f".{part}." in f".{path}."]
+
     def scalings_elsewhere(self, path: str) -> list[float] | None:
         """The given scaling of each expert, in their order, for the layer at `path`; None if none is given."""
-        fitting = [part for part in self.elsewhere if f".{part}." in f".{path}."]
+        fitting = self.parts_elsewhere(path)
         if not fitting:
             return None
         scalings = self.elsewhere[max(fitting, key=len)]

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from transformers.pytorch_utils import Conv1D
 
 from loramix.errors import UnsupportedAdapterError
-from loramix.experts.blocks import BlockMatrices, called_module
+from loramix.experts.blocks import COMPUTED, BlockMatrices, called_module
 from loramix.experts.offload import execution_device, with_weights
 
 Kind = Literal["linear", "embedding", "convolution", "block", "gate"]
@@ -121,10 +121,6 @@ def _on_one_hot(layer: nn.Module, rows: int, size: float) -> Tensor:
     dtype = next((dtype for dtype in plain if dtype in COMPUTED), torch.float32)
     x = size * torch.eye(rows, linear_sizes(layer)[0], device=device_of(layer), dtype=dtype)
     return (own(x) - own(torch.zeros_like(x[:1]))).T.float() / size
-
-
-COMPUTED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-"""The dtypes that layers compute in; others hold quantised numbers."""
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int]:

@@ -17,7 +17,8 @@ from torch import nn
 if TYPE_CHECKING:
     from loramix._compat import BlockSettings
 
-_FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+COMPUTED = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+"""The dtypes that layers compute in; others hold quantised numbers."""
 
 
 class BlockForm(NamedTuple):
@@ -54,7 +55,7 @@ def form_of(module: nn.Module) -> BlockForm | None:
     else:
         return None
     weights = [getattr(module, name, None) for name in form.parameters]
-    plain = all(isinstance(w, nn.Parameter) and w.dim() == 3 and w.dtype in _FLOATING for w in weights)
+    plain = all(isinstance(w, nn.Parameter) and w.dim() == 3 and w.dtype in COMPUTED for w in weights)
     return form if plain else None
 
 

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights, of_another_base, refuse_infinite
 from loramix.experts.base_layers import (
-    COMPUTED,
     Kind,
     device_of,
     expected_shapes,
@@ -30,7 +29,7 @@ from loramix.experts.base_layers import (
 )
 from loramix.experts.base_model import Backbones, encoder_and_decoder, in_declared_order
 from loramix.experts.base_weights import check_base_weights, resizing_remedy
-from loramix.experts.blocks import BlockMatrices, with_matrices
+from loramix.experts.blocks import COMPUTED, BlockMatrices, with_matrices
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.files.tensors import all_finite
 from loramix.layers.layer import XLoraBlock, XLoraLayer, fill, new_layer

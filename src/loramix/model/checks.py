@@ -83,14 +83,15 @@ def given_scalings(config: XLoraConfig, sites: Sequence[Site]) -> list[str]:
     Raises:
         ConfigurationError: scalings for no layer.
     """
-    idle = [part for part in config.elsewhere if not any(f".{part}." in f".{site.path}." for site in sites)]
+    used = {part for site in sites for part in config.parts_elsewhere(site.path)}
+    idle = [part for part in config.elsewhere if part not in used]
     if idle:
         raise ConfigurationError(
             "elsewhere names parts of the paths of adapted layers.",
             received=f"{', '.join(map(repr, idle))}, in none of {', '.join(site.path for site in sites[:3])}, …",
             remedy="name modules that experts adapt; loramix info names these",
         )
-    given = [site for site in sites if config.scalings_elsewhere(site.path) is not None]
+    given = [site for site in sites if config.parts_elsewhere(site.path)]
     blocks = [site.path for site in given if isinstance(site.module, BlockMatrices)]
     if blocks:
         raise ConfigurationError(

@@ -190,13 +190,13 @@ class MixtureState(AdaptedState):
 
     def _routing_apart(self, layer: int) -> Routing:
         """The scalings given for it, else those that the router makes without a scaling pass."""
-        router, gating, weight = self.router, self.gating, self.config.global_scaling_weight
-        given = self.config.scalings_elsewhere(self.paths[layer])
+        weight, given = self.config.global_scaling_weight, self.config.scalings_elsewhere(self.paths[layer])
         if given is not None:
             scalings = torch.tensor([given])
             for hook in self.hooks:
                 scalings = hook.given(scalings)
             return TensorRouting(scalings, weight)
+        router, gating = self.router, self.gating
         if isinstance(router, ConstantRouter):
             logits = self.changed_logits(with_weights(router, router.constant_logits), router.training)
             return self.routing(gating.select(gating.activate(logits)))
