@@ -26,6 +26,7 @@ from loramix._compat import enable_checkpointing
 from loramix.experts.adapter import Adapter, LoraWeights
 from loramix.experts.base_layers import expected_shapes, kind_of, why_unadaptable
 from loramix.experts.base_model import Backbones, encoder_and_decoder
+from loramix.experts.layer_use import TokenOrder
 from loramix.experts.targets import carrier_path, in_head
 from loramix.formats import save_adapter
 from loramix.layers.inject import Site
@@ -169,10 +170,11 @@ def _given(out: Any) -> Tensor:
 def forward_equals_reference(case: Case) -> None:
     """A plain forward of the base model, with one expert at a time added to each layer by a hook.
 
-    An encoder's tokens and a decoder's are told apart by their number; where they are equal, as the dry run tells.
+    An encoder's tokens and a decoder's are told apart by their number; where they are equal, as the dry run tells, and
+    so is the order of a layer's tokens.
     """
     mixture = case.mixture()
-    of_encoder = state_of(mixture).uses.seeing_encoder
+    uses = state_of(mixture).uses
     mixture.enable_scalings_logging()
     found = output(mixture, **case.inputs)
     scalings = mixture.get_scalings_log()  # (B, S, L, E), of an encoder and of a decoder
@@ -184,9 +186,10 @@ def forward_equals_reference(case: Case) -> None:
         def add(module: nn.Module, args: Any, y: Tensor, number: int = number, path: str = path) -> Tensor:
             for e, weights in tensors.items():
                 delta, tokens = _delta(module, args[0], weights[path].A, weights[path].B)
-                fitting = [each for each in scalings if each.shape[:2].numel() == math.prod(tokens)]
-                own = fitting[0 if number in of_encoder else -1]
-                y = y + SCALE * own[:, :, number, e].reshape(tokens) * delta
+                order = uses.orders.get(number, TokenOrder())
+                fitting = [each for each in scalings if order.padded or each.shape[:2].numel() == math.prod(tokens)]
+                own = fitting[0 if number in uses.seeing_encoder else -1][:, :, number, e]
+                y = y + SCALE * order.fit(own.unsqueeze(-1), torch.Size(tokens[:-1])).reshape(tokens) * delta
             return y
 
         layer.register_forward_hook(add)

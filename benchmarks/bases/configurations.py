@@ -97,6 +97,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # by model type, where sizes must fit 
         "num_buckets": 2,
         "local_attn_chunk_length": 4,
         "lsh_attn_chunk_length": 4,
+        "hash_seed": 0,
     },
     "swin": _SWIN,
     "swinv2": {**_SWIN, "pretrained_window_sizes": [0, 0]},

@@ -22,10 +22,12 @@ def mixture(experts: Mapping[str, str], architecture: str = "llama", base: Any =
     """A mixture on a new base model, its router drawn with one seed, in eval mode."""
     base = base or ARCHITECTURES[architecture]()
     torch.manual_seed(3)
-    settings = {"adapters": dict(experts), "hidden_size": 64, "xlora_size": 32, **config}
-    model = loramix.get_peft_model(base, loramix.XLoraConfig(**settings))
-    with torch.no_grad():
-        model.internal_xlora_classifier.layers[-1].weight.mul_(SHARPNESS)
+    has_classifier = config.get("router", "classifier") == "classifier"
+    sizes = {"hidden_size": 64, **({"xlora_size": 32} if has_classifier else {})}
+    model = loramix.get_peft_model(base, loramix.XLoraConfig(adapters=dict(experts), **{**sizes, **config}))
+    if has_classifier:
+        with torch.no_grad():
+            model.internal_xlora_classifier.layers[-1].weight.mul_(SHARPNESS)
     return model.eval()
 
 

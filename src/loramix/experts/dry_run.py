@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,46 +26,10 @@ from loramix.errors import ModelError
 from loramix.experts.base_layers import kind_of, linear_sizes
 from loramix.experts.base_model import encoder_and_decoder, text_config
 from loramix.experts.blocks import form_of
-from loramix.experts.kept_state import KeptState, Watch, kept_state, run_copy
+from loramix.experts.kept_state import IDS, TEXT_INPUTS, KeptState, Watch, kept_state, longer, run_copy
+from loramix.experts.layer_use import OTHERS, TEXTS, TOKENS, LayerUse, differences, judge, padded_count
 from loramix.experts.weight_products import WeightProducts
 from loramix.files.base_models import errors_only
-
-TEXTS, TOKENS, OTHERS = 3, 7, 11
-"""B, S, and the tokens of another stream: of an encoder, or of images."""
-
-Sees = Literal["tokens", "cached tokens", "encoder tokens", "other tokens", "nothing"]
-
-
-@dataclass
-class LayerUse:
-    """What the dry run showed of one layer.
-
-    Attributes:
-        sees: the backbone's tokens, as (B, S), (B, 1, S) or flattened as (B · S,), in every call; with a cache, those
-            that are in it too, as in multi-head latent attention; those of the encoder whose states the backbone was
-            given; other ones in some call; or nothing, where it was not called.
-        tokens: the sizes of what it sees, without the features, call by call.
-        continued: the same of the next token, with a cache.
-        weight_read: whether its weight was read from outside.
-        returns_tuple: whether it returned more than a tensor.
-        outside: whether it was called outside the forward of the backbone, by the model around it.
-    """
-
-    sees: Sees = "nothing"
-    tokens: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
-    continued: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
-    weight_read: bool = False
-    returns_tuple: bool = False
-    outside: bool = False
-
-    def clear(self) -> None:
-        """Forget what a forward that failed has shown."""
-        self.__dict__.update(vars(LayerUse()))
-
-    @property
-    def is_bypassed(self) -> bool:
-        """Whether the model computes with the layer's weight and never calls the layer."""
-        return self.sees == "nothing" and self.weight_read
 
 
 class DryRun(dict[str, LayerUse]):
@@ -152,33 +114,93 @@ def _dry_run(model: PreTrainedModel, backbone: str) -> DryRun | None:
         return None
     seen = DryRun({path: LayerUse() for path, module in hollow.named_modules() if kind_of(module) or form_of(module)})
     watch, running = Watch(), _Running(hollow.get_submodule(backbone))
+    embedding = _embedding(hollow)
     for path, use in seen.items():
-        _watch(hollow.get_submodule(path), use, watch, running)
-    for inputs in _attempts(hollow):
+        layer = hollow.get_submodule(path)
+        _watch(layer, use, watch, running, names_tokens=layer is embedding)
+    for inputs in (inputs for length in _lengths(model.config) for inputs in _attempts(hollow, length)):
         for use in seen.values():
             use.clear()
         try:
+            torch.manual_seed(0)  # some models draw the order of their tokens
             out = run_copy(hollow, inputs)
-            batch, length, seen.hidden_size = _sizes(running.out.last_hidden_state, _width(model.config))
+            hidden = _by_token(running.out.last_hidden_state, _width(model.config))
         except Exception:  # the model refuses these inputs in a way of its own: on to the next
             continue
+        texts, length, seen.hidden_size = hidden.shape
+        mark = _mark(hollow, inputs, hidden, watch, running)
+        if any(padded_count(use, texts, length) for use in seen.values()):
+            _run_longer(hollow, inputs, watch)
         seen.kept = KeptState() if backbone else kept_state(hollow, inputs, out, watch)
-        for use in seen.values():
-            use.sees = _judged(use, batch, length)
+        judge(seen.values(), texts, length, mark)
         return seen
     return None
 
 
-def _sizes(hidden: Tensor, width: int | None) -> tuple[int, int, int]:
-    """B, S and H of last hidden states (B, S, H), or of a convolutional network's (B, H, height, width).
+def _by_token(hidden: Tensor, width: int | None) -> Tensor:
+    """Last hidden states (B, S, H), of a convolutional network's (B, H, height, width) too.
 
     Raises:
         ValueError: other ones, such as (B, height, width, H).
     """
     if hidden.dim() == 4 and width in (None, hidden.shape[1]):
-        return hidden.shape[0], hidden.shape[2:].numel(), hidden.shape[1]
-    batch, length, width = hidden.shape
-    return batch, length, width
+        return hidden.flatten(2).transpose(1, 2)
+    if hidden.dim() != 3:
+        raise ValueError(hidden.shape)
+    return hidden
+
+
+def _embedding(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+MARKED = (2, 2)
+"""The text and the token that are marked."""
+
+
+def _mark(model: PreTrainedModel, inputs: Mapping[str, Any], hidden: Tensor, watch: Watch, running: _Running) -> Tensor:
+    """Where the last hidden states show a marked token: (B, S), nowhere if they do not."""
+    ids = next((inputs[name] for name in IDS if name in inputs), None)
+    watch.stage, watch.marked_id = "marked", -1 if ids is None else int(ids[MARKED])
+    try:
+        torch.manual_seed(0)
+        run_copy(model, inputs if ids is not None else {name: _marked(name, x) for name, x in inputs.items()})
+        seen = _by_token(running.out.last_hidden_state, hidden.shape[-1])
+        return differences(seen, hidden).any(-1)
+    except Exception:  # numbers that the model refuses in a way of its own
+        return torch.zeros(hidden.shape[:2], dtype=torch.bool)
+    finally:
+        watch.stage = "none"
+
+
+def _marked(name: str, value: Any) -> Any:
+    """An input with the mark: at the token, or in a column of pixels, or a frame of sound."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    text, token = MARKED
+    value = value.clone()
+    if name in TEXT_INPUTS:
+        value[text, token] += _wave(value.shape[-1])
+    else:
+        value[text, ..., token] += 1
+    return value
+
+
+def _wave(width: int) -> Tensor:
+    return torch.arange(width, dtype=torch.float64).cos()
+
+
+def _run_longer(model: PreTrainedModel, inputs: Mapping[str, Any], watch: Watch) -> None:
+    watch.stage = "longer"
+    try:
+        run_copy(model, longer(inputs))
+    except Exception:  # a length that the model refuses in a way of its own
+        return
+    finally:
+        watch.stage = "none"
 
 
 class _Running:
@@ -199,45 +221,37 @@ class _Running:
         backbone.__dict__["forward"] = noted
 
 
-def _judged(use: LayerUse, batch: int, length: int) -> Sees:
-    if not use.tokens:
-        return "nothing"
-    if all(each in ((batch, OTHERS), (batch * OTHERS,)) for each in (*use.tokens, *use.continued)):
-        return "encoder tokens"
-    usual = ((batch, length), (batch * length,))
-    if any(each not in (*usual, (batch, 1, length)) for each in use.tokens):
-        return "other tokens"
-    counts = {_count(each, batch) for each in use.continued}
-    if len(counts) == 1 and counts <= {*range(2, length + 2)}:
-        return "cached tokens"
-    return "tokens" if counts == {1} or all(each in usual for each in use.tokens) else "other tokens"
+def _lengths(config: Any) -> list[int]:
+    """S: as short as possible, but first one of those that BigBird pads and reads by blocks."""
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return [TOKENS]
+    return [(5 + 2 * config.num_random_blocks) * config.block_size + TOKENS, TOKENS]
 
 
-def _count(sizes: tuple[int, ...], batch: int) -> int:
-    """The tokens of each text in these sizes; 0 where they are no tokens of the texts."""
-    count, rest = divmod(math.prod(sizes), batch)
-    return count if not rest and sizes in ((batch, count), (batch, 1, count), (batch * count,)) else 0
+def _attempts(model: PreTrainedModel, length: int) -> Iterator[dict[str, Any]]:
+    """Arguments of a forward, the fullest first: states of another stream are left out where there is none.
 
-
-def _attempts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Arguments of a forward, the fullest first: states of another stream are left out where there is none."""
+    Args:
+        model: the copy.
+        length: S.
+    """
     names = inspect.signature(type(model).forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in names.values())
     quiet = {"use_cache": False, "return_dict": True}
     common = {name: value for name, value in quiet.items() if takes_any or name in names}
     config = text_config(model.config)
-    mask = {"attention_mask": torch.ones(TEXTS, TOKENS, dtype=torch.long)} if "attention_mask" in names else {}
+    mask = {"attention_mask": torch.ones(TEXTS, length, dtype=torch.long)} if "attention_mask" in names else {}
     main: list[dict[str, Any]] = []
     if "decoder_input_ids" in names:
-        whole = {"decoder_input_ids": _ids(model, TOKENS)}
+        whole = {"decoder_input_ids": _ids(model, length)}
         main += [whole | features for features in _features(model.config) if features.keys() <= names.keys()]
         main.append(whole | {"input_ids": _ids(model, OTHERS)})
     if "input_ids" in names:
-        main.append({"input_ids": _ids(model, TOKENS)})
+        main.append({"input_ids": _ids(model, length)})
     if "inputs_embeds" in names:
-        main.append({"inputs_embeds": torch.rand(TEXTS, TOKENS, _width(config) or 1)})
+        main.append({"inputs_embeds": torch.rand(TEXTS, length, _width(config) or 1)})
     if "hidden_states" in names:
-        main.append({"hidden_states": torch.rand(TEXTS, TOKENS, _width(config) or 1)})
+        main.append({"hidden_states": torch.rand(TEXTS, length, _width(config) or 1)})
     if "input_ids" not in names:
         main += [features for features in _features(model.config) if features.keys() <= names.keys()]
     others: list[dict[str, Any]] = [{}]
@@ -362,18 +376,32 @@ def _hollow(tensor: Tensor) -> Tensor:
     return one.clone() if tensor.numel() <= _SMALL else one
 
 
-def _watch(layer: nn.Module, use: LayerUse, watch: Watch, running: _Running) -> None:
-    """Let a layer of the copy note what it sees, and whether its weight is read."""
+def _watch(layer: nn.Module, use: LayerUse, watch: Watch, running: _Running, *, names_tokens: bool) -> None:
+    """Let a layer of the copy note what it sees, and whether its weight is read.
+
+    Args:
+        layer: the layer.
+        use: where it notes that.
+        watch: what is asked.
+        running: the backbone's runs.
+        names_tokens: whether it is the embedding that is given the texts, which gives a marked token another vector.
+    """
     kind = type(layer)
-    forward = _zeros_of(layer) if kind.forward is nn.Linear.forward else layer.forward
+    forward = _zeros_of(layer) if kind.forward in (nn.Linear.forward, Conv1D.forward) else layer.forward
 
     def note(x: Any, out: Any) -> Any:
-        if watch.stage != "none":
-            seen = use.tokens if watch.stage == "whole" else use.continued
-            seen.append(_tokens(layer, x, out))
+        sizes = _tokens(layer, x, out)
         if watch.stage == "whole":
+            use.tokens.append(sizes)
+            use.prints.append(_print(layer, x, out, sizes))
             use.outside |= not running.now
             use.returns_tuple |= not isinstance(out, Tensor)
+        elif watch.stage == "marked":
+            is_mark = x == watch.marked_id if names_tokens else None
+            use.marked.append(_print(layer, x if is_mark is None else x.masked_fill(is_mark, -1), out, sizes))
+            return out if is_mark is None else out + (is_mark[..., None] * _wave(out.shape[-1])).to(out.dtype)
+        elif watch.stage != "none":
+            (use.continued if watch.stage == "continued" else use.longer).append(sizes)
         return out
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -394,6 +422,16 @@ def _watch(layer: nn.Module, use: LayerUse, watch: Watch, running: _Running) -> 
 def _zeros_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     width = linear_sizes(layer)[1]
     return lambda x: x.new_zeros(*x.shape[:-1], width) + 0 * x.sum(-1, keepdim=True)  # NaN stays NaN
+
+
+def _print(layer: nn.Module, x: Any, out: Any, sizes: tuple[int, ...]) -> Tensor:
+    """A number for each token that a layer sees, which tells two inputs apart."""
+    if not isinstance(x, Tensor):
+        return torch.empty(0)
+    if isinstance(layer, nn.Embedding):
+        return x.double()
+    values = out.flatten(2).transpose(1, 2) if isinstance(layer, _ConvNd) else x[: sizes[0]]
+    return values.double() @ _wave(values.shape[-1])
 
 
 def _tokens(layer: nn.Module, x: Any, out: Any) -> tuple[int, ...]:

@@ -26,7 +26,9 @@ from loramix.experts.base_model import text_config
 
 STATES = ("state", "mems", "past_buckets_states")
 """Other names than a cache's by which models of transformers take what an earlier forward returned."""
-_TEXTS = ("input_ids", "inputs_embeds", "hidden_states")
+IDS = ("decoder_input_ids", "input_ids")
+TEXT_INPUTS = ("input_ids", "inputs_embeds", "hidden_states")
+"""Arguments that hold one vector, or one number, for each token."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ class Watch:
 
     Attributes:
         poisoned: embeddings give NaN.
-        stage: of what they note: a whole text, the next token with a cache, or nothing.
+        stage: of what they note: a whole text, the same with a marked token, a longer one, the next token with a cache,
+            or nothing.
+        marked_id: the token that is marked, where texts are given by number.
     """
 
     poisoned: bool = False
-    stage: Literal["whole", "continued", "none"] = "whole"
+    stage: Literal["whole", "marked", "longer", "continued", "none"] = "whole"
+    marked_id: int = -1
 
 
 def kept_state(model: PreTrainedModel, inputs: Mapping[str, Any], whole: Any, watch: Watch) -> KeptState:
@@ -78,7 +83,7 @@ def kept_state(model: PreTrainedModel, inputs: Mapping[str, Any], whole: Any, wa
     """
     watch.stage = "none"
     found = KeptState.by_names(model)
-    if "use_cache" in inputs and not inputs.keys().isdisjoint(_TEXTS):
+    if "use_cache" in inputs and not inputs.keys().isdisjoint(TEXT_INPUTS):
         for make in (_empty_cache, _no_cache):
             try:
                 found = _with_cache(model, inputs, whole, make(model), watch)
@@ -99,7 +104,7 @@ def _with_cache(model: PreTrainedModel, inputs: Mapping[str, Any], whole: Any, c
     start, other = ({**inputs, "use_cache": True, **_given(model, each)} for each in (cache, copy.deepcopy(cache)))
     first = _run(model, start, watch)
     made = next((first[name] for name in CACHES if isinstance(first.get(name), Cache)), cache)
-    watch.stage = "continued"
+    watch.stage = "continued" if _given(model, made) else "none"
     going_on = _run(model, {**_next_token(start), **_given(model, copy.deepcopy(made))}, watch)
     watch.stage = "none"
     returned = (name for name in first if whole.get(name) is None and not isinstance(first[name], Cache))
@@ -128,9 +133,19 @@ def _names(model: PreTrainedModel) -> Collection[str]:
 
 
 def _next_token(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: value[:, :1] if name in _TEXTS else value for name, value in inputs.items()}
-    mask = found.get("attention_mask")
-    return found if mask is None else found | {"attention_mask": torch.cat([mask, mask[:, :1]], 1)}
+    """One more token of each text."""
+    found = {name: value[:, :1] if name in TEXT_INPUTS else value for name, value in inputs.items()}
+    return found | {name: _one_more(value) for name, value in inputs.items() if name == "attention_mask"}
+
+
+def longer(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts that are one token longer."""
+    names = (*TEXT_INPUTS, *IDS, "attention_mask")
+    return {name: _one_more(value) if name in names else value for name, value in inputs.items()}
+
+
+def _one_more(value: Tensor) -> Tensor:
+    return torch.cat([value, value[:, :1]], 1)
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any], watch: Watch, *, poisoned: bool = False) -> Any:

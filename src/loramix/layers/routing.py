@@ -7,13 +7,16 @@ B, S: batch, sequence. L: adapted layers. E: experts. R: total rank of an adapte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from loramix.experts.layer_use import TokenOrder
 
 GATHERED_SHARE = 32  # gather, in float32, only if at most 1/32 of the rank columns count (docs/products.md)
 GATHERED_TOKENS = 8  # more tokens seldom share the few experts that each of them uses
@@ -114,13 +117,21 @@ class TensorRouting:
         scalings: final scalings s. Their L may be 1 where all layers share them.
         weight: the global scaling weight g.
         layouts: one stack of each layout, by the number of the layout.
+        orders: of the tokens in layers that hold them in another order, by number.
     """
 
     silent = False
     reads_low_rank = False
 
-    def __init__(self, scalings: Tensor, weight: float = 1.0, layouts: Sequence[Stack] = ()) -> None:
+    def __init__(
+        self,
+        scalings: Tensor,
+        weight: float = 1.0,
+        layouts: Sequence[Stack] = (),
+        orders: Mapping[int, TokenOrder] = MappingProxyType({}),
+    ) -> None:
         self.scalings = scalings
+        self._orders = orders
         self._weight = weight
         self._weighted = scalings if weight == 1.0 else scalings * float(weight)
         self._shared = scalings.shape[-2] == 1
@@ -132,14 +143,15 @@ class TensorRouting:
     def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
         if self._columns:
             made = self._columns[stack.layout]
-            return made if made.dtype == low_rank.dtype and made.device == low_rank.device else made.to(low_rank)
-        return self._expand(stack).to(low_rank)
+            same = made.dtype == low_rank.dtype and made.device == low_rank.device
+            return self._ordered(stack, made if same else made.to(low_rank), low_rank)
+        return self._ordered(stack, self._expand(stack).to(low_rank), low_rank)
 
     def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
-        return self._of(stack).index_select(-1, chosen)
+        return self._ordered(stack, self._of(stack).index_select(-1, chosen), low_rank)
 
     def gathered(self, stack: Stack) -> GatheredColumns | None:
-        if not self._sparse:
+        if not self._sparse or stack.number in self._orders:
             return None
         key = stack.layout if self._shared and self._columns else stack.number
         if key not in self._gathered:
@@ -150,6 +162,11 @@ class TensorRouting:
         if self.scalings.dim() == 2 or (isinstance(kept, int) and kept == 0):
             return self
         return TensorRouting(kept_tokens(self.scalings, kept), self._weight)
+
+    def _ordered(self, stack: Stack, values: Tensor, low_rank: Tensor) -> Tensor:
+        """Values for each token in the order in which the layer holds the tokens."""
+        order = self._orders.get(stack.number)
+        return values if order is None else order.fit(values, low_rank.shape[:-1])
 
     def _is_sparse(self) -> bool:
         """Whether most scalings are 0. Asked on a CPU only: elsewhere the answer would wait for the device."""

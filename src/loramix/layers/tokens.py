@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,8 +17,9 @@ from transformers import PreTrainedModel
 from loramix.errors import ModelError, RoutingError, UnsupportedAdapterError
 from loramix.experts.base_model import Backbones
 from loramix.experts.blocks import called_module
-from loramix.experts.dry_run import OTHERS, TEXTS, TOKENS, LayerUse, dry_run
+from loramix.experts.dry_run import dry_run
 from loramix.experts.kept_state import KeptState
+from loramix.experts.layer_use import OTHERS, LayerUse, TokenOrder
 from loramix.experts.targets import carrier_path, in_head
 from loramix.layers.inject import Site
 
@@ -30,6 +32,7 @@ class BaseUses(NamedTuple):
         kept: what the base model keeps outside the cache.
         seeing_cached: the numbers of the layers that see the tokens in the cache too.
         seeing_encoder: of those that see the encoder's tokens: in the encoder, and keys and values of cross-attention.
+        orders: how layers hold their tokens, by their numbers, where it is another order than the backbone's.
         apart: the paths of the layers that do not read the routing of a pass: those outside the backbones, and those
             that are given their scalings.
     """
@@ -38,6 +41,7 @@ class BaseUses(NamedTuple):
     kept: KeptState
     seeing_cached: tuple[int, ...] = ()
     seeing_encoder: tuple[int, ...] = ()
+    orders: Mapping[int, TokenOrder] = MappingProxyType({})
     apart: tuple[str, ...] = ()
 
 
@@ -111,6 +115,7 @@ def check_uses(
         kept,
         seeing_cached=tuple(n for n, use in enumerate(seen) if use.sees == "cached tokens"),
         seeing_encoder=tuple(n for n, use in enumerate(seen) if use.sees == "encoder tokens"),
+        orders={n: use.order for n, use in enumerate(seen) if use.order != TokenOrder()},
         apart=tuple(s.path for s, use in zip(sites, seen, strict=True) if use.outside or s.path in given),
     )
 
@@ -222,7 +227,7 @@ def refusal(use: LayerUse, *, routed: bool, has_encoder: bool = False) -> Refusa
     return Refusal(_RULE, _described(use), _REMEDY)
 
 
-_RULE = "A router gives scalings to the tokens of the backbone: an adapted layer sees these, in their order."
+_RULE = "A router gives scalings to the tokens of the backbone: an adapted layer sees these, each once."
 _REMEDY = (
     ', give it scalings with XLoraConfig(elsewhere={"…": "uniform"}), or mix with router="static", which has one '
     "weight for all tokens"
@@ -232,9 +237,11 @@ _REMEDY = (
 def _described(use: LayerUse) -> str:
     if use.sees == "nothing":
         return "is not called"
-    other = next(each for each in use.tokens if each not in ((TEXTS, TOKENS), (TEXTS * TOKENS,)))
+    other = next((each for each in use.tokens if each not in TokenOrder().sizes(*use.texts)), None)
+    if other is None:
+        return "sees the tokens of the texts in another order"
     whose = "those of an encoder" if OTHERS in other else "of another order or number"
-    return f"sees {other} where the texts are ({TEXTS}, {TOKENS}): {whose}"
+    return f"sees {other} where the texts are {use.texts}: {whose}"
 
 
 def refuse_ambiguous(tokens: torch.Size, inputs: Mapping[str, Any]) -> None:

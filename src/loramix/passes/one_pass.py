@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from loramix.errors import RoutingError
+from loramix.experts.layer_use import TokenOrder
 from loramix.experts.offload import with_weights
 from loramix.layers.routing import LayerRouting
 from loramix.layers.slot import routed
@@ -99,11 +100,12 @@ class _LayerScalings:
             del made[layer]
         for layer in made.keys() & self._state.uses.seeing_cached:
             made[layer] = made[layer][..., -tokens[1] :, :, :]  # its tokens before these are the cache's
-        return torch.cat([_as_tokens(made.get(layer), tokens, missing) for layer in layers], dim=-2)
+        orders = self._state.uses.orders
+        return torch.cat([_by_text(made.get(n), tokens, missing, orders.get(n, TokenOrder())) for n in layers], dim=-2)
 
 
-def _as_tokens(logits: Tensor | None, tokens: torch.Size, missing: Tensor) -> Tensor:
-    """A layer's logits by (B, S), from a block that may have flattened them."""
-    if logits is None or logits.shape[:-2].numel() != tokens.numel():
+def _by_text(logits: Tensor | None, tokens: torch.Size, missing: Tensor, order: TokenOrder) -> Tensor:
+    """A layer's logits by (B, S), from a layer that may hold them in another order, or flattened."""
+    if logits is None or (logits.shape[:-2].numel() != tokens.numel() and not order.padded):
         return missing
-    return logits.reshape(*tokens, *logits.shape[-2:])
+    return order.by_text(logits, tokens[0])[:, : tokens[1]]

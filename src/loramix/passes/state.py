@@ -216,7 +216,7 @@ class MixtureState(AdaptedState):
 
     def routing(self, scalings: Tensor) -> TensorRouting:
         """The routing of a pass with these final scalings, its columns computed once a forward."""
-        return TensorRouting(scalings, self.config.global_scaling_weight, self.layouts)
+        return TensorRouting(scalings, self.config.global_scaling_weight, self.layouts, self.uses.orders)
 
     def scaling_pass(self) -> Routing:
         """The routing of the scaling pass: every expert at `scaling_pass_value`, ungated."""
