@@ -16,7 +16,7 @@ from loramix import errors
 from support.disk import WEIGHTS, edited, truncated, without
 from support.mixtures import logits_of, mixture
 from support.routers import EnergyRouter
-from support.tiny import gpt2, llama, qwen3, save_expert
+from support.tiny import gpt2, llama, qwen3, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
 Build = Callable[[PreTrainedModel, Experts, Path], object]
@@ -118,15 +118,28 @@ def test_the_base_model_stays_as_it_was(failure: str, experts: Experts, tmp_path
     assert isinstance(good, loramix.XLoraModel)
 
 
-def test_a_mixture_is_no_base_model(experts: Experts) -> None:
+def test_a_part_of_a_mixture_is_no_base_model(experts: Experts) -> None:
     model = mixture(experts("llama"))
     before, logits = everything(model), logits_of(model)
-    with pytest.raises(errors.ModelError, match="already carries"):
-        build(model, experts("llama"))
     with pytest.raises(errors.ModelError, match="already carries"):
         loramix.get_peft_model(model.model, loramix.LoraConfig(target_modules=["q_proj"]))
     assert everything(model) == before
     assert torch.equal(logits_of(model), logits)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_mixture_stays_as_it_was(failure: str, experts: Experts, tmp_path: Path) -> None:
+    """What is built on a mixture replaces it, once it is built."""
+    error, fails = FAILURES[failure]
+    model = mixture(experts("llama"))
+    model.model.norm.weight.requires_grad_(True)
+    before, logits = everything(model), logits_of(model)
+    with pytest.raises(error):
+        fails(model, experts, tmp_path)
+    assert everything(model) == before
+    assert torch.equal(logits_of(model), logits)
+    assert model.base_model.model is model
+    assert torch.equal(model.unload()(tokens()).logits, llama()(tokens()).logits)
 
 
 def test_the_error_names_expert_module_expected_and_found(experts: Experts, tmp_path: Path) -> None:

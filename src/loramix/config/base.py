@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast, no_type_check
+from typing import Any, ClassVar, Protocol, Self, cast, no_type_check, runtime_checkable
 
 from loramix.config.checks import require, require_text, warn
 from loramix.config.folder import CONFIG_NAME, find_config
@@ -154,8 +154,11 @@ class PeftConfig:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
         """Read an `adapter_config.json` by its path; otherwise as `from_pretrained`."""
-        source = os.fspath(path)
-        values = read_json_object(path)
+        return cls.from_values(read_json_object(path), os.fspath(path))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], source: str) -> Self:
+        """The configuration of these fields, of the class that their `peft_type` names; raises as `from_pretrained`."""
         kind = _class_of(values.get("peft_type"), cls, source)
         try:
             return cast(Self, kind(**kind._known(values, source)))
@@ -170,6 +173,26 @@ class PeftConfig:
         if unknown:
             warn(f"{source} holds fields that {cls.__name__} does not know: {', '.join(unknown)}. They are ignored.")
         return {name: value for name, value in values.items() if name in names - cls._unsaved}
+
+
+@runtime_checkable
+class PeftsConfig(Protocol):
+    """A configuration of one of PEFT's own classes."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def as_own(config: object) -> Any:
+    """A configuration of PEFT's as one of ours, by its fields, as its file would be read; anything else as it is.
+
+    Raises:
+        As `PeftConfig.from_pretrained`.
+    """
+    kind = type(config)
+    if not kind.__module__.startswith("peft.") or not isinstance(config, PeftsConfig):
+        return config
+    text = json.dumps(config.to_dict(), default=_to_jsonable)
+    return PeftConfig.from_values(json.loads(text), f"a {kind.__module__}.{kind.__name__}")
 
 
 _CLASSES: dict[PeftType, type[PeftConfig]] = {}

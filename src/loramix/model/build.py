@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loramix.config.base import PeftConfig
+from loramix.config.base import PeftConfig, PeftsConfig, as_own
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, ModelError
@@ -36,6 +36,9 @@ from loramix.layers.tokens import BaseUses, check_uses
 from loramix.model.checks import check_blocks, check_head, check_plain, check_widths, checked_router, given_scalings
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
+from loramix.model.peft_names import RefusedMethods
+from loramix.model.replacing import replacing
+from loramix.model.through_base_model import ThroughBaseModel, let_through
 from loramix.model.xlora_methods import XLoraMethods
 from loramix.passes.call import Role
 from loramix.passes.checkpointing import route_checkpoints
@@ -67,7 +70,7 @@ class PeftModel(_Peft):
         model_id: str | PathLike[str],
         adapter_name: str = ADAPTER_NAME,
         is_trainable: bool = False,
-        config: PeftConfig | None = None,
+        config: PeftConfig | PeftsConfig | None = None,
         *,
         adapters: Mapping[str, str] | None = None,
         base_weights_of: str | None = None,
@@ -76,44 +79,45 @@ class PeftModel(_Peft):
         """Put a saved mixture, or one saved LoRA expert, on a base model.
 
         Args:
-            model: the base model; it becomes the result.
+            model: the base model; it becomes the result. Experts that it carries are taken out first, with a warning.
             model_id: a folder, or a Hub identifier.
             adapter_name: kept for PEFT's sake; "default".
             is_trainable: whether what was trained trains on; otherwise nothing requires gradients.
-            config: a configuration to use instead of the saved one: of the same kind, for the same tensors. Experts
-                that it names otherwise than the saved one count as `adapters`.
+            config: a configuration to use instead of the saved one: of the same kind, for the same tensors; it may be
+                one of PEFT's. Experts that it names otherwise than the saved one count as `adapters`.
             adapters: experts to use instead of the saved ones: the same names replace by name, all-new names replace
                 in order and become the names.
             base_weights_of: as for `get_peft_model`; what a saved mixture holds itself comes first.
-            **hub: revision, subfolder, token, cache_dir, local_files_only, force_download. PEFT's `torch_device`,
-                `device_map`, `autocast_adapter_dtype`, `low_cpu_mem_usage` and `ephemeral_gpu_offload` are taken and
-                mean nothing: experts go where the base model's layers are.
+            **hub: revision, subfolder, token, cache_dir, local_files_only, force_download. Further arguments that
+                PEFT takes (`torch_device`, `device_map`, `dtype`, `low_cpu_mem_usage`, …) are taken and mean nothing:
+                experts go where the base model's layers are, in their dtype.
 
         Raises:
             CheckpointError: files that are missing, broken or incomplete.
             AdapterError: an expert that this base model cannot carry.
             ConfigurationError: settings that cannot work.
-            ModelError: a base model that cannot carry a mixture, or carries one already.
+            ModelError: a base model that cannot carry a mixture.
         """
-        check_plain(model)
-        unpack(model)
         options = _options(hub)
-        config = copy.deepcopy(config)
+        config = copy.deepcopy(as_own(config))
         location = Location(model_id, options)
-        if kind_at(location) == "expert":
-            lora = _of_kind(config, LoraConfig, model_id)
-            if adapters is not None:
-                raise ConfigurationError(
-                    "adapters= replaces the experts of a mixture.",
-                    received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
-                    remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
-                )
-            adapter = read_expert(location, adapter_name, lora)
-            return _build_lora(model, adapter, base_weights_of, trainable=is_trainable)
-        saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
-        saved.config.inference_mode = not is_trainable
-        own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
-        result = _build_mixture(model, saved.config, saved.experts, saved.router, own, trainable=is_trainable)
+        with replacing(model):
+            check_plain(model)
+            unpack(model)
+            if kind_at(location) == "expert":
+                lora = _of_kind(config, LoraConfig, model_id)
+                if adapters is not None:
+                    raise ConfigurationError(
+                        "adapters= replaces the experts of a mixture.",
+                        received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
+                        remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
+                    )
+                adapter = read_expert(location, adapter_name, lora)
+                return _build_lora(model, adapter, base_weights_of, trainable=is_trainable)
+            saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
+            saved.config.inference_mode = not is_trainable
+            own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
+            result = _build_mixture(model, saved.config, saved.experts, saved.router, own, trainable=is_trainable)
         return result if is_trainable else result.eval()
 
 
@@ -134,13 +138,17 @@ def get_peft_model(
 
 @overload
 def get_peft_model(
-    model: PreTrainedModel, peft_config: PeftConfig, adapter_name: str = ADAPTER_NAME, mixed: bool = ..., **hub: Any
+    model: PreTrainedModel,
+    peft_config: PeftConfig | PeftsConfig,
+    adapter_name: str = ADAPTER_NAME,
+    mixed: bool = ...,
+    **hub: Any,
 ) -> PeftModel: ...
 
 
 def get_peft_model(
     model: PreTrainedModel,
-    peft_config: PeftConfig,
+    peft_config: PeftConfig | PeftsConfig,
     adapter_name: str = ADAPTER_NAME,
     mixed: bool = False,
     *,
@@ -150,8 +158,10 @@ def get_peft_model(
     """Make a mixture of a base model and the experts a configuration names, with a new router; or a new LoRA expert.
 
     Args:
-        model: the base model; it becomes the result. It is left as it was if anything here fails.
-        peft_config: an `XLoraConfig`, or a `LoraConfig` to train a new expert with. The model keeps a copy.
+        model: the base model; it becomes the result. Experts that it carries are taken out first, with a warning. It
+            is left as it was if anything here fails.
+        peft_config: an `XLoraConfig`, or a `LoraConfig` to train a new expert with; or one of PEFT's, which is read by
+            its fields. The model keeps a copy.
         adapter_name: kept for PEFT's sake.
         mixed: likewise; False.
         base_weights_of: the expert whose embeddings and head are used where the experts were saved with different
@@ -162,7 +172,7 @@ def get_peft_model(
     Raises:
         ConfigurationError, CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
     """
-    check_plain(model)
+    peft_config = as_own(peft_config)
     if not isinstance(peft_config, XLoraConfig | LoraConfig) or mixed:
         kind = type(peft_config)
         raise ModelError(
@@ -171,30 +181,58 @@ def get_peft_model(
             remedy="pass XLoraConfig(adapters={…}) or LoraConfig(target_modules=…), imported from loramix",
         )
     config = copy.deepcopy(peft_config)
-    unpack(model)
     config.revision = hub.pop("revision", config.revision)
     options = _options(hub)
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = identifier_of(model)
-    if isinstance(config, LoraConfig):
-        return _build_lora(model, new_adapter(adapter_name, model, config), base_weights_of, trainable=True)
-    checked_router(config, len(config.adapters), hidden_size_of(model))
-    config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
-    experts = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
-    own = functools.partial(own_rows, chosen=base_weights_of)
-    return _build_mixture(model, config, experts, None, own, trainable=not config.inference_mode)
+    with replacing(model):
+        check_plain(model)
+        unpack(model)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = identifier_of(model)
+        if isinstance(config, LoraConfig):
+            return _build_lora(model, new_adapter(adapter_name, model, config), base_weights_of, trainable=True)
+        checked_router(config, len(config.adapters), hidden_size_of(model))
+        config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
+        experts = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
+        own = functools.partial(own_rows, chosen=base_weights_of)
+        return _build_mixture(model, config, experts, None, own, trainable=not config.inference_mode)
 
 
 def _options(hub: Mapping[str, Any]) -> HubOptions:
-    return HubOptions.from_kwargs({name: value for name, value in hub.items() if name not in _ONLY_PEFTS})
+    """Raises ConfigurationError: an unknown argument, or one of PEFT's whose meaning a mixture cannot keep."""
+    for name, harmless in _ONLY_WITHOUT_EFFECT.items():
+        if hub.get(name) not in harmless:
+            raise ConfigurationError(
+                "Arguments that PEFT takes are taken where they mean nothing here.",
+                received=f"{name}={hub[name]!r}",
+                remedy=f"leave {name} out",
+            )
+    ignored = _ONLY_PEFTS | _ONLY_WITHOUT_EFFECT.keys()
+    options = {name: value for name, value in hub.items() if name not in ignored}
+    token = options.pop("use_auth_token", None)  # as it was called once
+    return HubOptions.from_kwargs(options if token is None else {"token": token, **options})
 
 
-_ONLY_PEFTS = frozenset(
-    {"torch_device", "device_map", "autocast_adapter_dtype", "low_cpu_mem_usage", "ephemeral_gpu_offload"}
+_PLACES = (
+    "torch_device",
+    "device_map",
+    "max_memory",
+    "offload_dir",
+    "offload_folder",
+    "offload_index",
+    "offload_buffers",
 )
+_DTYPES = ("dtype", "torch_dtype", "autocast_adapter_dtype", "low_cpu_mem_usage", "ephemeral_gpu_offload")
+_FILES = ("use_safetensors", "safe_serialization", "trust_remote_code", "proxies", "resume_download")
+_ONLY_PEFTS = frozenset((*_PLACES, *_DTYPES, *_FILES))
+_ONLY_WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
+    "ignore_mismatched_sizes": (None, False),
+    "repo_type": (None, "model"),
+}
 
 
-def _of_kind(config: PeftConfig | None, kind: type[_Config], model_id: str | PathLike[str]) -> _Config | None:
+def _of_kind(
+    config: PeftConfig | PeftsConfig | None, kind: type[_Config], model_id: str | PathLike[str]
+) -> _Config | None:
     if config is not None and not isinstance(config, kind):
         raise ConfigurationError(
             "config= is of the kind of the saved one.",
@@ -293,7 +331,10 @@ def _commit(
     parts = [part for part in models if any(module in backbones for module in part.modules())]
     for part in parts:
         part.__dict__["_loramix"] = state
-        part.__class__ = specialise(type(part), *([methods] if part is model else []), role=_role(part, backbones))
+        is_root, role = part is model, _role(part, backbones)
+        first, last = (methods, object) if is_root else (RefusedMethods, ThroughBaseModel)
+        part.__class__ = specialise(type(part), first, last=last, role=role, is_root=is_root)
+    let_through(model)
     for part in parts:
         rebind_forward(part)
 

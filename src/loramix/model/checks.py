@@ -44,11 +44,15 @@ def check_plain(model: PreTrainedModel) -> None:
             "parallelism)",
             remedy="put the experts on first, and let the trainer or launcher divide the result",
         )
-    if any(isinstance(module, XLoraLayer) or _is_of_peft(module) for module in model.modules()):
+    of_peft = any(_is_of_peft(module) for module in model.modules())
+    if of_peft or any(isinstance(module, XLoraLayer) for module in model.modules()):
         raise ModelError(
             "Experts are put on a plain base model.",
-            received=f"a {type(model).__name__} that already carries experts",
-            remedy="call model.unload() first, or load the base model anew",
+            received=f"a {type(model).__name__} that already carries experts{' of PEFT' if of_peft else ''}",
+            remedy="load the base model anew by its own name: that of an adapter brings the adapter; or take what "
+            "unload() of PEFT's model returns"
+            if of_peft
+            else "give the whole model, or call its unload() first",
         )
     route_checkpoints(model, dry_run=True)
 

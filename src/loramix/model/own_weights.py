@@ -29,6 +29,13 @@ def put_rows(model: nn.Module, state: AdaptedState, own: Sequence[OwnRows]) -> N
 
 
 @torch.no_grad()
+def present_rows(model: nn.Module, state: AdaptedState) -> list[OwnRows]:
+    """The rows that were written into the base model, as they are now."""
+    rows = {name: replaced.rows for name, replaced in state.replaced.items()}
+    return [OwnRows(n, r, model.get_parameter(_name_here(n, state)).detach()[r].clone()) for n, r in rows.items()]
+
+
+@torch.no_grad()
 def restore_rows(model: nn.Module, state: AdaptedState) -> None:
     """Restore the rows, once the base model's layers are in their places."""
     for name, (rows, values) in state.replaced.items():

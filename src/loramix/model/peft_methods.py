@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from types import MappingProxyType
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +27,7 @@ from loramix.layers.merge import merge, put
 from loramix.layers.routing import ConstantRouting, Routing
 from loramix.layers.slot import override
 from loramix.model.own_weights import own_weights, restore_rows, saved_weights, with_base_weights
+from loramix.model.peft_names import RefusedMethods, refuse_adapter_names
 from loramix.passes.specialise import Specialised
 from loramix.passes.state import AdaptedState, MixtureState
 from loramix.routers.classifier import XLoraClassifier
@@ -44,7 +46,7 @@ _TAKEN_ON_SAVE = frozenset(
 )
 
 
-class PeftMethods:
+class PeftMethods(RefusedMethods):
     """The methods that a model gains when experts are put on it."""
 
     _loramix: AdaptedState
@@ -73,6 +75,38 @@ class PeftMethods:
     def active_adapters(self) -> list[str]:
         """Likewise, as a list."""
         return [ADAPTER_NAME]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether `disable_adapter_layers` has not been called."""
+        return self._loramix.enabled
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype:
+        """The dtype of the base model."""
+        return self.get_base_model().dtype
+
+    @property
+    def special_peft_forward_args(self) -> frozenset[str]:
+        """Arguments that PEFT's forward takes beside the base model's: none."""
+        return frozenset()
+
+    @property
+    def modules_to_save(self) -> None:
+        """None: copies of modules are never kept beside the base model's."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_adapter_names(kwargs)
+        return super().__call__(*args, **kwargs)  # pyright: ignore
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's.
+
+        Raises:
+            UnsupportedOperationError: `adapter_names`.
+        """
+        refuse_adapter_names(kwargs)
+        return super().generate(*args, **kwargs)  # pyright: ignore
 
     @property
     def expert_names(self) -> list[str]:
@@ -216,42 +250,6 @@ class PeftMethods:
         put(model, merged)
         return model
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: merging removes the experts from the model."""
-        _refuse("merge_adapter", "merge_and_unload(), inside fixed_scalings([…]) for a mixture")
-
-    def unmerge_adapter(self) -> NoReturn:
-        """Likewise."""
-        _refuse("unmerge_adapter", "the model before merge_and_unload(): nothing is merged while experts are there")
-
-    def load_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported: the experts of a mixture are those of its configuration."""
-        _refuse("load_adapter", "PeftModel.from_pretrained(base, checkpoint, adapters={…}) to replace experts")
-
-    def add_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Likewise."""
-        _refuse("add_adapter", "get_peft_model(base, XLoraConfig(adapters={…})) with all experts")
-
-    def set_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Likewise."""
-        _refuse("set_adapter", "fixed_scalings([…]) to run chosen experts only")
-
-    def delete_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Likewise."""
-        _refuse("delete_adapter", "unload(), or build the mixture anew without the expert")
-
-    def enable_adapters(self) -> NoReturn:
-        """Likewise."""
-        _refuse("enable_adapters", "enable_adapter_layers()")
-
-    def disable_adapters(self) -> NoReturn:
-        """Likewise."""
-        _refuse("disable_adapters", "disable_adapter_layers(), or the context manager disable_adapter()")
-
-    def get_adapter_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Likewise."""
-        _refuse("get_adapter_state_dict", "save_pretrained(folder)")
-
 
 class MixtureMethods(PeftMethods):
     """The base of the methods that only a mixture has."""
@@ -292,9 +290,3 @@ def _experts(model: PreTrainedModel, state: AdaptedState, tensors: Mapping[str, 
         for expert, weights in layer.stack.unstack(own).items():
             experts[expert].weights[path] = weights
     return experts
-
-
-def _refuse(call: str, remedy: str) -> NoReturn:
-    raise UnsupportedOperationError(
-        "A mixture's experts are fixed when it is built.", received=f"{call}()", remedy=f"use {remedy}"
-    )

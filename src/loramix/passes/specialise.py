@@ -21,24 +21,27 @@ from loramix.passes.hooks import takes_expert_ids
 
 
 @functools.cache
-def specialise(kind: type, *mixins: type, role: Role) -> type:
+def specialise(kind: type, *first: type, last: type = object, role: Role, is_root: bool) -> type:
     """The run-time subclass of a model class, with the same names, so that look-ups by name still find it.
 
     Args:
         kind: the model's class.
-        mixins: bases before it in the method resolution order, at the root of the model.
+        first: bases before it in the method resolution order.
+        last: a base after it.
         role: which passes run here, if any.
+        is_root: whether it is the whole model.
     """
     body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    body["_loramix_made_of"] = (kind, mixins, role)
+    body["_loramix_made_of"] = (kind, first, last, role, is_root)
     forward = cast(Any, kind).forward
     if role != "around":
         body["forward"] = forward = mixture_forward(forward, role)
     elif OUTPUTS in inspect.signature(forward).parameters:
         body["forward"] = forward = hands_on_encoded(forward)
-    if mixins:
+    if is_root:
         body["forward"] = takes_expert_ids(routes_head(forward) if role == "around" else forward)
-    return type(kind.__name__, (*mixins, Specialised, RoutedCheckpointing, kind), body)
+    bases = (*first, Specialised, RoutedCheckpointing, kind, *([] if last is object else [last]))
+    return type(kind.__name__, bases, body)
 
 
 def rebind_forward(model: Any) -> None:
@@ -50,7 +53,7 @@ def rebind_forward(model: Any) -> None:
 class Specialised:
     """Mixin of every run-time subclass: it keeps the parts of the class, for pickle and for `restore`."""
 
-    _loramix_made_of: ClassVar[tuple[type, tuple[type, ...], Role]]
+    _loramix_made_of: ClassVar[tuple[type, tuple[type, ...], type, Role, bool]]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +68,8 @@ class Specialised:
 
     def restore(self) -> None:
         """Become an instance of the model's own class again."""
-        del self.__dict__["_loramix"]
+        for name in [name for name in self.__dict__ if name.startswith("_loramix")]:
+            del self.__dict__[name]
         self.__class__ = self._loramix_made_of[0]
         rebind_forward(self)
 
@@ -73,6 +77,6 @@ class Specialised:
         return _rebuild, self._loramix_made_of, self.__getstate__()  # torch's, without what `compile` has made
 
 
-def _rebuild(kind: type, mixins: tuple[type, ...], role: Role) -> Any:
-    special: Any = specialise(kind, *mixins, role=role)
+def _rebuild(kind: type, first: tuple[type, ...], last: type, role: Role, is_root: bool) -> Any:
+    special: Any = specialise(kind, *first, last=last, role=role, is_root=is_root)
     return special.__new__(special)

@@ -53,6 +53,11 @@ class XLoraClassifier(HiddenStateRouter):
             width = config.xlora_size
         self.layers = nn.Sequential(*parts, nn.Linear(width, distinct * n_classes, dtype=torch.float32))
 
+    @property
+    def override_scaling_pass_value(self) -> float:
+        """PEFT's name of the live configuration's `scaling_pass_value`."""
+        return self.config.scaling_pass_value
+
     @classmethod
     def build(cls, config: XLoraConfig, sizes: RouterSizes) -> Self:
         return cls(config, sizes.experts, sizes.layers, sizes.hidden_size)

@@ -1,0 +1,51 @@
+"""The model's methods, reached through `model.base_model`.
+
+PEFT wraps a base model twice: `model.base_model` is an `XLoraModel`, and `model.base_model.model` the base model. Here
+the model is its base model, and `model.base_model` transformers' backbone. From there these names reach the model,
+unless the backbone has a member of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from loramix.model.xlora_methods import XLoraMethods
+from loramix.passes.specialise import Specialised
+from loramix.routers.classifier import XLoraClassifier
+
+_MODEL = "_loramix_model"
+
+
+class ThroughBaseModel:
+    """The last base of a backbone's class: the model, and the names of its methods."""
+
+
+class _OfTheModel:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, backbone: Any, owner: type) -> Any:
+        if backbone is None:
+            return self
+        members: Mapping[str, Any] = backbone.__dict__.get("_modules", {})
+        if self._name in members:
+            return members[self._name]
+        model = backbone.__dict__.get(_MODEL)
+        if model is None:
+            raise AttributeError(self._name)
+        return model if self._name == "model" else getattr(model, self._name)
+
+
+for _name in {"model", XLoraClassifier.attribute, *dir(XLoraMethods)}:
+    if not _name.startswith("_"):
+        setattr(ThroughBaseModel, _name, _OfTheModel(_name))
+
+
+def let_through(model: PreTrainedModel) -> None:
+    """Let the backbone of a model know the model, which its `base_model` is not."""
+    backbone: Any = model.base_model
+    if backbone is not model and isinstance(backbone, Specialised):
+        backbone.__dict__[_MODEL] = model
