@@ -36,6 +36,14 @@ LATENT: dict[str, Any] = {
     "num_experts_per_tok": 2,
 }
 BART: dict[str, Any] = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}
+SPEECH: dict[str, Any] = {
+    **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+    "vocab_size": 96,
+    "d_model": 256,
+    "pad_token_id": 0,
+}
 MAKE: dict[str, Callable[[], Any]] = {
     "bert": lambda: build(hf.BertModel, **{**BLOCKS, "intermediate_size": 128}),
     "deepseek": lambda: build(hf.DeepseekV3Model, **{**GATED, "num_key_value_heads": 4, **LATENT}),
@@ -48,6 +56,13 @@ MAKE: dict[str, Callable[[], Any]] = {
     "llama4": lambda: build(hf.Llama4ForCausalLM, **{**GATED, "num_local_experts": 2, "head_dim": 16}).model,
     "bigbird": lambda: build(hf.BigBirdModel, **{**BLOCKS, "intermediate_size": 128}, attention_type="original_full"),
     "vit": lambda: build(hf.ViTModel, **{**BLOCKS, "intermediate_size": 96, "image_size": 16, "patch_size": 4}),
+    "whisper": lambda: build(hf.WhisperModel, **SPEECH, max_source_positions=16).encoder,
+    "speech2text": lambda: build(hf.Speech2TextModel, **SPEECH, conv_channels=256).encoder,
+    "wav2vec2": lambda: build(
+        hf.Wav2Vec2Model, **{**BLOCKS, "intermediate_size": 96}, conv_dim=[32], conv_kernel=[400], conv_stride=[320]
+    ),
+    "siglip2": lambda: build(hf.Siglip2VisionModel, **{**BLOCKS, "intermediate_size": 96}, patch_size=4),
+    "convnext": lambda: build(hf.ConvNextModel, hidden_sizes=[16, 32], depths=[1, 1], num_stages=2).encoder,
 }
 ODD: dict[str, dict[str, str]] = {  # the layers, by the ends of their paths, that see other tokens than the backbone
     "bert": {"position_embeddings": "other tokens", "pooler.dense": "other tokens"},
@@ -59,6 +74,16 @@ ODD: dict[str, dict[str, str]] = {  # the layers, by the ends of their paths, th
     "llama4": {},
     "bigbird": {"position_embeddings": "other tokens", "pooler": "other tokens"},
     "vit": {"projection": "other tokens", "pooler.dense": "other tokens"},
+    "whisper": {"conv1": "other tokens", "embed_positions": "other tokens"},
+    "speech2text": {"conv_layers.0": "other tokens"},
+    "wav2vec2": {"pos_conv_embed.conv": "other tokens"},
+    "siglip2": {
+        "position_embedding": "nothing",
+        "head.attention.out_proj": "nothing",
+        "head.mlp.fc1": "other tokens",
+        "head.mlp.fc2": "other tokens",
+    },
+    "convnext": {"stages.0.layers.0.dwconv": "other tokens", "pwconv1": "other tokens", "pwconv2": "other tokens"},
 }
 
 

@@ -14,6 +14,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -241,19 +242,25 @@ def _attempts(model: PreTrainedModel, length: int) -> Iterator[dict[str, Any]]:
     common = {name: value for name, value in quiet.items() if takes_any or name in names}
     config = text_config(model.config)
     mask = {"attention_mask": torch.ones(TEXTS, length, dtype=torch.long)} if "attention_mask" in names else {}
+    text = {"input_ids": _ids(model, length)} if "input_ids" in names else {}
     main: list[dict[str, Any]] = []
     if "decoder_input_ids" in names:
         whole = {"decoder_input_ids": _ids(model, length)}
         main += [whole | features for features in _features(model.config) if features.keys() <= names.keys()]
         main.append(whole | {"input_ids": _ids(model, OTHERS)})
-    if "input_ids" in names:
-        main.append({"input_ids": _ids(model, length)})
+    if text:
+        main.append(text)
     if "inputs_embeds" in names:
         main.append({"inputs_embeds": torch.rand(TEXTS, length, _width(config) or 1)})
     if "hidden_states" in names:
         main.append({"hidden_states": torch.rand(TEXTS, length, _width(config) or 1)})
-    if "input_ids" not in names:
-        main += [features for features in _features(model.config) if features.keys() <= names.keys()]
+        convolutions = (module for module in model.modules() if isinstance(module, _ConvNd))
+        main += [{"hidden_states": torch.rand(TEXTS, each.in_channels, *_MAP)} for each in islice(convolutions, 1)]
+    main += [text | features for features in _features(model.config) if features.keys() <= names.keys()]
+    if "inputs" in names:
+        main += [{"inputs": inputs} for inputs in (_ids(model, length), torch.rand(TEXTS, *_image(model.config)))]
+    if "bbox" in names:  # where each token stands on its page
+        main += [inputs | {"bbox": torch.zeros(TEXTS, length, 4)} for inputs in main]
     others: list[dict[str, Any]] = [{}]
     for name in ("encoder_hidden_states", "cross_attention_states"):
         if name in names and _attends_to_others(model):
@@ -282,15 +289,25 @@ def _ids(model: PreTrainedModel, length: int) -> Tensor:
     return torch.arange(TEXTS * length).view(TEXTS, length) % _entries(model)
 
 
+_FRAMES, _SAMPLES, _MAP = 80, 16000, (16, 24)
+
+
 def _features(config: Any) -> Iterator[dict[str, Any]]:
-    """Images, or sound: as long as Whisper's encoder takes it, or a few frames."""
-    yield {"pixel_values": torch.rand(TEXTS, *_image(config))}
-    bands = getattr(config, "num_mel_bins", None)
-    if bands:
-        yield {"input_features": torch.rand(TEXTS, bands, 2 * config.max_source_positions)}
-    bands = getattr(config, "input_feat_per_channel", None)
-    if bands:
-        yield {"input_features": torch.rand(TEXTS, 4 * TOKENS, bands * config.input_channels)}
+    """Images, or sound: as long as Whisper's encoder takes it, some frames, or a second of samples."""
+    channels, height, width = _image(config)
+    yield {"pixel_values": torch.rand(TEXTS, channels, height, width)}
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int):  # images of any size, cut into patches
+        shape, patches = torch.tensor([[2, 4]] * TEXTS), torch.rand(TEXTS, 8, channels * patch**2)
+        yield {"pixel_values": patches, "pixel_attention_mask": torch.ones(TEXTS, 8), "spatial_shapes": shape}
+    bands, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if bands and positions:
+        yield {"input_features": torch.rand(TEXTS, bands, 2 * positions)}
+    speech2text = getattr(config, "input_feat_per_channel", 0) * getattr(config, "input_channels", 1)
+    for width in (bands, getattr(config, "feature_projection_input_dim", None), speech2text):
+        if width:
+            yield {"input_features": torch.rand(TEXTS, _FRAMES, width)}
+    yield {"input_values": torch.rand(TEXTS, _SAMPLES)}
 
 
 def _entries(model: PreTrainedModel) -> int:
@@ -311,6 +328,7 @@ def _widths(config: Any) -> list[int]:
 
 
 def _image(config: Any) -> tuple[int, int, int]:
+    config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", None) or 224
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return getattr(config, "num_channels", None) or 3, height, width
@@ -362,7 +380,8 @@ def _is_plain(module: nn.Module, backbone: nn.Module) -> bool:
 
 def _holds_experts(module: nn.Module) -> bool:
     """Whether a module is the experts of a mixture-of-experts block, in tensors of one matrix for each."""
-    return any(p.dim() == 3 and len(p) > 1 and p.numel() > _SMALL for p in module.parameters(recurse=False))
+    own = () if isinstance(module, _ConvNd) else module.parameters(recurse=False)
+    return any(p.dim() == 3 and len(p) > 1 and p.numel() > _SMALL for p in own)
 
 
 def _zeros_like(hidden: Tensor, *_: object, **__: object) -> Tensor:
@@ -441,7 +460,8 @@ def _tokens(layer: nn.Module, x: Any, out: Any) -> tuple[int, ...]:
     if isinstance(layer, nn.Embedding):
         return tuple(x.shape)
     if isinstance(layer, _ConvNd):
-        return (out.shape[0], out.shape[2:].numel())
+        y = cast(Tensor, out if isinstance(out, Tensor) else out[0])
+        return (y.shape[0], y.shape[2:].numel())
     form = form_of(layer)
     if form is not None and form.dense:  # all tokens for each of its experts
         return (len(x) // len(getattr(layer, form.up)),)
