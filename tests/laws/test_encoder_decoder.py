@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from accelerate import dispatch_model, hooks
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -208,6 +209,51 @@ def test_generated_logits_equal_those_of_one_forward(name: str, model: Any) -> N
     out = model.generate(**source_of(name), return_dict_in_generate=True, **settings)
     whole = logits_of(model, source_of(name) | {"decoder_input_ids": out.sequences[:, :-1]})
     assert_close(torch.stack(out.logits, 1), whole[:, -5:], **CLOSE)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_decoder_on_another_device_is_given_copies(
+    name: str, moves: bool, folders: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copied(value: Any, *_: Any, **__: Any) -> Any:  # as accelerate does between two devices
+        if isinstance(value, dict | tuple):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            made = {key: copied(each) for key, each in pairs}
+            return type(value)(made if isinstance(value, dict) else made.values())
+        return value.clone() if isinstance(value, Tensor) else value
+
+    same, model = make(folders(name), name), make(folders(name), name)
+    if moves:
+        monkeypatch.setattr(hooks, "send_to_device", copied)
+    parts = ("encoder", "decoder", "lm_head", "shared", "internal_xlora_classifier")
+    paths = [path for path, _ in model.named_modules() if path.removeprefix("model.") in parts]
+    dispatch_model(model, dict.fromkeys(paths, "cpu") | {"": "cpu"}, force_hooks=True)
+    assert torch.equal(logits_of(model, inputs_of(name)), logits_of(same, inputs_of(name)))
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 3}
+    assert torch.equal(model.generate(**source_of(name), **settings), same.generate(**source_of(name), **settings))
+
+
+def timestamps_of(model: Any, frames: int, **settings: Any) -> Tensor:
+    """What a Whisper writes of two sounds, with the times, part after part where they are longer than it reads."""
+    config = model.generation_config
+    config.no_timestamps_token_id, config.is_multilingual, config.eos_token_id = 60, False, 59
+    config.max_initial_timestamp_index, config.return_timestamps = None, True
+    features = torch.randn(2, 8, frames, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, frames, dtype=torch.long)
+    return model.generate(features, attention_mask=mask, return_timestamps=True, max_new_tokens=12, **settings)
+
+
+@pytest.mark.parametrize("frames", [24, 70])
+def test_long_sounds(frames: int, folders: Experts) -> None:
+    model = make(folders("whisper"), "whisper")
+    found = timestamps_of(model, frames)
+    assert torch.equal(found, timestamps_of(model, frames, use_cache=False))
+    model.fix_routing([0.3, 0.7])
+    fixed = timestamps_of(model, frames)
+    merged = timestamps_of(copy.deepcopy(model).merge_and_unload(), frames)
+    assert torch.equal(fixed, merged)
+    assert fixed.shape != found.shape or not torch.equal(fixed, found)
 
 
 def test_several_sequences_for_a_text(name: str, model: Any) -> None:

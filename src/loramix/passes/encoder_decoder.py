@@ -108,8 +108,9 @@ def taken(call: BackboneCall, owner: str) -> Encoded:
     encoded, states = _left.encoded, call.arguments.get(STATES)
     if encoded is not None and encoded.owner not in (None, owner):
         encoded = None
-    same = encoded is not None and (states is encoded.output or torch.compiler.is_compiling())  # compiled: new objects
-    if encoded is None or not same:
+    if encoded is not None and states is not encoded.output and not torch.compiler.is_compiling():  # there: new objects
+        encoded = _beside(states, encoded)
+    if encoded is None:
         raise RoutingError(
             "A mixture's decoder reads what the mixture's encoder returned in both of its passes.",
             received=f"a {type(call.model).__name__} with no {STATES}"
@@ -118,3 +119,10 @@ def taken(call: BackboneCall, owner: str) -> Encoded:
             remedy=f"call the whole model; as {OUTPUTS}= pass what model.get_encoder()(…) returned, unchanged",
         )
     return encoded
+
+
+def _beside(states: Tensor | None, encoded: Encoded) -> Encoded | None:
+    """The same where these states are: accelerate copies them to the decoder's device. None if they are others."""
+    if states is None or states.shape != encoded.output.shape or not torch.equal(states, encoded.output.to(states)):
+        return None
+    return encoded._replace(hidden=encoded.hidden.to(states), scalings=encoded.scalings.to(states.device))
