@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from benchmarks.bases.configurations import VOCABULARY, tiny_model
+from benchmarks.bases.configurations import INPUTS, VOCABULARY, tiny_model
 from loramix import LoraConfig, LoramixError, PeftModel, XLoraConfig, get_peft_model
 from loramix._compat import enable_checkpointing
 from loramix.experts.adapter import Adapter, LoraWeights
@@ -115,10 +115,18 @@ def make_case(name: str, folder: Path) -> Case:
 def _backbone(base: PreTrainedModel, modules: dict[str, nn.Module], candidates: list[str]) -> PreTrainedModel:
     path = Counter(carrier_path(modules, path) for path in candidates).most_common(1)[0][0]
     if _reads(base, "input_ids"):
-        path = carrier_path(modules, next(p for p, m in modules.items() if m is base.get_input_embeddings()))
+        embedding = _input_embedding(base)
+        path = next((carrier_path(modules, p) for p, m in modules.items() if m is embedding), path)
     found = modules[path]
     assert isinstance(found, PreTrainedModel)
     return found
+
+
+def _input_embedding(base: PreTrainedModel) -> nn.Module | None:
+    try:
+        return base.get_input_embeddings()
+    except NotImplementedError:  # CANINE's characters have several
+        return None
 
 
 def _random_expert(layer: nn.Module) -> LoraWeights:
@@ -133,19 +141,29 @@ def _reads(base: PreTrainedModel, name: str) -> bool:
 def _inputs(base: PreTrainedModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids, target = (torch.randint(4, VOCABULARY - 8, (2, length), generator=generator) for length in (9, TARGET))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if not _reads(base, "input_ids") and _reads(base, "input_features"):
+    text, given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, INPUTS.get(base.config.model_type, {})
+    if _reads(base, "input_ids"):
+        inputs = text | given
+    elif given:
+        inputs = dict(given)
+    elif _reads(base, "input_features"):
         inputs = {"input_features": torch.randn(2, *_sound(base.config), generator=generator)}
-    elif not _reads(base, "input_ids"):
-        inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
-    if not _reads(base, "decoder_input_ids"):
+    else:
+        inputs = {"pixel_values": torch.randn(2, 3, *_image(base.config), generator=generator)}
+    if not _reads(base, "decoder_input_ids") or "decoder_input_ids" in inputs:
         return inputs
     try:
         output(base, **inputs, decoder_input_ids=target)
     except Exception:  # BART classifies by the end of the text, which its decoder reads too
-        ids[:, -1] = base.config.eos_token_id
+        ids[:, -1] = base.config.get_text_config().eos_token_id
         return inputs
     return inputs | {"decoder_input_ids": target}
+
+
+def _image(config: Any) -> tuple[int, int]:
+    """As high and wide as the configuration says."""
+    size = getattr(config, "image_size", 16)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _sound(config: Any) -> tuple[int, int]:
@@ -242,7 +260,7 @@ def cached_equals_uncached(case: Case, model: Any) -> None:
     """Greedy generation: the logits of each step are those of one forward over all tokens."""
     found = generated(model, case.source, return_dict_in_generate=True, output_logits=True)
     ids = found.sequences[:, :-1]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = case.source | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "decoder_input_ids" in case.inputs:
         inputs = case.source | {"decoder_input_ids": ids}
     whole = output(model, **inputs, **_no_cache(model))
@@ -269,8 +287,9 @@ def left_padding(case: Case, model: Any) -> None:
     mask[1, :3] = 0
     ids[1, :3] = 0
     settings = {"return_dict_in_generate": True, "output_logits": True}
-    padded = generated(model, {"input_ids": ids, "attention_mask": mask}, **settings)
-    alone = generated(model, {"input_ids": ids[1:, 3:], "attention_mask": mask[1:, 3:]}, **settings)
+    whole, second = case.source, {name: value[1:] for name, value in case.source.items()}
+    padded = generated(model, whole | {"input_ids": ids, "attention_mask": mask}, **settings)
+    alone = generated(model, second | {"input_ids": ids[1:, 3:], "attention_mask": mask[1:, 3:]}, **settings)
     assert_close(torch.stack(padded.logits, 1)[1], torch.stack(alone.logits, 1)[0], **CLOSE)
 
 
@@ -319,11 +338,14 @@ def training_step(case: Case) -> None:
 
 
 def saved_and_loaded(case: Case, folder: Path) -> None:
-    """A folder gives the same numbers again."""
+    """A folder gives the same tensors again, and the same numbers but for how memory is laid out."""
     model = case.mixture()
     model.save_pretrained(folder)
     loaded: Any = PeftModel.from_pretrained(case.base(), str(folder))
-    assert torch.equal(output(loaded, **case.inputs), output(model, **case.inputs))
+    tensors, again = model.state_dict(), loaded.state_dict()
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert_close(output(loaded, **case.inputs), output(model, **case.inputs), atol=1e-6, rtol=1e-5)
 
 
 def compiled(case: Case, model: Any) -> None:
@@ -359,16 +381,23 @@ def check(name: str, folder: Path, *, compiling: bool = False) -> dict[str, str]
         compiling: whether a few classes are compiled too, which takes longer than all other checks.
     """
     try:
+        base = tiny_model(name)
+    except Exception as error:
+        return {"build": f"{NO_MODEL}: {_reason(error)}"}
+    try:
+        output(base, **_inputs(base))
+    except Exception as error:
+        return {"build": f"{NO_MODEL}: the plain base model cannot be run: {_reason(error)}"}
+    try:
         case = make_case(name, folder / "experts")
         if not case.paths:
             return {"build": f"{REFUSED}: no layer sees the tokens of its backbone"}
-        output(case.base(), **case.inputs)
         case.mixture()
     except LoramixError as error:
         return {"build": f"{REFUSED}: {error.received}"}
     except Exception as error:
-        return {"build": f"{NO_MODEL}: {type(error).__name__}"}
-    generates = case.base().can_generate() and "pixel_values" not in case.inputs
+        return {"build": f"{FAILS}: {_reason(error)}"}
+    generates = case.base().can_generate() and not case.inputs.keys().isdisjoint(("input_ids", "decoder_input_ids"))
     cells = dict.fromkeys(CHECKS, ABSENT) | {"build": WORKS, LAYERS: f"{len(case.paths)} of {case.candidates}"}
     cells["reference"] = _cell(lambda: forward_equals_reference(case))
     cells["acts"] = _cell(lambda: every_layer_acts(case))
@@ -414,5 +443,12 @@ def _cell(run: Callable[[], None]) -> str:
     except AssertionError as error:
         return f"{WRONG}: {' '.join(str(error).split())[:200]}"
     except Exception as error:
-        return f"{FAILS}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{FAILS}: {_reason(error)}"
     return WORKS
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        return f"{text.partition(' but ')[0]}, which is not installed" if " but " in text else text
+    return f"{type(error).__name__}: {text[:200]}"

@@ -30,7 +30,7 @@ _TITLES = {
     "seq2seq": "Encoder–decoders",
     "speech": "Speech to text",
     "image": "Image classification",
-    "image and text": "Images and text (the language model; text alone is given)",
+    "image and text": "Images and text (the language model; text alone is given, and an image only where one must be)",
 }
 
 
@@ -51,7 +51,8 @@ def page(found: dict[str, Any]) -> str:
         )
         parts.append("\n".join(_lines(tried, columns)) + "\n")
         if untried:
-            parts.append(f"No tiny model was made of: {', '.join(untried)}.\n")
+            reasons = (f"- {name}: {rows[name]['build'].partition(': ')[2]}" for name in untried)
+            parts.append("No tiny model was made of:\n\n" + "\n".join(reasons) + "\n")
     return "\n".join(parts)
 
 

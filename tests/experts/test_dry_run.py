@@ -89,7 +89,8 @@ ODD: dict[str, dict[str, str]] = {  # the layers, by the ends of their paths, th
 
 READS = needs_transformers(5, 15, "Mamba calls its dt_proj")
 CACHED = needs_transformers(5, 17, "attention caches other values, and cross-attention takes other states")
-SINCE = {"mamba": READS, "deepseek": CACHED, "bart": CACHED}
+PARTED = needs_transformers(5, 23, "ConvNext's encoder is a model of its own")
+SINCE = {"mamba": READS, "deepseek": CACHED, "bart": CACHED, "convnext": PARTED}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SINCE.get(name, ())) for name in MAKE])
