@@ -24,6 +24,8 @@ FIXED = [
     "MambaForCausalLM",
     "XLNetForSequenceClassification",
     "BertLMHeadModel",
+    "MoonshineStreamingForConditionalGeneration",
+    "Blip2ForConditionalGeneration",
 ]
 
 

@@ -136,7 +136,8 @@ def _scaling_pass(
     """The backbone's last hidden states with every expert at `scaling_pass_value`, recalled by a hook if possible."""
     arguments = call.arguments | call.signature.quiet
     if encoded is not None:
-        arguments[STATES] = encoded.hidden
+        # The router's gradient needs them as they are; Moonshine's decoder writes into what it is given.
+        arguments[STATES] = encoded.hidden.clone() if torch.is_grad_enabled() else encoded.hidden
     if call.keeps is not None:
         arguments[KEEP] = 0  # the scalings of every token are needed
     if cache is not None:
