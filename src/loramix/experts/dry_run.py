@@ -449,8 +449,12 @@ def _print(layer: nn.Module, x: Any, out: Any, sizes: tuple[int, ...]) -> Tensor
         return torch.empty(0)
     if isinstance(layer, nn.Embedding):
         return x.double()
-    values = out.flatten(2).transpose(1, 2) if isinstance(layer, _ConvNd) else x[: sizes[0]]
+    values = _first(out).flatten(2).transpose(1, 2) if isinstance(layer, _ConvNd) else x[: sizes[0]]
     return values.double() @ _wave(values.shape[-1])
+
+
+def _first(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def _tokens(layer: nn.Module, x: Any, out: Any) -> tuple[int, ...]:
@@ -460,8 +464,7 @@ def _tokens(layer: nn.Module, x: Any, out: Any) -> tuple[int, ...]:
     if isinstance(layer, nn.Embedding):
         return tuple(x.shape)
     if isinstance(layer, _ConvNd):
-        y = cast(Tensor, out if isinstance(out, Tensor) else out[0])
-        return (y.shape[0], y.shape[2:].numel())
+        return (len(x), _first(out).shape[2:].numel())
     form = form_of(layer)
     if form is not None and form.dense:  # all tokens for each of its experts
         return (len(x) // len(getattr(layer, form.up)),)
