@@ -89,7 +89,8 @@ def hidden_size_of(model: PreTrainedModel) -> int:
         raise ModelError(
             "The width of a base model's last hidden state is known.",
             received=f"a {type(model).__name__} without hidden_size in its configuration, which could not be tried",
-            remedy="set hidden_size in its configuration",
+            remedy="set hidden_size in its configuration, if its forward returns a last_hidden_state; of a model whose "
+            "forward returns none, no router can be made",
         )
     return width
 

@@ -92,7 +92,8 @@ def check_uses(
             remedy='mix with router="static", which has one weight for all tokens',
         )
     if uses is None:
-        uses = {site.path: LayerUse("other tokens", outside=True) for site in outside(model, backbones, sites)}
+        around = [*outside(model, backbones, sites), *_embedded_around(model, carrier, sites)]
+        uses = {site.path: LayerUse("other tokens", outside=True) for site in around}
     found_in = {
         path: refusal(use, routed=routed and path not in given, has_encoder=has_encoder) for path, use in uses.items()
     }
@@ -125,6 +126,13 @@ def outside(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site])
     inside = {id(module) for backbone in filter(None, backbones) for module in backbone.modules()}
     modules = dict(model.named_modules())
     return [s for s in sites if id(called_module(s.module)) not in inside and not in_head(modules, s.path)]
+
+
+def _embedded_around(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site]) -> list[Site]:
+    """The embedding of the texts, if it is adapted: a model of several parts calls that of its backbone by itself."""
+    if carrier in (model, model.base_model):
+        return []
+    return [site for site in sites if site.module is model.get_input_embeddings()]
 
 
 def uses_of(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site]) -> dict[str, LayerUse] | None:
@@ -174,6 +182,7 @@ def _uses_in(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[S
     if own is None and around is None:
         return None
     here = {id(module): path for path, module in carrier.named_modules()}
+    embeddings = [] if around is not None else [site.path for site in _embedded_around(model, carrier, sites)]
     found: dict[str, LayerUse] = {}
     for site in sites:
         path = here.get(id(called_module(site.module)))
@@ -185,7 +194,7 @@ def _uses_in(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[S
                 return None
             found[site.path] = replace(whole[site.path], outside=False)
         elif use is not None:
-            found[site.path] = replace(use, outside=outer is not None and outer.outside)
+            found[site.path] = replace(use, outside=site.path in embeddings or (outer is not None and outer.outside))
     return found
 
 
