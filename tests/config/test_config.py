@@ -35,7 +35,8 @@ class TestAgainstPeft:
     @pytest.mark.parametrize("name", ["LoraConfig", "XLoraConfig"])
     def test_fields_and_defaults_are_peft_s(self, name):
         ours, theirs = {"LoraConfig": LoraConfig, "XLoraConfig": XLoraConfig}[name], getattr(peft, name)
-        own = ["router", "gating", "gating_settings", "elsewhere"] if name == "XLoraConfig" else []
+        beyond = ["router", "gating", "gating_settings", "elsewhere", "use_bias", "enable_relu_and_dropout"]
+        own = beyond if name == "XLoraConfig" else []
         assert [entry.name for entry in dataclasses.fields(ours)] == [
             *(entry.name for entry in dataclasses.fields(theirs)),
             *own,

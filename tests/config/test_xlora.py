@@ -135,6 +135,7 @@ class TestRouterAndGating:
         {"router": "static"},
         {"gating": "other", "gating_settings": {"alpha": 1.5, "by": "layer", "limit": None}},
         {"router": "static", "gating": "other"},
+        {"use_bias": False, "enable_relu_and_dropout": False},
     )
 
     @pytest.mark.parametrize("settings", OTHERS)
@@ -143,7 +144,8 @@ class TestRouterAndGating:
         config.save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "adapter_config.json").read_text())
         assert saved["peft_type"] == "LORAMIX"
-        assert {name: saved[name] for name in ("router", "gating", "gating_settings") if name in saved} == settings
+        own = ("router", "gating", "gating_settings", "use_bias", "enable_relu_and_dropout")
+        assert {name: saved[name] for name in own if name in saved} == settings
         for reader in (PeftConfig, XLoraConfig):
             again = reader.from_pretrained(tmp_path)
             assert (type(again), again) == (XLoraConfig, config)
@@ -197,6 +199,9 @@ class TestRouterAndGating:
             ({"router": "static", "xlora_depth": 2}, "xlora_depth=2"),
             ({"router": "static", "xlora_size": 8}, "xlora_size=8"),
             ({"router": "static", "xlora_dropout_p": 0.0}, "xlora_dropout_p=0.0"),
+            ({"router": "static", "use_bias": False}, "use_bias=False"),
+            ({"use_bias": None}, "use_bias=None"),
+            ({"enable_relu_and_dropout": 0}, "enable_relu_and_dropout=0"),
         ],
     )
     def test_what_cannot_work_is_an_error_that_names_it(self, settings, named):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -34,23 +36,28 @@ def test_the_places_of_the_linear_layers_are_those_of_the_file_format(
     assert [router.layers[place].weight.shape for place in places] == [*zip(widths[1:], widths, strict=False)]
 
 
+PARTS = [{}, {"use_bias": False}, {"enable_relu_and_dropout": False}]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_its_tensors_are_known_without_building_it(depth: int, dropout: float, layerwise: bool) -> None:
-    router = classifier(xlora_depth=depth, xlora_dropout_p=dropout, layerwise_scalings=layerwise)
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_its_tensors_are_known_without_building_it(depth: int, dropout: float, layerwise: bool, parts: Any) -> None:
+    router = classifier(xlora_depth=depth, xlora_dropout_p=dropout, layerwise_scalings=layerwise, **parts)
     shapes = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
     assert XLoraClassifier.shapes(router.config, RouterSizes(router.hidden_size, L, E)) == shapes
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_logits_are_those_of_the_layers_one_after_the_other(depth: int) -> None:
-    router, hidden = classifier(xlora_depth=depth), torch.randn(2, 4, H)
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_the_logits_are_those_of_the_layers_one_after_the_other(depth: int, parts: Any) -> None:
+    router, hidden = classifier(xlora_depth=depth, **parts), torch.randn(2, 4, H)
     linear = [layer for layer in router.layers if isinstance(layer, nn.Linear)]
     z = hidden
     for i, layer in enumerate(linear):
-        z = z @ layer.weight.T + layer.bias
-        z = torch.relu(z) if i < depth - 1 else z
+        z = z @ layer.weight.T + (layer.bias if parts.get("use_bias", True) else 0)
+        z = torch.relu(z) if i < depth - 1 and parts.get("enable_relu_and_dropout", True) else z
     assert_close(router(hidden), z.unsqueeze(2).expand(2, 4, L, E))
 
 

@@ -90,6 +90,14 @@ def test_too_narrow_a_router_is_refused_and_unchanged(experts: Any) -> None:
     assert all(torch.equal(before[n], t) for n, t in model.internal_xlora_classifier.state_dict().items())
 
 
+@pytest.mark.parametrize("setting", ["use_bias", "enable_relu_and_dropout"])
+@pytest.mark.parametrize("method", ["zeros", "labels"])
+def test_a_classifier_of_other_parts_is_refused(setting: str, method: Any, experts: Any) -> None:
+    given = {"batches": batches()} if method == "labels" else {}
+    with pytest.raises(ConfigurationError, match=f"{setting}=False"):
+        init_router(mixture(experts, **{setting: False}), method, **given)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_zeros_are_uniform(mode: str, experts: Any) -> None:
     model = mixture(experts, **MODES[mode])

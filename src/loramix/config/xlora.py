@@ -38,8 +38,8 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
     these to scalings s (B, S, L, E): s = softmax(z / softmax_temperature) with `enable_softmax`, else z; with
     `top_k_lora` all but the k largest become 0; with `enable_softmax_topk` a softmax over those that are left.
 
-    A mixture with another router or another gating, or with scalings given `elsewhere`, has `peft_type` LORAMIX, in its
-    file too, so that PEFT refuses it rather than run it with a classifier drawn at random.
+    A mixture with another router, gating or classifier than PEFT's, or with scalings given `elsewhere`, has `peft_type`
+    LORAMIX, in its file too, so that PEFT refuses it rather than run it with a classifier drawn at random.
 
     Args:
         hidden_size: H, the base model's hidden size; if it is left out, it is set when the model is built.
@@ -55,14 +55,16 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         top_k_lora: number of experts selected for each token, from 1 to E; None selects all.
         scaling_pass_value: every expert's scaling in the scaling pass.
         global_scaling_weight: factor on the experts' contribution to every layer.
-        router: kind of router. `xlora_depth`, `xlora_size` and `xlora_dropout_p` are settings of "classifier"; other
-            kinds refuse them.
+        router: kind of router. `xlora_depth`, `xlora_size`, `xlora_dropout_p` and the last two are settings of
+            "classifier"; other kinds refuse them.
         gating: kind of gating.
         gating_settings: settings of a registered gating by name: numbers, texts, True, False or None. Those of "xlora"
             are the fields above.
         elsewhere: given scalings for layers that the router cannot scale, such as those of a vision tower: part of a
             path, such as "vision_tower" or "decoder.embed_positions", -> expert -> scaling, 0 for experts that are left
             out; or "uniform", 1 / E for each. Of several parts that fit a layer the longest counts.
+        use_bias: whether the classifier's linear layers have biases, as in PEFT; the original library can do without.
+        enable_relu_and_dropout: whether ReLU and dropout stand between these layers, likewise.
 
     Raises:
         ConfigurationError: an invalid value, whatever the base model is.
@@ -88,6 +90,8 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
     gating: str = "xlora"
     gating_settings: dict[str, Any] = field(default_factory=dict)
     elsewhere: dict[str, Any] = field(default_factory=dict)
+    use_bias: bool = True
+    enable_relu_and_dropout: bool = True
 
     def __post_init__(self) -> None:
         missing_adapters = cast(object, self.adapters) is None
@@ -269,13 +273,27 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
 
 
 _CLASSIFIER = "classifier"
-_OF_THE_CLASSIFIER = ("xlora_depth", "xlora_size", "xlora_dropout_p")
-_BEYOND_PEFT: Mapping[str, Any] = {"router": _CLASSIFIER, "gating": "xlora", "gating_settings": {}, "elsewhere": {}}
+_OF_THE_CLASSIFIER = ("xlora_depth", "xlora_size", "xlora_dropout_p", "use_bias", "enable_relu_and_dropout")
+_BEYOND_PEFT: Mapping[str, Any] = {
+    "router": _CLASSIFIER,
+    "gating": "xlora",
+    "gating_settings": {},
+    "elsewhere": {},
+    "use_bias": True,
+    "enable_relu_and_dropout": True,
+}
 UNIFORM = "uniform"
 """In `elsewhere`: every expert counts as much as any other."""
 _SETTING = (str, int, float, bool, type(None))
 _DEEPEST = 1000
-_SWITCHES = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")
+_SWITCHES = (
+    "enable_softmax",
+    "enable_softmax_topk",
+    "layerwise_scalings",
+    "use_trainable_adapters",
+    "use_bias",
+    "enable_relu_and_dropout",
+)
 
 
 def _default(name: str) -> object:

@@ -6,6 +6,7 @@ B, S: batch, sequence. H: hidden size of the base model. L: adapted layers. E: e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -22,11 +23,12 @@ class XLoraClassifier(HiddenStateRouter):
     """Hidden states (B, S, H) to logits (B, S, L, E).
 
     depth 1: Linear(H, out). Depth d > 1: Linear(H, size), ReLU, Dropout, d - 2 times Linear(size, size), ReLU,
-    Dropout, then Linear(size, out); every Linear with bias. out is E where all layers share their scalings, L · E
-    with `layerwise_scalings`. Parameters and computation are float32, whatever the base model's dtype.
+    Dropout, then Linear(size, out). out is E where all layers share their scalings, L · E with `layerwise_scalings`.
+    Every Linear has a bias, unless `use_bias` is off; without `enable_relu_and_dropout` the Linears follow each other.
+    Parameters and computation are float32, whatever the base model's dtype.
 
     Args:
-        config: depth, size, dropout, layerwise; kept as `.config`, the model's live configuration.
+        config: depth, size, dropout, layerwise, bias, ReLU; kept as `.config`, the model's live configuration.
         n_classes: E.
         n_layers: L.
         hidden_size: H; the configuration's own if not given.
@@ -46,12 +48,12 @@ class XLoraClassifier(HiddenStateRouter):
         self.hidden_size = config.hidden_size if hidden_size is None else hidden_size
         distinct = n_layers if config.layerwise_scalings else 1
         width, parts = self.hidden_size, list[nn.Module]()
+        linear = partial(nn.Linear, bias=config.use_bias, dtype=torch.float32)
         for _ in range(config.xlora_depth - 1):
-            parts += [nn.Linear(width, config.xlora_size, dtype=torch.float32), nn.ReLU()]
-            if config.xlora_dropout_p > 0:
-                parts.append(nn.Dropout(config.xlora_dropout_p))
+            between = [nn.ReLU(), nn.Dropout(config.xlora_dropout_p)]
+            parts += [linear(width, config.xlora_size), *between[: _step(config) - 1]]
             width = config.xlora_size
-        self.layers = nn.Sequential(*parts, nn.Linear(width, distinct * n_classes, dtype=torch.float32))
+        self.layers = nn.Sequential(*parts, linear(width, distinct * n_classes))
 
     @property
     def override_scaling_pass_value(self) -> float:
@@ -64,14 +66,14 @@ class XLoraClassifier(HiddenStateRouter):
 
     @classmethod
     def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
-        """The linear layers lie at every third place of the sequence with dropout, at every second without."""
-        step = 3 if config.xlora_dropout_p > 0 else 2
         out = sizes.experts * (sizes.layers if config.layerwise_scalings else 1)
         widths = [sizes.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), out]
         shapes: Shapes = {}
         for i in range(config.xlora_depth):
-            shapes[f"layers.{i * step}.weight"] = (widths[i + 1], widths[i])
-            shapes[f"layers.{i * step}.bias"] = (widths[i + 1],)
+            place = f"layers.{i * _step(config)}"
+            shapes[f"{place}.weight"] = (widths[i + 1], widths[i])
+            if config.use_bias:
+                shapes[f"{place}.bias"] = (widths[i + 1],)
         return shapes
 
     @classmethod
@@ -95,3 +97,10 @@ class XLoraClassifier(HiddenStateRouter):
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.layers(hidden.float())
         return logits.unflatten(-1, (-1, self.n_classes))
+
+
+def _step(config: XLoraConfig) -> int:
+    """The linear layers' distance in the sequence: with ReLU and dropout, with ReLU alone, or without either."""
+    if not config.enable_relu_and_dropout:
+        return 1
+    return 3 if config.xlora_dropout_p > 0 else 2

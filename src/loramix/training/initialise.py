@@ -95,6 +95,7 @@ def init_router(
             received=f"router={classifier.kind!r}",
             remedy='Use router="classifier", or set the weights of this router by its own methods.',
         )
+    _check_layers(classifier.config)
     if method == "zeros":
         _write_constant(classifier)
         return None
@@ -140,11 +141,22 @@ def write_linear(classifier: XLoraClassifier, router: LinearRouter) -> None:
 
 def check_width(config: XLoraConfig, experts: int) -> None:
     """Raises ConfigurationError: hidden layers with fewer than 2 E units carry no linear map."""
+    _check_layers(config)
     if config.xlora_depth > 1 and config.xlora_size < 2 * experts:
         raise ConfigurationError(
             "A router with hidden layers carries a linear map through pairs of units, two for each expert.",
             received=f"xlora_size={config.xlora_size} for {experts} experts",
             remedy=f"Use xlora_size={2 * experts} or more, or xlora_depth=1.",
+        )
+
+
+def _check_layers(config: XLoraConfig) -> None:
+    """Raises ConfigurationError: a classifier without biases, or without ReLU."""
+    if not (config.use_bias and config.enable_relu_and_dropout):
+        raise ConfigurationError(
+            "The start of a router is written into a classifier with biases and ReLU.",
+            received=f"use_bias={config.use_bias}, enable_relu_and_dropout={config.enable_relu_and_dropout}",
+            remedy="Leave both settings out, or train from a random start.",
         )
 
 
