@@ -24,13 +24,14 @@ from transformers.utils import logging
 from loramix import demo
 from loramix.analysis.show.live import RoutingStreamer, WrittenToken, stream_routing
 from loramix.cli.shipped import is_shipped
-from loramix.config.base import PeftConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import (
     ConfigurationError,
     UnsupportedOperationError,
 )
 from loramix.files.base_models import load_base, load_tokenizer, one_line
+from loramix.files.location import Location
+from loramix.formats.load import read_config
 from loramix.model.build import PeftModel, XLoraModel
 
 _CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def open_mixture(
     if is_shipped(mixture) and base is None:
         model, tokenizer = demo.load()
         return OpenModel(_placed(model, place), tokenizer, mixture, mixture)
-    saved = PeftConfig.from_pretrained(mixture)
+    saved = read_config(Location(mixture))
     if routed is not None and not isinstance(saved, XLoraConfig):
         raise UnsupportedOperationError(
             "Only a mixture has a routing to look at.", received=f"the single expert {mixture!r}", remedy=routed

@@ -8,6 +8,7 @@ from loramix.errors import CheckpointNotFoundError
 from loramix.files.location import Location
 
 CONFIG_NAME = "adapter_config.json"
+ORIGINAL_CONFIG_NAME = "xlora_config.json"
 
 
 def find_config(location: Location) -> Path:
@@ -26,9 +27,9 @@ def find_config(location: Location) -> Path:
 def _no_adapter(location: Location) -> CheckpointNotFoundError:
     """Recognise the likeliest mistakes: a base model's folder, and one of the original X-LoRA library."""
     remedy = "Give the folder that save_pretrained wrote, or name its subfolder with subfolder=."
-    if location.find("xlora_config.json"):
-        found = "which is a checkpoint of the original xlora library"
-        remedy = "Give its experts, one folder each, to a new XLoraConfig(adapters={…}); its layout is not read."
+    if location.find(ORIGINAL_CONFIG_NAME):
+        found = "which is a mixture of the original xlora library"
+        remedy = "Load it with PeftModel.from_pretrained, or rewrite it: loramix convert FOLDER NEW --to peft."
     elif location.find("config.json"):
         found = "which is a model's folder, not an adapter's"
     else:

@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         start = _start_of(path)
         if not start or start == _LFS_POINTER:
             raise _corrupt(path, "an empty file" if not start else "a Git LFS pointer instead of the file")
-        return _read_pickle(path) if path.suffix == ".bin" else _read_safetensors(path)
+        return _read_pickle(path) if path.suffix in (".bin", ".pt") else _read_safetensors(path)
     except CheckpointError:
         raise
     # For a damaged file, torch.load raises exceptions of nearly any class.

@@ -114,11 +114,10 @@ def describe(identifier: str | os.PathLike[str], options: HubOptions | None = No
 def _mixture(location: Location) -> Description:
     mixture = read_mixture(location)
     config = mixture.config
-    bases = (config.base_model_name_or_path, *(e.config.base_model_name_or_path for e in mixture.experts))
     return Description(
         Kind.MIXTURE,
         os.fspath(location.identifier),
-        base_model=next((base for base in bases if base), None),
+        base_model=mixture.base_model,
         task_type=_plain(config.task_type),
         num_layers=mixture.num_layers,
         experts=tuple(_expert(expert) for expert in mixture.experts),

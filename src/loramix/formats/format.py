@@ -55,6 +55,14 @@ class Format(Generic[Content]):
         """
         return False
 
+    def config(self, location: Location) -> PeftConfig:
+        """The configuration, without the tensors.
+
+        Raises:
+            CheckpointError, AdapterError, ConfigurationError: as `load_adapter` and `load_mixture`.
+        """
+        return PeftConfig.from_json_file(find_config(location))
+
     def writers(self, content: Content) -> dict[str, Writer]:
         """The files to save: path relative to the folder -> a function that writes the file to the path it is given.
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from enum import Enum
 
+from loramix.config.base import PeftConfig
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import CheckpointError, LoramixError
@@ -37,6 +38,15 @@ def detect(identifier: str | os.PathLike[str], options: HubOptions | None = None
 def kind_at(location: Location) -> Kind:
     """`detect`, for a location."""
     return Kind.MIXTURE if isinstance(format_of(location), MixtureFormat) else Kind.EXPERT
+
+
+def read_config(location: Location) -> PeftConfig:
+    """The configuration of an expert or a mixture, without its tensors.
+
+    Raises:
+        CheckpointError, AdapterError, ConfigurationError: as `load_adapter` and `load_mixture`.
+    """
+    return format_of(location).config(location)
 
 
 def load_adapter(

@@ -35,6 +35,7 @@ PREFIX = "base_model.model."
 A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 
+_OF_A_CLASSIFIER = "internal_xlora_classifier."  # the original X-LoRA library saves its biases with each expert
 _LORA_KEY = re.compile(
     r"(?P<path>.+)\."
     r"(?:(?P<matrix>lora_[AB])(?:\.[^.]+)?\.(?P<leaf>weight|bias)"
@@ -96,6 +97,8 @@ def parse_tensors(
     modules: dict[str, dict[str, Tensor]] = {}
     base_weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if key.startswith(_OF_A_CLASSIFIER):
+            continue
         path, part = _parse_key(name, key)
         parts = modules.setdefault(path, {}) if part else base_weights
         if (part or path) in parts:

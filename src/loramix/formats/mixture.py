@@ -50,6 +50,12 @@ class MixtureCheckpoint:
         """L: the number of modules that at least one expert adapts."""
         return len({path for expert in self.experts for path in expert.weights})
 
+    @property
+    def base_model(self) -> str | None:
+        """The base model's identifier: the mixture's, or that of the first expert that has one."""
+        bases = (self.config.base_model_name_or_path, *(e.config.base_model_name_or_path for e in self.experts))
+        return next((base for base in bases if base), None)
+
     def router_shapes(self) -> Shapes | None:
         """The names and shapes of the router's tensors, by the configuration and the experts; None as `_shapes`."""
         return _shapes(self.config, self.num_layers, len(self.experts))
@@ -177,9 +183,24 @@ def check_router(checkpoint: MixtureCheckpoint, source: str, replaced: Collectio
     raise CorruptCheckpointError(
         "The shapes of a router follow from the configuration and the experts.",
         received=f"{source}, with {len(checkpoint.experts)} experts on {checkpoint.num_layers} layers: {shown}",
-        remedy="Correct adapter_config.json (hidden_size, xlora_depth, xlora_size, xlora_dropout_p, "
+        remedy="Correct the configuration (hidden_size, xlora_depth, xlora_size, xlora_dropout_p, "
         "layerwise_scalings, adapters), or save the mixture again.",
     )
+
+
+def beyond_the_classifier(config: XLoraConfig) -> list[str]:
+    """The settings of a mixture that X-LoRA's classifier and gating do not have, as texts for a message."""
+    saved = config.to_dict()  # leaves out the defaults of these
+    return [f"{name}={saved[name]!r}" for name in ("router", "gating", "gating_settings", "elsewhere") if name in saved]
+
+
+def beyond_linear(expert: Adapter) -> list[str]:
+    """What an expert has beside two matrices for each linear layer, as texts for a message."""
+    config = expert.config
+    found = [f"{name}=True" for name in ("use_dora", "lora_bias") if getattr(config, name)]
+    found += [f"target_parameters={config.target_parameters}"] if config.target_parameters else []
+    found += [f"the embedding {path!r}" for path, weights in expert.weights.items() if weights.embedding]
+    return found + [f"the convolution {path!r}" for path, weights in expert.weights.items() if weights.A.ndim > 2]
 
 
 def _require_all(names: Iterable[str], config: XLoraConfig, router: Mapping[str, Tensor], source: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from loramix.config.base import PeftConfig
-from loramix.config.folder import CONFIG_NAME
+from loramix.config.base import PeftConfig, PeftType
+from loramix.config.folder import CONFIG_NAME, ORIGINAL_CONFIG_NAME
+from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import CheckpointNotFoundError, SaveError
 from loramix.files.json_file import read_json_object
@@ -20,12 +22,16 @@ READ_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 def peft_type(location: Location) -> object:
     """`peft_type` in `adapter_config.json`; None if it is missing, or the file is.
 
+    None as well for an expert that lies in the folder of a mixture of the original library.
+
     Raises:
         CheckpointNotFoundError: no such folder or repository.
         CorruptCheckpointError: a configuration that cannot be read.
     """
     path = location.find(CONFIG_NAME)
-    return None if path is None else read_json_object(path).get("peft_type")
+    found = None if path is None else read_json_object(path).get("peft_type")
+    beside = path is not None and found == PeftType.LORA and path.with_name(ORIGINAL_CONFIG_NAME).exists()
+    return None if beside else found
 
 
 def find_weights(location: Location) -> Path:
@@ -60,6 +66,25 @@ def check_replaceable(folder: str | os.PathLike[str], kind: type[PeftConfig] = X
         raise occupied(place, f"{', '.join(present)} that loramix did not write")
     if CONFIG_NAME in present and not isinstance(PeftConfig.from_json_file(place / CONFIG_NAME), kind):
         raise occupied(place, "an adapter of another kind")
+
+
+def check_expert_folders(folder: Path, names: Iterable[str], *, of_mixture: bool) -> None:
+    """Refuse to replace experts that loramix did not write, or that were there before the mixture was saved.
+
+    Args:
+        folder: the mixture's folder.
+        names: the experts', which are those of their folders.
+        of_mixture: whether the folder holds a mixture already.
+
+    Raises:
+        SaveError: naming what is there.
+    """
+    for place in (folder / name for name in names):
+        if place.is_symlink():
+            raise occupied(place, "a link")
+        check_replaceable(place, LoraConfig)
+        if not of_mixture and (place / CONFIG_NAME).exists():
+            raise occupied(place, "an expert that is no part of a mixture")
 
 
 def occupied(folder: Path, content: str) -> SaveError:

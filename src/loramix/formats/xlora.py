@@ -27,8 +27,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loramix.config.base import PeftType
-from loramix.config.folder import CONFIG_NAME, find_config
-from loramix.config.lora import LoraConfig
+from loramix.config.folder import CONFIG_NAME, ORIGINAL_CONFIG_NAME, find_config
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompleteCheckpointError
 from loramix.experts.adapter import Adapter
@@ -45,7 +44,14 @@ from loramix.formats.mixture import (
     check_router,
     select_experts,
 )
-from loramix.formats.peft import WEIGHTS_NAME, check_replaceable, find_weights, occupied, peft_type
+from loramix.formats.peft import (
+    WEIGHTS_NAME,
+    check_expert_folders,
+    check_replaceable,
+    find_weights,
+    occupied,
+    peft_type,
+)
 from loramix.routers import router_class
 
 
@@ -80,7 +86,7 @@ class XLoraFormat(MixtureFormat):
             if name in replaced:
                 experts.append(read_expert(location.elsewhere(place), name))
             else:
-                experts.append(_member(location, name, place, config, self_contained))
+                experts.append(read_member(location, name, place, config, self_contained))
         checkpoint = MixtureCheckpoint(config, router, experts, base_weights)
         check_router(checkpoint, str(path), replaced)
         return checkpoint
@@ -103,27 +109,31 @@ class XLoraFormat(MixtureFormat):
         """Experts that were in subfolders before the mixture was saved are not replaced."""
         check_replaceable(folder, XLoraConfig)
         is_mixture = (folder / CONFIG_NAME).exists()
-        for expert in content.experts:
-            place = folder / expert.name
-            if place.is_symlink():
-                raise occupied(place, "a link")
-            check_replaceable(place, LoraConfig)
-            if not is_mixture and (place / CONFIG_NAME).exists():
-                raise occupied(place, "an expert that is no part of a mixture")
+        if not is_mixture and (folder / ORIGINAL_CONFIG_NAME).exists():
+            raise occupied(folder, "a mixture in the original library's files")
+        check_expert_folders(folder, content.config.adapters, of_mixture=is_mixture)
 
 
 register_format(XLoraFormat())
 
 
-def _member(location: Location, name: str, place: str, config: XLoraConfig, self_contained: bool) -> Adapter:
-    """One of the checkpoint's own experts, from its folder or from the place in `adapters`."""
+def read_member(location: Location, name: str, place: str, config: XLoraConfig, self_contained: bool) -> Adapter:
+    """One of the checkpoint's own experts, from its folder or from the place in `adapters`.
+
+    Args:
+        location: the mixture's folder.
+        name: the expert's name.
+        place: a path inside the mixture's folder, or an identifier.
+        config: the mixture's configuration.
+        self_contained: whether the expert may lie in a subfolder with its name.
+    """
     folders = [folder for folder in ([name] if self_contained else []) + [place] if _is_inside(folder)]
     for inside in map(location.below, folders):
-        if _has_adapter(inside):
+        if has_adapter(inside):
             return read_expert(inside, name)
     if self_contained and place == name:
         raise IncompleteCheckpointError(
-            "A mixture that loramix saved holds its experts.",
+            "A self-contained mixture holds its experts.",
             received=f"{str(location)!r} without the folder {name!r} of that expert",
             remedy=f'Put it back, or say where it is: from_pretrained(…, adapters={{"{name}": "path or Hub id"}}).',
         )
@@ -150,7 +160,8 @@ def _is_inside(place: str) -> bool:
     return bool(parts) and not (Path(place).is_absolute() or ".." in parts or "@" in place or "://" in place)
 
 
-def _has_adapter(location: Location) -> bool:
+def has_adapter(location: Location) -> bool:
+    """Whether there is such a folder, with an adapter in it."""
     try:
         return location.find(CONFIG_NAME) is not None
     except CheckpointNotFoundError:

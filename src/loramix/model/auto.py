@@ -17,6 +17,8 @@ from transformers import (
 from loramix.config.base import PeftConfig
 from loramix.errors import ConfigurationError
 from loramix.files.hub import HubOptions
+from loramix.files.location import Location
+from loramix.formats.load import read_config
 from loramix.model.build import PeftModel
 
 
@@ -70,7 +72,7 @@ class AutoPeftModel:
             "force_download": force_download,
         }
         options = HubOptions(revision=revision, subfolder=subfolder, **access)  # pyright: ignore[reportArgumentType]
-        saved = PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder, **access)
+        saved = read_config(Location(model_id, options))
         if not saved.base_model_name_or_path:
             raise ConfigurationError(
                 "The adapter's configuration names its base model.",
