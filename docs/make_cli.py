@@ -23,6 +23,7 @@ loramix train-expert --base ./base --data texts/ --output math  # train a LoRA e
 loramix train run.yaml                                          # train a router: see training.md
 loramix eval mixture --data test.jsonl                          # base, experts, uniform mixture, X-LoRA, oracle
 loramix inspect demo --text "def f(x):"                         # the leading expert of each token, and the numbers
+loramix convert mixture for-peft --to peft                      # for PEFT, the original library, mistral.rs
 loramix check demo                                              # which layers of a base model experts can adapt
 loramix bench demo                                              # time per token, compared with the base model
 loramix doctor                                                  # versions, devices, what is missing: for an issue

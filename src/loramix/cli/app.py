@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loramix import __version__
-from loramix.cli import bench, check, demo, doctor, evaluation, generate, info, inspect, train, train_expert
+from loramix.cli import bench, check, convert, demo, doctor, evaluation, generate, info, inspect, train, train_expert
 from loramix.cli.terminal import ends_where_stdout_ends, show_error, write_what_stdout_can
 from loramix.errors import LoramixError
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": generate.generate,
     "info": info.info,
     "inspect": inspect.inspect,
+    "convert": convert.convert,
     "check": check.check,
     "bench": bench.bench,
     "doctor": doctor.doctor,

@@ -38,12 +38,14 @@ class MixtureCheckpoint:
         experts: in the order of `config.adapters`.
         base_weights: parameter name -> the weight of the base model that is the mixture's own: an embedding or a head
             that came with an expert or was trained.
+        layers: the paths of the L adapted layers in the order of their numbers, where the base model is known.
     """
 
     config: XLoraConfig
     router: Mapping[str, Tensor]
     experts: Sequence[Adapter]
     base_weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    layers: Sequence[str] = ()
 
     @property
     def num_layers(self) -> int:
@@ -192,6 +194,12 @@ def beyond_the_classifier(config: XLoraConfig) -> list[str]:
     """The settings of a mixture that X-LoRA's classifier and gating do not have, as texts for a message."""
     saved = config.to_dict()  # leaves out the defaults of these
     return [f"{name}={saved[name]!r}" for name in ("router", "gating", "gating_settings", "elsewhere") if name in saved]
+
+
+def selects_in_the_scaling_pass(config: XLoraConfig) -> bool:
+    """Whether PEFT and the original library select experts in the scaling pass, among equal values, as we do not."""
+    selects = config.top_k_lora is not None and config.top_k_lora < len(config.adapters)
+    return selects and config.scaling_pass_value != 0
 
 
 def beyond_linear(expert: Adapter) -> list[str]:

@@ -55,6 +55,7 @@ from loramix.formats.mixture import (
     check_before_experts,
     check_router,
     select_experts,
+    selects_in_the_scaling_pass,
 )
 from loramix.formats.peft import check_expert_folders, occupied
 from loramix.formats.xlora import has_adapter, read_member
@@ -63,7 +64,7 @@ from loramix.routers import RouterSizes, XLoraClassifier
 CLASSIFIER_NAME = "xlora_classifier.safetensors"
 PICKLE_NAME = "xlora_classifier.pt"
 
-_SAME = (
+FIELDS = (
     "hidden_size",
     "enable_softmax",
     "enable_softmax_topk",
@@ -81,7 +82,7 @@ _SAME = (
 )
 """The fields that `XLoraConfig` has under the same name, with the same default."""
 _OLD = ("stop_token_id", "use_mean_pool")
-_KNOWN = {*_SAME, *_OLD, "base_model_id", "adapters", "device"}
+_KNOWN = {*FIELDS, *_OLD, "base_model_id", "adapters", "device"}
 _AT_THE_TOP = "default"  # PEFT saves an adapter of this name without a folder of its own
 
 
@@ -138,7 +139,7 @@ class OriginalFormat(MixtureFormat):
             writers |= {f"{expert.name}/{place}": write for place, write in expert_writers(expert).items()}
         tensors = {key: content.router[name] for key, name in _names(config).items()}
         writers[CLASSIFIER_NAME] = partial(write_tensors, tensors=tensors)
-        values = {name: getattr(config, name) for name in _SAME} | {
+        values = {name: getattr(config, name) for name in FIELDS} | {
             "hidden_size": int(config.hidden_size),
             "base_model_id": content.base_model,
             "adapters": {name: name if is_local(place) else place for name, place in config.adapters.items()},
@@ -169,7 +170,7 @@ def refuse_what_it_cannot_hold(content: MixtureCheckpoint) -> None:
     found = [*beyond_the_classifier(config), *(f"weights of its own: {name}" for name in content.base_weights)]
     if config.enable_softmax_topk:
         found.append("enable_softmax_topk=True")
-    if _selects_in_the_scaling_pass(config):
+    if selects_in_the_scaling_pass(config):
         found.append(f"top_k_lora={config.top_k_lora} with scaling_pass_value={config.scaling_pass_value}")
     for expert in content.experts:
         found += [f"expert {expert.name!r} with {what}" for what in beyond_linear(expert)]
@@ -177,7 +178,7 @@ def refuse_what_it_cannot_hold(content: MixtureCheckpoint) -> None:
         raise UnsupportedOperationError(
             "The original X-LoRA library has X-LoRA's classifier and its gating, and experts of linear layers.",
             received="; ".join(found),
-            remedy='save the mixture in the format "xlora"',
+            remedy='save the mixture in the format "xlora" (loramix convert … --to loramix)',
         )
 
 
@@ -196,7 +197,7 @@ def _read_config(location: Location) -> XLoraConfig:
         return XLoraConfig(
             adapters=_adapters(values.get("adapters")) or {},
             base_model_name_or_path=values.get("base_model_id"),
-            **{name: values[name] for name in _SAME if name in values},
+            **{name: values[name] for name in FIELDS if name in values},
         )
     except (ConfigurationError, AdapterNameError) as error:
         raise type(error)(error.rule, received=f"{error.received} in {path}", remedy=error.remedy) from error
@@ -224,7 +225,7 @@ def _check_fields(values: Mapping[str, Any], source: str) -> None:
             f"{source} is of January 2024 ({', '.join(name for name in _OLD if name in values)}): the oldest versions "
             "of the library routed a whole text by its last token. Here each token is routed, as by later versions."
         )
-    missing = [name for name in _SAME if name not in values]
+    missing = [name for name in FIELDS if name not in values]
     if missing:
         defaults = ", ".join(f"{name}={XLoraConfig.__dataclass_fields__[name].default!r}" for name in missing)
         warn(f"{source} lacks fields that later versions have. Their defaults are used: {defaults}.")
@@ -251,11 +252,6 @@ def _adapters(saved: object) -> Any:
     return dict(zip(names, names, strict=True))
 
 
-def _selects_in_the_scaling_pass(config: XLoraConfig) -> bool:
-    selects = config.top_k_lora is not None and config.top_k_lora < len(config.adapters)
-    return selects and config.scaling_pass_value != 0
-
-
 def _refuse_other_scalings(config: XLoraConfig, source: str) -> None:
     """Refuse a gating whose scalings are not those of the original library."""
     remedy = "To have it computed as loramix does, pass config=XLoraConfig(…) with these settings, or change the file."
@@ -266,7 +262,7 @@ def _refuse_other_scalings(config: XLoraConfig, source: str) -> None:
         remedy=remedy,
     )
     require(
-        not _selects_in_the_scaling_pass(config),
+        not selects_in_the_scaling_pass(config),
         "The original library selects experts in its scaling pass too, among equal values; loramix does not.",
         received=f"top_k_lora={config.top_k_lora} with scaling_pass_value={config.scaling_pass_value} in {source!r}",
         remedy=remedy,

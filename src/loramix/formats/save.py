@@ -61,6 +61,7 @@ def save_mixture(
     trainer_state: Mapping[str, Tensor] | None = None,
     *,
     base_weights: Mapping[str, Tensor] | None = None,
+    layers: Sequence[str] = (),
     format: str = "xlora",
 ) -> None:
     """Save a mixture with its experts, self-contained in PEFT's layout unless another format is named.
@@ -74,15 +75,16 @@ def save_mixture(
         experts: in the order of `config.adapters`.
         trainer_state: as for `save_adapter`.
         base_weights: weights of the base model that are the mixture's own, by parameter name.
+        layers: the paths of the adapted layers in the order of their numbers, for formats that hold them.
         format: the name of a registered format of mixtures.
 
     Raises:
         AdapterNameError: the experts are not those of the configuration.
         ConfigurationError: an unknown format, or a configuration with invalid values, or for another router.
-        UnsupportedOperationError: a read-only format.
+        UnsupportedOperationError: a read-only format, or a mixture that the format cannot hold.
         SaveError: as for `save_adapter`.
     """
-    checkpoint = MixtureCheckpoint(config, router, experts, base_weights or {})
+    checkpoint = MixtureCheckpoint(config, router, experts, base_weights or {}, layers)
     _check_unchanged(checkpoint)
     _save(folder, mixture_format(format), checkpoint, trainer_state)
 
