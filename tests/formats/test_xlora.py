@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,12 +22,13 @@ from loramix.errors import (
     IncompleteCheckpointError,
 )
 from loramix.files.hub import HubOptions
-from loramix.formats import describe, detect, load_adapter, load_mixture, save_mixture
+from loramix.formats import describe, detect, load_adapter, load_mixture, save_adapter, save_mixture
 from loramix.routers import RouterSizes, XLoraClassifier
 from support.checkpoints import (
     HIDDEN,
     edit_config,
     edit_tensors,
+    make_expert,
     make_mixture,
     same_expert,
     same_tensors,
@@ -113,6 +117,31 @@ class TestPeft:
         assert "PEFT 0.20 to 0.21.2 drop" in caught.value.received
         assert str(peft_folder / "xlora") in caught.value.received
         assert "PEFT 0.19.1" in caught.value.remedy
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_remedy_brings_back_what_peft_dropped(self, peft_folder, tmp_path):
+        import peft
+
+        config = peft.XLoraConfig.from_pretrained(peft_folder / "xlora")
+        model = peft.get_peft_model(tiny_llama(), config)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(IncompleteCheckpointError, match=f"of PEFT {re.escape(peft.__version__)}") as caught:
+            load_mixture(tmp_path)
+        call = re.search(r"safetensors\.torch\.save_file\(.*\)(?=\. Otherwise)", caught.value.remedy)
+        exec(call[0], {"safetensors": safetensors, "model": model})
+        assert same_tensors(load_mixture(tmp_path).router, model.base_model.internal_xlora_classifier.state_dict())
+
+    @pytest.mark.parametrize("version", ["0.18.1", "0.19.1"])
+    def test_what_older_versions_saved_is_whole(self, version, tmp_path):
+        folder = Path(__file__).parent / "peft_saved" / version
+        modules = [f"model.layers.{i}.self_attn.{part}_proj" for i in (0, 1) for part in ("q", "v")]
+        for name in ("0", "1"):
+            save_adapter(tmp_path / name, make_expert(name, modules=modules))
+        mixture = load_mixture(folder, adapters={name: tmp_path / name for name in ("0", "1")})
+        assert (mixture.config.peft_version, mixture.num_layers) == (version, 4)
+        saved = {key.removeprefix(KEY): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+        assert same_tensors(mixture.router, saved)
+        assert set(saved) == {f"layers.{i}.{part}" for i in (0, 3) for part in ("weight", "bias")}
 
     def test_a_complete_file_of_peft_s_is_read(self, peft_folder, tmp_path):
         folder = shutil.copytree(peft_folder / "xlora", tmp_path / "xlora")

@@ -215,12 +215,18 @@ def _require_all(names: Iterable[str], config: XLoraConfig, router: Mapping[str,
     missing = [name for name in names if name not in router]
     if not missing:
         return
-    dropped = "; PEFT 0.20 to 0.21.2 drop such tensors when they save an X-LoRA model"
-    older = ", or save it again with PEFT 0.19.1 or older"
-    by_peft = config.peft_type is PeftType.XLORA
+    received, remedy = f"{source} without {', '.join(missing)}", "Train the mixture again with loramix"
+    if config.peft_type is PeftType.XLORA:
+        saved = f"; this one is of PEFT {config.peft_version}" if config.peft_version else ""
+        received += f"; PEFT 0.20 to 0.21.2 drop such tensors when they save an X-LoRA model{saved}"
+        remedy = (
+            "If PEFT's model is still in memory, write its classifier over the file: safetensors.torch.save_file("
+            "{'base_model.internal_xlora_classifier.' + name: tensor for name, tensor in "
+            f"model.base_model.internal_xlora_classifier.state_dict().items()}}, {source!r}). Otherwise train the "
+            "mixture again, with loramix or with PEFT 0.19.1 or older"
+        )
     raise IncompleteCheckpointError(
         "A mixture's file holds every tensor of its router.",
-        received=f"{source} without {', '.join(missing)}{dropped if by_peft else ''}",
-        remedy=f"Train the mixture again with loramix{older if by_peft else ''}; the experts themselves can be used in "
-        "a new mixture.",
+        received=received,
+        remedy=f"{remedy}; the experts themselves can be used in a new mixture.",
     )
