@@ -24,6 +24,7 @@ def test_there_and_back(loramix, folders, tmp_path: Path) -> None:
     assert list(after.config.adapters) == list(before.config.adapters)
     assert all(torch.equal(after.router[name], tensor) for name, tensor in before.router.items())
     assert loramix("info", tmp_path / "original").code == 0
+    assert loramix("generate", tmp_path / "original", "--prompt", "a", "--max-new-tokens", "1").code == 0
 
 
 def test_the_report_as_json(loramix, folders, tmp_path: Path) -> None:

@@ -332,6 +332,10 @@ class TestWriting:
         assert caught.value.received == named
         assert not (tmp_path / "saved").exists()
 
+    def test_the_base_model_is_that_of_the_experts_where_the_mixture_names_none(self, tmp_path: Path) -> None:
+        save_mixture(tmp_path, *make_mixture(), format="original")
+        assert json.loads((tmp_path / CONFIG).read_text())["base_model_id"] == "user/base"
+
     def test_weights_of_its_own_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedOperationError, match=r"lm_head\.weight"):
             save_mixture(tmp_path, *make_mixture(), base_weights={"lm_head.weight": torch.ones(1)}, format="original")
