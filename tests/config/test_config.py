@@ -224,7 +224,7 @@ class TestLora:
             ({"rank_pattern": {"q": 0}}, "rank_pattern['q']=0"),
             ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q']='x'"),
             ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
-            ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+            ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
             ({"bias": "some"}, "bias='some'"),
             ({"target_modules": "(", "r": 8}, "'('"),
             ({"exclude_modules": "("}, "'('"),

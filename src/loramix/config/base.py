@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast, no_type_check, runtime_checkable
 
 from loramix.config.checks import require, require_text, warn
-from loramix.config.folder import CONFIG_NAME, find_config
+from loramix.config.folder import CONFIG_NAME, MLX_REMEDY, find_config
 from loramix.errors import (
     AdapterNameError,
     CheckpointError,
@@ -159,7 +159,7 @@ class PeftConfig:
     @classmethod
     def from_values(cls, values: Mapping[str, Any], source: str) -> Self:
         """The configuration of these fields, of the class that their `peft_type` names; raises as `from_pretrained`."""
-        kind = _class_of(values.get("peft_type"), cls, source)
+        kind = _class_of(values, cls, source)
         try:
             return cast(Self, kind(**kind._known(values, source)))
         except (ConfigurationError, AdapterNameError) as error:
@@ -198,10 +198,17 @@ def as_own(config: object) -> Any:
 _CLASSES: dict[PeftType, type[PeftConfig]] = {}
 
 
-def _class_of(peft_type: object, expected: type[PeftConfig], source: str) -> type[PeftConfig]:
+def _class_of(values: Mapping[str, Any], expected: type[PeftConfig], source: str) -> type[PeftConfig]:
+    peft_type: object = values.get("peft_type")
     if peft_type is None and expected is not PeftConfig:
         return expected
     if not isinstance(peft_type, str):
+        if "fine_tune_type" in values or "lora_parameters" in values:
+            raise UnsupportedAdapterError(
+                "Adapters are in PEFT's layout.",
+                received=f"{source}, the configuration of an adapter of mlx-lm",
+                remedy=MLX_REMEDY,
+            )
         raise CorruptCheckpointError(
             "An adapter's configuration names its peft_type.",
             received=f"peft_type={peft_type!r} in {source}",

@@ -60,12 +60,12 @@ def require_finite(name: str, value: object, *, remedy: str) -> None:
 
 
 def require_probability(name: str, value: object) -> None:
-    """A dropout probability: from 0 to below 1."""
+    """A dropout probability: from 0 to 1."""
     require(
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
-        f"{name} must be in [0, 1).",
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+        f"{name} must be in [0, 1].",
         received=f"{name}={value!r}",
-        remedy=f"Use {name}=0.0 for no dropout, or a value below 1.",
+        remedy=f"Use {name}=0.0 for no dropout, or a value up to 1.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast, no_type_check
 
 from loramix.config.base import PeftConfig, PeftType
@@ -18,6 +18,7 @@ from loramix.config.checks import (
     require_probability,
     require_switch,
 )
+from loramix.config.wrappers import unwrapped
 
 
 @no_type_check
@@ -34,7 +35,7 @@ class LoraConfig(PeftConfig, reads=[PeftType.LORA]):
             for whole paths, or "all-linear".
         exclude_modules: the same for modules not to adapt; takes precedence.
         lora_alpha: numerator of c.
-        lora_dropout: probability, in [0, 1).
+        lora_dropout: probability, in [0, 1].
         fan_in_fan_out: whether base layers store their weights as (in, out), as GPT-2's Conv1D does.
         bias: "none", "all" or "lora_only".
         use_rslora: c = lora_alpha / sqrt(r).
@@ -95,13 +96,26 @@ class LoraConfig(PeftConfig, reads=[PeftType.LORA]):
         self.peft_type = PeftType.LORA
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
-        self.rank_pattern = {} if cast(object, self.rank_pattern) is None else self.rank_pattern
-        self.alpha_pattern = {} if cast(object, self.alpha_pattern) is None else self.alpha_pattern
+        for name, default in _FOR_NULL.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default() if callable(default) else default)
         super().__post_init__()
 
     def targets_parameter(self, name: str) -> bool:
         """Whether `target_parameters` matches a parameter, by PEFT's rule."""
-        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters or ())
+        names = (name, unwrapped(name))
+        return any(f".{each}".endswith(f".{target}") for target in self.target_parameters or () for each in names)
+
+    def without_wrappers(self) -> LoraConfig:
+        """The same with the names of modules as `unwrapped` gives them."""
+        found: dict[str, Any] = {}
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+            names = getattr(self, name)
+            if names:
+                found[name] = unwrapped(names) if isinstance(names, str) else list(map(unwrapped, names))
+        for name in ("rank_pattern", "alpha_pattern"):
+            found[name] = {unwrapped(key): value for key, value in getattr(self, name).items()}
+        return replace(self, **found)
 
     def validate(self) -> None:
         super().validate()
@@ -169,6 +183,13 @@ class LoraConfig(PeftConfig, reads=[PeftType.LORA]):
 
 
 _LORA_SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias")
+_FOR_NULL = dict.fromkeys(_LORA_SWITCHES, False) | {
+    "bias": "none",
+    "lora_dropout": 0.0,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
+"""What null stands for in files, field by field; r and lora_alpha have to be numbers."""
 
 
 def _as_set(modules: object) -> Any:

@@ -103,6 +103,8 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         if missing_adapters:
             warn("adapters was not given: this mixture has no experts yet.")
         self.adapters = {} if missing_adapters else as_adapters(self.adapters)
+        for name in _SWITCHES:  # null is off to PEFT, whatever the default
+            setattr(self, name, False if getattr(self, name) is None else getattr(self, name))
         super().__post_init__()
         self._warn_about_gating()
 
@@ -135,6 +137,12 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         if self.xlora_depth > 1:
             require_integer("xlora_size", self.xlora_size, at_least=1, remedy="Use the width of a layer, e.g. 2048.")
             require_probability("xlora_dropout_p", self.xlora_dropout_p)
+            require(
+                self.xlora_dropout_p < 1,
+                "xlora_dropout_p must be below 1.",
+                received=f"xlora_dropout_p={self.xlora_dropout_p!r}",
+                remedy="Use xlora_dropout_p=0.0 for no dropout, or a value below 1.",
+            )
         require_finite("softmax_temperature", self.softmax_temperature, remedy="Use softmax_temperature=1.0.")
         require(
             self.softmax_temperature > 0,

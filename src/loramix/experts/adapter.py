@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loramix.config.lora import LoraConfig
+from loramix.config.wrappers import unwrapped
 from loramix.errors import AdapterMismatchError, CorruptCheckpointError
 from loramix.files.tensors import all_finite
 
@@ -125,11 +126,15 @@ class Adapter:
 
     def rank(self, module_path: str) -> int:
         """r of a module: by `rank_pattern` if a key matches its path, else `r`."""
-        return pattern_value(self.config.rank_pattern, self.pattern_key(module_path), self.config.r)
+        return self._by_pattern(self.config.rank_pattern, module_path, self.config.r)
 
     def alpha(self, module_path: str) -> float:
         """alpha of a module, likewise by `alpha_pattern`."""
-        return pattern_value(self.config.alpha_pattern, self.pattern_key(module_path), self.config.lora_alpha)
+        return self._by_pattern(self.config.alpha_pattern, module_path, self.config.lora_alpha)
+
+    def _by_pattern(self, patterns: Mapping[str, _Value], module_path: str, default: _Value) -> _Value:
+        plain = pattern_value(patterns, self.pattern_key(unwrapped(module_path)), default)
+        return pattern_value(patterns, self.pattern_key(module_path), plain)
 
     def scaling(self, module_path: str) -> float:
         """c of a module: alpha / r, or alpha / sqrt(r) with rsLoRA."""

@@ -2,20 +2,22 @@
 
 Files name modules. A parameter of a mixture-of-experts block goes by its block's name, and where several parameters of
 a block are adapted PEFT wraps the block once for each, the first one innermost: `experts.base_layer`, then `experts`.
-Experts of older versions of transformers name modules as these did (`older_names.py`).
+Experts of older versions of transformers name modules as these did (`older_names.py`). A base model may have compiled
+or otherwise wrapped modules inside itself, which files do not show.
 
 N: matrices in a parameter of a block. r: rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loramix.config.wrappers import unwrapped
 from loramix.errors import AdapterMismatchError, CorruptCheckpointError, UnsupportedAdapterError
 from loramix.experts.adapter import WRAPPED, Adapter, BlockWeights, LoraWeights, of_another_base
 from loramix.experts.base_layers import kind_of, refuse_module
@@ -37,7 +39,7 @@ def on_base(model: PreTrainedModel, adapter: Adapter) -> Adapter:
         IncompleteCheckpointError: tensors for some of a block's own experts only.
     """
     modules = with_matrices(model)
-    adapter = with_present_names(model, modules, adapter)
+    adapter = with_present_names(model, modules, _with_wrappers(model, modules, adapter))
     weights: dict[str, LoraWeights] = {}
     wrapped: dict[str, dict[int, LoraWeights]] = {}  # block -> how deep inside its wrappers -> tensors
     for path, given in adapter.weights.items():
@@ -51,6 +53,30 @@ def on_base(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     for block, layers in wrapped.items():
         weights |= _of_block(adapter, modules, block, layers)
     return replace(adapter, weights=weights) if wrapped else adapter
+
+
+def _with_wrappers(model: PreTrainedModel, modules: Mapping[str, nn.Module], adapter: Adapter) -> Adapter:
+    """The expert by the names of a base model that has wrappers inside itself; files name modules without them."""
+    here = _by_unwrapped(modules)
+    weights = {_named(path, modules, here): each for path, each in adapter.weights.items()}
+    base_weights = adapter.base_weights
+    if base_weights:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        there = _by_unwrapped(parameters)
+        base_weights = {_named(name, parameters, there): each for name, each in base_weights.items()}
+    return replace(adapter, weights=weights, base_weights=base_weights)
+
+
+def _by_unwrapped(names: Iterable[str]) -> Mapping[str, str]:
+    """What modules or parameters are called without wrappers -> their names; of several the innermost."""
+    return {unwrapped(name): name for name in names if unwrapped(name) != name}
+
+
+def _named(name: str, own: Container[str], here: Mapping[str, str]) -> str:
+    stem = name
+    while stem.endswith(WRAPPED) and stem not in here:
+        stem = stem.removesuffix(WRAPPED)
+    return here[stem] + name.removeprefix(stem) if name not in own and stem in here else name
 
 
 def _of_module(adapter: Adapter, module: nn.Module | None, path: str, given: LoraWeights) -> LoraWeights:

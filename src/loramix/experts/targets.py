@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loramix.config.lora import LoraConfig
+from loramix.config.wrappers import unwrapped
 from loramix.errors import ConfigurationError
 from loramix.experts.base_layers import Kind, kind_of
 from loramix.experts.blocks import with_matrices
@@ -86,9 +87,11 @@ def targeted(modules: Mapping[str, nn.Module], kinds: Mapping[str, Kind], config
     def matches(path: str, kind: Kind) -> bool:
         if config.targets_parameter(path if kind == "block" else f"{path}.weight"):
             return True
+        names = {path, unwrapped(path)}
         if config.target_modules == ALL_LINEAR:
-            return kind == "linear" and not in_head(modules, path) and not is_excluded(config, path)
-        return kind not in ("block", "gate") and is_target(config, path)
+            excluded = any(is_excluded(config, name) for name in names)
+            return kind == "linear" and not in_head(modules, path) and not excluded
+        return kind not in ("block", "gate") and any(is_target(config, name) for name in names)
 
     return [path for path, kind in kinds.items() if matches(path, kind)]
 

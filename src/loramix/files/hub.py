@@ -137,9 +137,34 @@ def find_any(
         raise CheckpointNotFoundError(
             "A local identifier must name an existing folder.",
             received=f"{text!r}, and {_home(Path(text)).absolute()} {_what_is(_home(Path(text)))}",
-            remedy="Correct the path, or give a Hub id such as user/repo.",
+            remedy=f"Give its folder, {str(Path(text).parent)!r}."
+            if os.path.isfile(_home(Path(text)))  # noqa: PTH113 - likewise
+            else "Correct the path, or give a Hub id such as user/repo.",
         )
     return _find_on_hub(text, filenames, options)
+
+
+def names_in(identifier: str | os.PathLike[str], options: HubOptions) -> list[str]:
+    """The sorted names of the files and folders at a place; none where there is no such place, or the Hub is not asked.
+
+    It is asked once, and what it answers is only told in messages.
+    """
+    from huggingface_hub import list_repo_files
+
+    folder = _folder(identifier)
+    if folder is not None:
+        place = folder / (options.subfolder or "")
+        return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    text = os.fspath(identifier)
+    if options.local_files_only or not text.strip() or _looks_local(text):
+        return []
+    repo, options = _resolve(text, options)
+    above = f"{options.subfolder}/" if options.subfolder else ""
+    try:
+        files = list_repo_files(repo, revision=options.revision, token=options.token)
+    except Exception:  # the files that were looked for were asked for before, with errors of their own
+        return []
+    return sorted({file.removeprefix(above).partition("/")[0] for file in files if file.startswith(above)})
 
 
 def _folder(identifier: str | os.PathLike[str]) -> Path | None:

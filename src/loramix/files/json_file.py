@@ -16,7 +16,9 @@ _Repeats = tuple[dict[str, Any], list[str]]  # an object, and its keys that occu
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a file that holds one JSON object. Repeated keys are refused, at any depth.
+    """Read a file that holds one JSON object, in UTF-8 or, as some editors and shells save it, in UTF-16.
+
+    Repeated keys are refused, at any depth.
 
     Raises:
         CorruptCheckpointError: not JSON, not an object, or a repeated key.
@@ -24,11 +26,9 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     repeats: list[_Repeats] = []
     try:
-        content = json.loads(
-            Path(path).read_text(encoding="utf-8"), object_pairs_hook=functools.partial(_as_object, repeats)
-        )
+        content = json.loads(_text_of(Path(path)), object_pairs_hook=functools.partial(_as_object, repeats))
     except (OSError, ValueError, RecursionError) as error:
-        raise _corrupt(path, "be readable JSON", str(error)) from error
+        raise _corrupt(path, "be readable JSON in utf-8 or utf-16", str(error)) from error
     if not isinstance(content, dict):
         raise _corrupt(path, "hold a JSON object", f"a {type(content).__name__}")
     values = cast("dict[str, Any]", content)
@@ -41,6 +41,13 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         raise _corrupt(path, "hold each key once", f"{', '.join(map(repr, names))} twice")
     return values
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        return path.read_text(encoding="utf-16")
 
 
 def _as_object(repeats: list[_Repeats], pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loramix.files.hub import HubOptions, find_any
+from loramix.files.hub import HubOptions, find_any, names_in
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Location:
         if names not in self._found:
             self._found[names] = find_any(self.identifier, names, self.options)
         return self._found[names]
+
+    def names(self) -> list[str]:
+        """The names of the files and folders in it, for messages; none where the Hub does not tell."""
+        return names_in(self.identifier, self.options)
 
     def below(self, folder: str) -> Location:
         """A subfolder."""

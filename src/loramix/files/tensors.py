@@ -147,7 +147,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise _corrupt(path, f"{key!r}, a {type(value).__name__}")
-    return tensors
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def _own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

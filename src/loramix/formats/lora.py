@@ -1,11 +1,13 @@
 """One LoRA expert in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are `base_model.model.<module path>.<part>`. Also read: keys with the prefix missing or repeated, with an adapter's
-name after the part (`lora_A.default.weight`), and `lora_magnitude_vector.weight`. An expert that adapts an embedding
-also holds that embedding's own weight, `<module path>.base_layer.weight`; one whose vocabulary was resized holds
-`<module path>.weight`, and so does one with `modules_to_save`. Whether the base model has such a weight, and which of
-them an expert may bring, is told when the expert is put on it; likewise, which parameters of a mixture-of-experts block
-the tensors of its path belong to (`experts/on_base.py`).
+Keys are `base_model.model.<module path>.<part>`. Also read: keys with the prefix missing or repeated, with the names of
+wrappers in any place (`config/wrappers.py`), with an adapter's name after the part (`lora_A.default.weight`), whole
+state dicts of PEFT's model (`modules_to_save.default`, `original_module`), and `lora_magnitude_vector.weight`.
+
+An expert that adapts an embedding also holds that embedding's own weight, `<module path>.base_layer.weight`; one whose
+vocabulary was resized holds `<module path>.weight`, and so does one with `modules_to_save`. Whether the base model has
+such a weight, and which of them an expert may bring, is told when the expert is put on it; likewise, which parameters of
+a mixture-of-experts block the tensors of its path belong to (`experts/on_base.py`).
 
 Source: PEFT 0.21.2, `utils/save_and_load.py`.
 """
@@ -20,16 +22,17 @@ from pathlib import Path
 from torch import Tensor
 
 from loramix.config.base import PeftType
-from loramix.config.folder import CONFIG_NAME, find_config
+from loramix.config.folder import CONFIG_NAME, KOHYA_REMEDY, MLX_REMEDY, find_config
 from loramix.config.lora import LoraConfig
+from loramix.config.wrappers import unwrapped
 from loramix.errors import CorruptCheckpointError, IncompleteCheckpointError, UnsupportedAdapterError
 from loramix.experts.adapter import WRAPPED, Adapter, BlockWeights, LoraWeights
 from loramix.experts.features import refuse_unsupported
 from loramix.files.atomic import Writer, text_writer
 from loramix.files.location import Location
-from loramix.files.tensors import read_tensors, write_tensors
+from loramix.files.tensors import write_tensors
 from loramix.formats.format import ExpertFormat, register_format
-from loramix.formats.peft import WEIGHTS_NAME, check_replaceable, find_weights, peft_type
+from loramix.formats.peft import WEIGHTS_NAME, check_replaceable, peft_type, read_weights
 
 PREFIX = "base_model.model."
 A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
@@ -41,9 +44,9 @@ _LORA_KEY = re.compile(
     r"(?:(?P<matrix>lora_[AB])(?:\.[^.]+)?\.(?P<leaf>weight|bias)"
     r"|(?P<vector>lora_embedding_[AB]|lora_magnitude_vector)(?:\.[^.]+){0,2})"
 )
-_BASE_KEY = re.compile(
-    r"(?P<path>(?!.*\blora_).+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(?P<leaf>weight|bias)"
-)
+_BASE_KEY = re.compile(r"(?P<path>(?!.*\blora_).+?)(?:\.base_layer)?\.(?P<leaf>weight|bias)")
+_TRAINED_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
+_UNTRAINED_COPY = ".original_module."
 
 
 class LoraFormat(ExpertFormat):
@@ -59,8 +62,8 @@ class LoraFormat(ExpertFormat):
         saved = LoraConfig.from_json_file(find_config(location))
         config = config or saved
         refuse_unsupported(config, name)
-        tensors = read_tensors(find_weights(location))
-        weights, base_weights = parse_tensors(name, config, tensors)
+        config = config.without_wrappers()
+        weights, base_weights = parse_tensors(name, config, read_weights(location))
         return Adapter(name, config, weights, source=str(location), base_weights=base_weights)
 
     def writers(self, content: Adapter) -> dict[str, Writer]:
@@ -97,7 +100,7 @@ def parse_tensors(
     modules: dict[str, dict[str, Tensor]] = {}
     base_weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if key.startswith(_OF_A_CLASSIFIER):
+        if key.startswith(_OF_A_CLASSIFIER) or _UNTRAINED_COPY in key:
             continue
         path, part = _parse_key(name, key)
         parts = modules.setdefault(path, {}) if part else base_weights
@@ -145,9 +148,10 @@ def _wrapped(weights: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
 
 def _parse_key(name: str, key: str) -> tuple[str, str | None]:
     """The module path, and the part; the parameter's name, and None, for a weight of the base model."""
-    stripped = key
+    stripped = unwrapped(key)
     while stripped.startswith(PREFIX):
         stripped = stripped.removeprefix(PREFIX)
+    stripped = _TRAINED_COPY.sub("", stripped)
     lora = _LORA_KEY.fullmatch(stripped)
     if lora is not None:
         part = lora["vector"] or f"{lora['matrix']}.{lora['leaf']}"
@@ -156,11 +160,22 @@ def _parse_key(name: str, key: str) -> tuple[str, str | None]:
     base = _BASE_KEY.fullmatch(stripped)
     if base is not None:
         return f"{base['path']}.{base['leaf']}", None
-    raise UnsupportedAdapterError(
-        "An expert's file holds LoRA tensors and weights of its base model.",
-        received=f"expert {name!r}: key {key!r}",
-        remedy="Leave this expert out, or train it without what this tensor belongs to.",
+    found, remedy = next(
+        ((f", of {tool}", remedy) for pattern, tool, remedy in _FOREIGN if re.search(pattern, key)),
+        ("", "Leave this expert out, or train it without what this tensor belongs to."),
     )
+    raise UnsupportedAdapterError(
+        "An expert's file holds LoRA tensors and weights of its base model, by PEFT's keys.",
+        received=f"expert {name!r}: key {key!r}{found}",
+        remedy=remedy,
+    )
+
+
+_FOREIGN = (
+    (r"^lora_\w+\.(?:alpha|dora_scale|lora_(?:up|down)\.weight)$|\.lora_(?:up|down)\.weight$", "kohya's", KOHYA_REMEDY),
+    (r"\.lora_[ab]$", "mlx-lm's", MLX_REMEDY),
+)
+"""What keys of other tools look like, the tool, and the remedy."""
 
 
 def _weights_of(expert: Adapter, path: str, parts: Mapping[str, Tensor]) -> LoraWeights:
@@ -189,6 +204,14 @@ def _weights_of(expert: Adapter, path: str, parts: Mapping[str, Tensor]) -> Lora
 
 
 def _check_shapes(expert: Adapter, path: str, first: Tensor, second: Tensor, parts: Mapping[str, Tensor]) -> None:
+    if not all(tensor.numel() for tensor in parts.values()):
+        raise IncompleteCheckpointError(
+            "An expert's file holds its tensors whole.",
+            received=f"expert {expert.name!r}: module {path!r} with empty tensors, as DeepSpeed ZeRO-3 and FSDP leave "
+            "them when nobody gathers the parts",
+            remedy="Save it again with its parts gathered: stage3_gather_16bit_weights_on_model_save=true for ZeRO-3, "
+            "fsdp_state_dict_type FULL_STATE_DICT for FSDP.",
+        )
     rank, bias, magnitude = expert.rank(path), parts.get(BIAS), parts.get(MAGNITUDE)
     told_later = bool(expert.config.target_parameters)  # whether it is r, or r times the matrices of a parameter
     fits = (

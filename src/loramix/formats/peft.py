@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
+
+from torch import Tensor
 
 from loramix.config.base import PeftConfig, PeftType
-from loramix.config.folder import CONFIG_NAME, ORIGINAL_CONFIG_NAME
+from loramix.config.folder import CONFIG_NAME, ORIGINAL_CONFIG_NAME, recognised
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import CheckpointNotFoundError, SaveError
+from loramix.errors import CheckpointNotFoundError, CorruptCheckpointError, IncompleteCheckpointError, SaveError
 from loramix.files.json_file import read_json_object
 from loramix.files.location import Location
-from loramix.files.tensors import is_ours
+from loramix.files.tensors import is_ours, read_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 READ_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
+INDEX_NAMES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json", "model.safetensors.index.json")
+"""Of shards; transformers gives an adapter's index the name of a model's."""
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.(?:safetensors|bin)")
 
 
 def peft_type(location: Location) -> object:
@@ -42,12 +49,68 @@ def find_weights(location: Location) -> Path:
     """
     path = location.find(*READ_NAMES)
     if path is None:
+        found, remedy = recognised(location) or (
+            "which has neither",
+            "Give the folder that save_pretrained wrote, or save the adapter again.",
+        )
         raise CheckpointNotFoundError(
             f"An adapter's folder holds {' or '.join(READ_NAMES)}.",
-            received=f"{str(location)!r}, which has neither",
-            remedy="Give the folder that save_pretrained wrote, or save the adapter again.",
+            received=f"{str(location)!r}, {found}",
+            remedy=remedy,
         )
     return path
+
+
+def read_weights(location: Location) -> dict[str, Tensor]:
+    """An adapter's tensors by their keys, of one file or of its shards.
+
+    Raises:
+        CheckpointNotFoundError: the folder has neither.
+        CorruptCheckpointError: a file that cannot be read, an index that names other files than shards, or a tensor in
+            two of them.
+        IncompleteCheckpointError: a shard that is missing, or a tensor that is not in its shard.
+    """
+    shards = None if location.find(*READ_NAMES) else _shards(location)
+    if shards is None:
+        return read_tensors(find_weights(location))
+    tensors: dict[str, Tensor] = {}
+    for shard in dict.fromkeys(shards.values()):
+        path = location.find(shard)
+        held = {} if path is None else read_tensors(path)
+        absent = [key for key, place in shards.items() if place == shard and key not in held]
+        if absent:
+            raise IncompleteCheckpointError(
+                "The shards of an adapter hold the tensors that its index names.",
+                received=f"{str(location)!r}: {shard} {'is missing' if path is None else 'lacks ' + repr(absent[0])}",
+                remedy="Download it again, or save the adapter again.",
+            )
+        repeated = [key for key in held if key in tensors]
+        if repeated:
+            raise CorruptCheckpointError(
+                "The shards of an adapter hold each tensor once.",
+                received=f"{str(location)!r}: {repeated[0]!r} in {shard} and in an earlier one",
+                remedy="Save the adapter again.",
+            )
+        tensors |= held
+    return tensors
+
+
+def _shards(location: Location) -> dict[str, str] | None:
+    """Key -> the shard's name, by the index; None if the folder has no index of an adapter's shards."""
+    path = location.find(*INDEX_NAMES)
+    if path is None:
+        return None
+    shards = read_json_object(path).get("weight_map")
+    names = cast("dict[str, object]", shards) if isinstance(shards, dict) else {}
+    if not names or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names.values()):
+        if path.name == INDEX_NAMES[-1]:
+            return None  # of a model's own shards
+        raise CorruptCheckpointError(
+            "The index of an adapter names its shards: adapter_model-00001-of-00002.safetensors.",
+            received=f"{path}: weight_map={str(shards)[:200]}",
+            remedy="Download it again, or save the adapter again.",
+        )
+    return cast("dict[str, str]", names)
 
 
 def check_replaceable(folder: str | os.PathLike[str], kind: type[PeftConfig] = XLoraConfig) -> None:

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from loramix.config.base import PeftConfig
-from loramix.errors import ConfigurationError
+from loramix.errors import CheckpointNotFoundError, ConfigurationError
+from loramix.files.base_models import one_line
 from loramix.files.hub import HubOptions
 from loramix.files.location import Location
 from loramix.formats.load import read_config
@@ -64,6 +65,7 @@ class AutoPeftModel:
 
         Raises:
             ConfigurationError: the adapter does not name its base model.
+            CheckpointNotFoundError: the base model is not where the adapter says.
         """
         access = {
             "token": token,
@@ -79,9 +81,18 @@ class AutoPeftModel:
                 received=f"base_model_name_or_path={saved.base_model_name_or_path!r} in {str(model_id)!r}",
                 remedy="load the base model yourself and call PeftModel.from_pretrained(base, path)",
             )
-        model = cls.base_class.from_pretrained(
-            saved.base_model_name_or_path, revision=saved.revision or "main", **access, **base
-        )
+        try:
+            model = cls.base_class.from_pretrained(
+                saved.base_model_name_or_path, revision=saved.revision or "main", **access, **base
+            )
+        except OSError as error:
+            raise CheckpointNotFoundError(
+                "The base model is where the adapter's configuration says.",
+                received=f"base_model_name_or_path={saved.base_model_name_or_path!r} in {str(model_id)!r}: "
+                f"{one_line(error)}",
+                remedy="load the base model from where it is now, and put the adapter on it: PeftModel.from_pretrained("
+                f"{cls.base_class.__name__}.from_pretrained(…), {str(model_id)!r}); or correct base_model_name_or_path",
+            ) from error
         return PeftModel.from_pretrained(
             model,
             model_id,
