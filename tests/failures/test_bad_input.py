@@ -62,7 +62,7 @@ EXPERTS: dict[str, tuple[type[errors.LoramixError], Make, list[str]]] = {
         lacking("layers.1.mlp.up_proj.lora_A"),
         ["layers.1.mlp.up_proj"],
     ),
-    "missing module": (errors.AdapterMismatchError, lacking("layers.1.mlp.up_proj"), ["layers.1.mlp.up_proj"]),
+    "missing blocks": (errors.AdapterMismatchError, lacking("layers.1."), ["layers.1.self_attn.q_proj"]),
     "deeper base": (
         errors.AdapterMismatchError,
         of_base(["q_proj"], num_hidden_layers=3),
@@ -96,8 +96,6 @@ EXPERTS: dict[str, tuple[type[errors.LoramixError], Make, list[str]]] = {
     ),
 }
 FEATURES: dict[str, Any] = {
-    "bias": "lora_only",
-    "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 1]],
     "alora_invocation_tokens": [1],
     "use_qalora": True,
@@ -150,13 +148,13 @@ def test_a_feature_is_refused_before_any_weight_is_read(feature: str, experts: A
 def test_an_expert_of_peft_that_reaches_where_no_expert_can(experts: Any, tmp_path: Path) -> None:
     import peft
 
-    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5])
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "bad")
     base = llama()
     both = XLoraConfig(hidden_size=64, adapters=adapters(experts("llama")["math"], tmp_path / "bad"))
     caught = refused(errors.UnsupportedAdapterError, base, tmp_path, lambda: get_peft_model(base, both))
     assert "'the-bad-one'" in caught.received
-    assert "trainable_token_indices" in caught.received
+    assert "alora_invocation_tokens" in caught.received
 
 
 @pytest.mark.filterwarnings(*PEFT_WARNINGS)

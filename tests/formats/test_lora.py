@@ -220,9 +220,9 @@ class TestWrongFiles:
             load_adapter("math", folder)
 
     def test_an_unsupported_feature_is_named_before_weights_are_read(self, folder):
-        edit_config(folder, trainable_token_indices=[1])
+        edit_config(folder, alora_invocation_tokens=[1])
         (folder / WEIGHTS).write_bytes(b"never read")
-        with pytest.raises(UnsupportedAdapterError, match=r"'math'.*trainable_token_indices=\[1\]"):
+        with pytest.raises(UnsupportedAdapterError, match=r"'math'.*alora_invocation_tokens=\[1\]"):
             load_adapter("math", folder)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 from jaxtyping import Float
@@ -24,6 +24,9 @@ _Value = TypeVar("_Value")
 
 WRAPPED = ".base_layer"
 """What the path of a block has at its end in PEFT's files, once for each wrapper around the one that is meant."""
+
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+"""What PEFT calls the rows of an embedding that `trainable_token_indices` numbers; whole rows, in spite of the name."""
 
 
 @dataclass
@@ -115,7 +118,7 @@ class Adapter:
         source: the folder or Hub identifier that it was read from; for messages and records.
         base_weights: parameter name, as in `base.named_parameters()`, -> the weight of the base model that the file
             holds: of an embedding that was adapted, resized or trained, or of a module in `modules_to_save`
-            (`base_weights.py`).
+            (`base_weights.py`). Right after reading, trained tokens are the rows of `TOKEN_ROWS` below their module.
     """
 
     name: str
@@ -146,6 +149,42 @@ class Adapter:
         weight = f"{module_path}.weight"
         return weight if self.config.targets_parameter(weight) else module_path
 
+    def renamed(self, old: str, new: str) -> Adapter:
+        """The expert for a base model that has other names: `old` in a path, or at an end of it, becomes `new`.
+
+        The first place where `old` is whole components of a path is renamed, in tensors, patterns and targets alike. If
+        `old` is empty, `new` is put in front of every path.
+        """
+        config = self.config
+        targets = config.target_modules
+        if targets is not None:
+            targets = (
+                renamed(targets, old, new) if isinstance(targets, str) else {renamed(t, old, new) for t in targets}
+            )
+        changed = replace(
+            config,
+            target_modules=targets,
+            rank_pattern={renamed(key, old, new): rank for key, rank in config.rank_pattern.items()},
+            alpha_pattern={renamed(key, old, new): alpha for key, alpha in config.alpha_pattern.items()},
+        )
+        return replace(
+            self,
+            config=changed if old else config,
+            weights={renamed(path, old, new): each for path, each in self.weights.items()},
+            base_weights={renamed(name, old, new): each for name, each in self.base_weights.items()},
+        )
+
+
+def renamed(name: str, old: str, new: str) -> str:
+    """What `Adapter.renamed` makes of a path, a parameter's name, or an expression for them."""
+    if not old:
+        return new + name
+    escaped = re.escape(old)
+    if escaped in name:
+        old, new = escaped, re.escape(new)
+    end = "" if old.endswith(".") else r"(?![\w-])"
+    return re.sub(rf"(?<![\w-]){re.escape(old)}{end}", lambda _: new, name, count=1)
+
 
 def of_another_base(adapter: Adapter, what: str) -> AdapterMismatchError:
     """The error for an expert that was trained on another base model; `what` shows it."""
@@ -153,7 +192,8 @@ def of_another_base(adapter: Adapter, what: str) -> AdapterMismatchError:
     return AdapterMismatchError(
         "An expert adapts the modules of the base model it was trained on.",
         received=f"expert {adapter.name!r}, {what}",
-        remedy=f"use an expert that was trained on this base model, not on {repr(base) if base else 'another one'}",
+        remedy=f"use an expert that was trained on this base model, not on {repr(base) if base else 'another one'}"
+        + (f"; or load that one: AutoModelForCausalLM.from_pretrained({base!r})" if base else ""),
     )
 
 

@@ -1,7 +1,8 @@
 """Weights of the base model that experts' files hold: embeddings with trained or new rows, and heads.
 
 PEFT saves the embeddings' weights where they were adapted, resized or trained, and the modules that `modules_to_save`
-names; a classification task names its head by itself. A mixture has one weight for all experts. Where every expert that
+names, or of `trainable_token_indices` the rows; a classification task names its head by itself. With `bias`, the base
+model's biases are saved. A mixture has one weight for all experts. Where every expert that
 holds it agrees, and the base model's is another, theirs is used.
 
 Source: PEFT 0.21.2, `utils/save_and_load.py`.
@@ -10,14 +11,16 @@ Source: PEFT 0.21.2, `utils/save_and_load.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loramix.config.folder import CONFIG_NAME
 from loramix.errors import (
     AdapterMismatchError,
     ConfigurationError,
@@ -25,7 +28,7 @@ from loramix.errors import (
     IncompleteCheckpointError,
     UnsupportedAdapterError,
 )
-from loramix.experts.adapter import Adapter, of_another_base
+from loramix.experts.adapter import TOKEN_ROWS, Adapter, of_another_base
 from loramix.experts.base_layers import is_quantised
 from loramix.experts.offload import kept_tensor
 from loramix.files.tensors import all_finite
@@ -84,10 +87,9 @@ def own_rows(
     for names in _tied(weights):
         own = weights[names[0]]
         mine = next((given[name] for name in names if name in given), None)
-        holders = [(each, name) for each in adapters for name in names if name in each.base_weights]
+        holders = _holders(adapters, names, chosen)
         if mine is None and holders:
             _refuse_untied(own, names, holders)
-            holders.sort(key=lambda holder: holder[0].name != chosen)
             mine = _agreed(holders, only_first=chosen is not None)
         if mine is None:
             continue
@@ -99,6 +101,98 @@ def own_rows(
             if not any(name in given for name in names):
                 _warn(adapters, holders, names[0], rows)
     return made
+
+
+def conflicting(model: PreTrainedModel, adapters: Sequence[Adapter], chosen: str | None = None) -> list[str]:
+    """The names of the saved weights in which experts disagree, or that cannot take the place of the base model's.
+
+    Arguments as for `own_rows`.
+    """
+    weights, found = _weights(model), list[str]()
+    for names in _tied(weights):
+        holders = _holders(adapters, names, chosen)
+        if not holders:
+            continue
+        try:
+            _refuse_untied(weights[names[0]], names, holders)
+            mine = _agreed(holders, only_first=chosen is not None)
+        except (AdapterMismatchError, UnsupportedAdapterError):
+            found += names
+            continue
+        if weights[names[0]].is_meta and not bool(same(kept_tensor(model, names[0]), mine).all()):
+            found += names
+    return found
+
+
+def _holders(adapters: Sequence[Adapter], names: Sequence[str], chosen: str | None) -> list[tuple[Adapter, str]]:
+    """The experts that hold a weight under one of its names, the chosen one first."""
+    found = [(each, name) for each in adapters for name in names if name in each.base_weights]
+    return sorted(found, key=lambda holder: holder[0].name != chosen)
+
+
+def without_names(model: nn.Module, adapter: Adapter, names: Collection[str]) -> Adapter:
+    """The expert without these of its base weights; its configuration does not name their modules either."""
+    kept = {name: saved for name, saved in adapter.base_weights.items() if name not in names}
+    declared = [
+        part
+        for part in adapter.config.modules_to_save or ()
+        if not any(_names_around(part, name.rpartition(".")[0]) for name in _weights(model) if name in names)
+    ]
+    config = replace(adapter.config, modules_to_save=declared or None)
+    return replace(adapter, config=config, base_weights=kept)
+
+
+def settle_base_weights(model: PreTrainedModel, adapter: Adapter) -> Adapter:
+    """The expert with trained tokens as whole embeddings, and without copies of weights that it does not bring.
+
+    Args:
+        model: the base model.
+        adapter: the expert, by the base model's names.
+
+    Raises:
+        IncompleteCheckpointError: another number of rows than of trained tokens.
+        AdapterMismatchError: tokens that the base model does not have.
+    """
+    if not adapter.base_weights:
+        return adapter
+    weights, embeddings, found = _weights(model), embedding_paths(model), dict[str, Tensor]()
+    for name, saved in adapter.base_weights.items():
+        path = name.removesuffix(f".{TOKEN_ROWS}")
+        if path != name and f"{path}.weight" in weights:
+            found[f"{path}.weight"] = _with_rows(model, adapter, path, saved)
+            continue
+        own = weights.get(name)
+        brought = _is_brought(adapter, name) or name.rpartition(".")[0] in embeddings
+        copied = not brought and own is not None and own.shape == saved.shape and not own.is_meta
+        if own is None or not copied or not _is_plain(own) or not bool(same(own, saved).all()):
+            found[name] = saved
+    config = replace(adapter.config, trainable_token_indices=None)
+    return replace(adapter, config=config, base_weights=found)
+
+
+def _with_rows(model: PreTrainedModel, adapter: Adapter, path: str, rows: Tensor) -> Tensor:
+    """An embedding's weight with the rows of an expert's trained tokens."""
+    given: object = adapter.config.trainable_token_indices
+    if isinstance(given, Mapping):
+        named = cast("Mapping[str, list[int]]", given)
+        given = next((numbers for name, numbers in named.items() if f".{path}".endswith(f".{name}")), [])
+    numbers = given or []
+    whole = kept_tensor(model, f"{path}.weight").detach().clone()
+    if rows.dim() != 2 or len(rows) != len(numbers) or rows.shape[1:] != whole.shape[1:]:
+        raise IncompleteCheckpointError(
+            "An expert's file holds a row for each of trainable_token_indices.",
+            received=f"expert {adapter.name!r}: {tuple(rows.shape)} for {len(numbers)} tokens of {path!r}, "
+            f"{tuple(whole.shape)}",
+            remedy="save or download the adapter again",
+        )
+    if not all(0 <= number < len(whole) for number in numbers):
+        raise AdapterMismatchError(
+            "An expert is put on a base model with the vocabulary it was trained with.",
+            received=f"expert {adapter.name!r}: trained tokens up to {max(numbers)}; the base model has {len(whole)}",
+            remedy=resizing_remedy(max(numbers) + 1, len(whole)),
+        )
+    whole[numbers] = rows.to(whole)
+    return whole
 
 
 def check_base_weights(model: PreTrainedModel, adapter: Adapter) -> None:
@@ -124,12 +218,17 @@ def check_base_weights(model: PreTrainedModel, adapter: Adapter) -> None:
                 remedy="load the base model without quantising this module, or train the expert without it",
             )
         if own is None:
-            raise _another(adapter, path or name, "the base model has no such weight, and")
-        if not (declared or path in embeddings or path in adapter.weights):
+            raise AdapterMismatchError(
+                "A weight that is saved with an expert takes the place of one of its base model's.",
+                received=f"expert {adapter.name!r}, module {path or name!r}: the base model has no weight {name!r}",
+                remedy=f"{of_another_base(adapter, '').remedy}; or leave the weight out: drop_unsupported=True",
+            )
+        if not (_is_brought(adapter, name) or path in embeddings or path in adapter.weights):
             raise UnsupportedAdapterError(
                 "An expert's file holds LoRA tensors, embeddings, and the modules of modules_to_save.",
                 received=f"expert {adapter.name!r}: the weight {name!r}",
-                remedy="leave this expert out, or train it without what this tensor belongs to",
+                remedy=f"add {path!r} to modules_to_save in {CONFIG_NAME}, or leave the weight out: "
+                "drop_unsupported=True",
             )
         if own.shape != saved.shape:
             raise _other_shape(adapter, path, own, saved)
@@ -140,7 +239,13 @@ def check_base_weights(model: PreTrainedModel, adapter: Adapter) -> None:
                 remedy="download the adapter again, or train it again: its training has diverged",
             )
         if not declared and own.dim() > 1 and not own.is_meta and _unrelated(own, saved):
-            raise _another(adapter, path, "the file holds the weight of its own base model, and")
+            raise AdapterMismatchError(
+                "Embeddings that are saved with an expert resemble its base model's.",
+                received=f"expert {adapter.name!r}, module {path!r}: most saved rows have nothing in common with the "
+                "base model's, so it is another one, or they were trained for long",
+                remedy=f"{of_another_base(adapter, '').remedy}; where it is this base model, add {path!r} to "
+                f"modules_to_save in {CONFIG_NAME}, or leave the rows out: drop_unsupported=True",
+            )
 
 
 def embedding_paths(model: PreTrainedModel) -> set[str]:
@@ -156,10 +261,18 @@ def embedding_paths(model: PreTrainedModel) -> set[str]:
 
 def is_declared(adapter: Adapter, path: str) -> bool:
     """Whether `modules_to_save` names a module, or one around it; a name is the end of a path, as in PEFT."""
-    names = adapter.config.modules_to_save or []
+    return any(_names_around(name, path) for name in adapter.config.modules_to_save or ())
+
+
+def _names_around(name: str, path: str) -> bool:
+    """Whether a name is that of a module, or of one around it."""
     parts = path.split(".")
-    whole = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(_is_named(names, outer) for outer in whole)
+    return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)))
+
+
+def _is_brought(adapter: Adapter, name: str) -> bool:
+    """Whether the configuration says that the expert brings this weight of the base model."""
+    return (adapter.config.bias == "all" and name.endswith("bias")) or is_declared(adapter, name.rpartition(".")[0])
 
 
 def same(own: Tensor, saved: Tensor) -> Bool[Tensor, ...]:
@@ -227,7 +340,8 @@ def _agreed(holders: Sequence[tuple[Adapter, str]], *, only_first: bool) -> Tens
                 "The experts of a mixture share its embeddings and heads.",
                 received=f"experts {first.name!r} and {other.name!r} with different rows "
                 f"{numbered(unequal.tolist())} of {alias!r}",
-                remedy=f"choose whose are used, for example base_weights_of={first.name!r}, or leave one of them out",
+                remedy=f"choose whose are used, for example base_weights_of={first.name!r}, or use the base model's: "
+                "drop_unsupported=True",
             )
     return mine
 

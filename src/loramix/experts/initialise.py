@@ -34,10 +34,13 @@ def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapte
         ConfigurationError: no module to adapt, or an unknown `init_lora_weights`.
     """
     refuse_unsupported(config, name)
-    if config.modules_to_save:
+    beside = {field: getattr(config, field) for field in ("modules_to_save", "trainable_token_indices")}
+    beside["bias"] = None if config.bias == "none" else config.bias
+    if any(beside.values()):
+        field, value = next((field, value) for field, value in beside.items() if value)
         raise UnsupportedAdapterError(
             "Modules that train beside a new expert are named by their gradients.",
-            received=f"a new expert {name!r} with modules_to_save={config.modules_to_save!r}",
+            received=f"a new expert {name!r} with {field}={value!r}",
             remedy="leave it out, and call requires_grad_(True) on these modules once the expert is there: they are "
             "saved with it",
         )

@@ -21,6 +21,7 @@ from loramix.config.wrappers import unwrapped
 from loramix.errors import AdapterMismatchError, CorruptCheckpointError, UnsupportedAdapterError
 from loramix.experts.adapter import WRAPPED, Adapter, BlockWeights, LoraWeights, of_another_base
 from loramix.experts.base_layers import kind_of, refuse_module
+from loramix.experts.base_weights import settle_base_weights
 from loramix.experts.blocks import BlockMatrices, with_matrices
 from loramix.experts.older_names import with_present_names
 
@@ -36,10 +37,11 @@ def on_base(model: PreTrainedModel, adapter: Adapter) -> Adapter:
         UnsupportedAdapterError: a block or a parameter that no adapted layer can stand in for.
         AdapterMismatchError: other parameters of a block than the configuration names, or other shapes.
         CorruptCheckpointError: another rank than the configuration says.
-        IncompleteCheckpointError: tensors for some of a block's own experts only.
+        IncompleteCheckpointError: tensors for some of a block's own experts only, or fewer rows than trained tokens.
     """
     modules = with_matrices(model)
     adapter = with_present_names(model, modules, _with_wrappers(model, modules, adapter))
+    adapter = settle_base_weights(model, adapter)
     weights: dict[str, LoraWeights] = {}
     wrapped: dict[str, dict[int, LoraWeights]] = {}  # block -> how deep inside its wrappers -> tensors
     for path, given in adapter.weights.items():

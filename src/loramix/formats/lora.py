@@ -6,8 +6,8 @@ state dicts of PEFT's model (`modules_to_save.default`, `original_module`), and 
 
 An expert that adapts an embedding also holds that embedding's own weight, `<module path>.base_layer.weight`; one whose
 vocabulary was resized holds `<module path>.weight`, and so does one with `modules_to_save`. Whether the base model has
-such a weight, and which of them an expert may bring, is told when the expert is put on it; likewise, which parameters of
-a mixture-of-experts block the tensors of its path belong to (`experts/on_base.py`).
+such a weight, and which of them an expert may bring, is told when the expert is put on it; likewise, which parameters
+of a mixture-of-experts block the tensors of its path belong to (`experts/on_base.py`).
 
 Source: PEFT 0.21.2, `utils/save_and_load.py`.
 """
@@ -26,7 +26,7 @@ from loramix.config.folder import CONFIG_NAME, KOHYA_REMEDY, MLX_REMEDY, find_co
 from loramix.config.lora import LoraConfig
 from loramix.config.wrappers import unwrapped
 from loramix.errors import CorruptCheckpointError, IncompleteCheckpointError, UnsupportedAdapterError
-from loramix.experts.adapter import WRAPPED, Adapter, BlockWeights, LoraWeights
+from loramix.experts.adapter import TOKEN_ROWS, WRAPPED, Adapter, BlockWeights, LoraWeights
 from loramix.experts.features import refuse_unsupported
 from loramix.files.atomic import Writer, text_writer
 from loramix.files.location import Location
@@ -45,6 +45,7 @@ _LORA_KEY = re.compile(
     r"|(?P<vector>lora_embedding_[AB]|lora_magnitude_vector)(?:\.[^.]+){0,2})"
 )
 _BASE_KEY = re.compile(r"(?P<path>(?!.*\blora_).+?)(?:\.base_layer)?\.(?P<leaf>weight|bias)")
+_ROWS_KEY = re.compile(rf"(?P<path>.+?)(?:\.base_layer)?\.{re.escape(TOKEN_ROWS)}(?:\.[^.]+)?")
 _TRAINED_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 _UNTRAINED_COPY = ".original_module."
 
@@ -157,6 +158,9 @@ def _parse_key(name: str, key: str) -> tuple[str, str | None]:
         part = lora["vector"] or f"{lora['matrix']}.{lora['leaf']}"
         if part != "lora_A.bias":
             return lora["path"], part
+    rows = _ROWS_KEY.fullmatch(stripped)
+    if rows is not None:
+        return f"{rows['path']}.{TOKEN_ROWS}", None
     base = _BASE_KEY.fullmatch(stripped)
     if base is not None:
         return f"{base['path']}.{base['leaf']}", None

@@ -8,6 +8,8 @@ mixture-of-experts block is a layer, numbered where its block stands, in the ord
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from loramix.config.folder import CONFIG_NAME
 from loramix.errors import AdapterMismatchError, ModelError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, LoraWeights, of_another_base, refuse_infinite
 from loramix.experts.base_layers import (
@@ -30,6 +33,7 @@ from loramix.experts.base_layers import (
 from loramix.experts.base_model import Backbones, encoder_and_decoder, in_declared_order
 from loramix.experts.base_weights import check_base_weights, resizing_remedy
 from loramix.experts.blocks import COMPUTED, BlockMatrices, with_matrices
+from loramix.experts.mismatch import absent_modules, shown
 from loramix.experts.targets import adaptable, carrier_path, in_head, targeted
 from loramix.files.tensors import all_finite
 from loramix.layers.layer import XLoraBlock, XLoraLayer, fill, new_layer
@@ -115,18 +119,47 @@ class _Base:
 
 def _check(adapter: Adapter, base: _Base) -> None:
     modules = base.modules
-    absent = [path for path in adapter.weights if path not in modules]
-    if absent:
-        raise _mismatch(adapter, "the base model has no such module", absent)
+    absent = absent_modules(adapter, modules)
+    if absent is not None:
+        raise absent
     for path, weights in adapter.weights.items():
         base.check(adapter, path, weights)
     missing = [path for path in targeted(modules, base.kinds, adapter.config) if path not in adapter.weights]
     if missing:
-        raise _mismatch(
+        _check_pruned(adapter, missing)
+
+
+def _check_pruned(adapter: Adapter, missing: Sequence[str]) -> None:
+    """Warn of modules that the configuration names and the file has no tensors for: they stay as they are.
+
+    Where it has none for the last blocks of several, the base model that it was trained on had fewer.
+    """
+    last: dict[str, int] = {}
+    for path in adapter.weights:
+        blocks, number = _block(path)
+        last[blocks] = max(number, last.get(blocks, -1))
+    beyond = [path for path in missing for blocks, number in [_block(path)] if number > last.get(blocks, number)]
+    if beyond:
+        error = of_another_base(
             adapter,
-            "target_modules or target_parameters names it in this base model, and the file has no tensors for it",
-            missing,
+            f"{shown(beyond)}: target_modules or target_parameters names it in this base model, and the file has no "
+            "tensors for it, nor for a later block",
         )
+        remedy = (
+            f"{error.remedy}; where these blocks are to stay as they are, set layers_to_transform or exclude_modules"
+        )
+        raise AdapterMismatchError(error.rule, received=error.received, remedy=f"{remedy} in {CONFIG_NAME}")
+    warnings.warn(
+        f"Expert {adapter.name!r} has no tensors for {len(missing)} of the modules that its configuration names, "
+        f"{shown(missing)}: it leaves them as they are.",
+        stacklevel=6,
+    )
+
+
+def _block(path: str) -> tuple[str, int]:
+    """The list of blocks that a module is in, and its block's number; -1 outside of blocks."""
+    found = re.match(r"(.*?)\.(\d+)(?:\.|$)", path)
+    return (found[1], int(found[2])) if found else ("", -1)
 
 
 def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraWeights) -> None:
@@ -151,11 +184,6 @@ def _check_shapes(adapter: Adapter, path: str, module: nn.Module, weights: LoraW
             received=f"expert {adapter.name!r}, module {path!r}: expected {expected}, found {found}",
             remedy=remedy,
         )
-
-
-def _mismatch(adapter: Adapter, what: str, paths: Sequence[str]) -> AdapterMismatchError:
-    shown = ", ".join(repr(path) for path in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    return of_another_base(adapter, f"module {shown}: {what}")
 
 
 def find_backbones(model: PreTrainedModel, sites: Sequence[Site], names: Sequence[str]) -> Backbones:

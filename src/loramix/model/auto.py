@@ -38,6 +38,7 @@ class AutoPeftModel:
         *,
         adapters: dict[str, str] | None = None,
         base_weights_of: str | None = None,
+        drop_unsupported: bool = False,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
@@ -55,6 +56,7 @@ class AutoPeftModel:
             config: a configuration to use instead of the saved one.
             adapters: experts to use instead of the saved ones.
             base_weights_of: the expert whose embeddings and head are used, where experts disagree.
+            drop_unsupported: whether what cannot be carried of an expert is left out, with a warning.
             revision: of the adapter; the base model's is in the adapter's configuration.
             subfolder: of the adapter.
             token: access token, for adapter and base model, like the next three.
@@ -101,6 +103,7 @@ class AutoPeftModel:
             config,
             adapters=adapters,
             base_weights_of=base_weights_of,
+            drop_unsupported=drop_unsupported,
             **vars(options),
         )
 

@@ -24,6 +24,7 @@ from loramix.experts.adapter import Adapter
 from loramix.experts.base_layers import device_of, unpack
 from loramix.experts.base_model import Backbones, identifier_of
 from loramix.experts.base_weights import OwnRows, own_rows
+from loramix.experts.dropping import without_unsupported
 from loramix.experts.dry_run import hidden_size_of
 from loramix.experts.initialise import new_adapter
 from loramix.experts.on_base import on_base
@@ -74,6 +75,7 @@ class PeftModel(_Peft):
         *,
         adapters: Mapping[str, str] | None = None,
         base_weights_of: str | None = None,
+        drop_unsupported: bool = False,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved mixture, or one saved LoRA expert, on a base model.
@@ -88,6 +90,7 @@ class PeftModel(_Peft):
             adapters: experts to use instead of the saved ones: the same names replace by name, all-new names replace
                 in order and become the names.
             base_weights_of: as for `get_peft_model`; what a saved mixture holds itself comes first.
+            drop_unsupported: as for `get_peft_model`.
             **hub: revision, subfolder, token, cache_dir, local_files_only, force_download. Further arguments that
                 PEFT takes (`torch_device`, `device_map`, `dtype`, `low_cpu_mem_usage`, …) are taken and mean nothing:
                 experts go where the base model's layers are, in their dtype.
@@ -101,6 +104,7 @@ class PeftModel(_Peft):
         options = _options(hub)
         config = copy.deepcopy(as_own(config))
         location = Location(model_id, options)
+        supported = functools.partial(_supported, model, base_weights_of=base_weights_of, drop=drop_unsupported)
         with replacing(model):
             check_plain(model)
             unpack(model)
@@ -112,12 +116,13 @@ class PeftModel(_Peft):
                         received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
                         remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
                     )
-                adapter = read_expert(location, adapter_name, lora)
+                (adapter,) = supported([read_expert(location, adapter_name, lora)])
                 return _build_lora(model, adapter, base_weights_of, trainable=is_trainable)
             saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
             saved.config.inference_mode = not is_trainable
             own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
-            result = _build_mixture(model, saved.config, saved.experts, saved.router, own, trainable=is_trainable)
+            experts = supported(saved.experts)
+            result = _build_mixture(model, saved.config, experts, saved.router, own, trainable=is_trainable)
         return result if is_trainable else result.eval()
 
 
@@ -153,6 +158,7 @@ def get_peft_model(
     mixed: bool = False,
     *,
     base_weights_of: str | None = None,
+    drop_unsupported: bool = False,
     **hub: Any,
 ) -> PeftModel:
     """Make a mixture of a base model and the experts a configuration names, with a new router; or a new LoRA expert.
@@ -166,6 +172,9 @@ def get_peft_model(
         mixed: likewise; False.
         base_weights_of: the expert whose embeddings and head are used where the experts were saved with different
             ones: all experts of a mixture share them.
+        drop_unsupported: whether what this mixture cannot carry of an expert is left out, with a warning that names it:
+            modules that no expert can adapt, and saved weights that are not the base model's, or in which experts
+            disagree. Otherwise such an expert is refused.
         **hub: as for `PeftModel.from_pretrained`, for the experts; but `revision` is the base model's, as in PEFT, and
             kept in the configuration. An expert says its own: "user/repo@revision".
 
@@ -192,9 +201,19 @@ def get_peft_model(
             return _build_lora(model, new_adapter(adapter_name, model, config), base_weights_of, trainable=True)
         checked_router(config, len(config.adapters), hidden_size_of(model))
         config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
-        experts = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
+        found = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
+        experts = _supported(model, found, base_weights_of=base_weights_of, drop=drop_unsupported)
         own = functools.partial(own_rows, chosen=base_weights_of)
         return _build_mixture(model, config, experts, None, own, trainable=not config.inference_mode)
+
+
+def _supported(
+    model: PreTrainedModel, experts: Sequence[Adapter], *, base_weights_of: str | None, drop: bool
+) -> Sequence[Adapter]:
+    """The experts, without what a mixture cannot carry if `drop`."""
+    if not drop:
+        return experts
+    return without_unsupported(model, [on_base(model, expert) for expert in experts], base_weights_of)
 
 
 def _options(hub: Mapping[str, Any]) -> HubOptions:

@@ -71,7 +71,8 @@ def with_base_weights(
     name.
     """
     names = dict.fromkeys([*own_weights(model, state, tensors), *itertools.chain(*state.saved_weights.values())])
-    paths = {name.rpartition(".")[0] for name in names} - embedding_paths(model)
+    biases = [name for name in names if name.endswith("bias") and not is_declared(expert, name.rpartition(".")[0])]
+    paths = {name.rpartition(".")[0] for name in names if name not in biases} - embedding_paths(model)
     in_backbone = f"{model.base_model_prefix}." if model.base_model is not model else ""
     paths = {path if path.startswith(in_backbone) else path.partition(".")[0] for path in paths}
     here = (_base_name(name, state) for name, _ in model.named_parameters(remove_duplicate=False))
@@ -79,6 +80,7 @@ def with_base_weights(
     unnamed = sorted(path for path in paths if not is_declared(expert, path))
     declared = [*(expert.config.modules_to_save or []), *unnamed]
     config = dataclasses.replace(expert.config, modules_to_save=declared) if unnamed else expert.config
+    config = dataclasses.replace(config, bias="all") if biases else config
     weights = {name: tensors[_name_here(name, state)] for name in [*names, *whole]}
     return dataclasses.replace(expert, config=config, base_weights=weights)
 
