@@ -14,7 +14,7 @@ from huggingface_hub import constants, errors
 from loramix.config.base import PeftConfig
 from loramix.config.lora import LoraConfig
 from loramix.errors import CheckpointNotFoundError, ConfigurationError
-from loramix.files.hub import HubOptions, find_any, find_file, is_local
+from loramix.files.hub import HubOptions, find_any, find_file, is_local, names_in
 
 OLD, NEW = "a" * 40, "b" * 40
 NAME = "adapter_config.json"
@@ -287,3 +287,28 @@ def test_moving_options():
     options = HubOptions(revision="v1", subfolder="a", token="t", local_files_only=True)
     assert options.below("b") == HubOptions(revision="v1", subfolder="a/b", token="t", local_files_only=True)
     assert options.elsewhere() == HubOptions(token="t", local_files_only=True)
+
+
+def test_names_at_a_place(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert names_in(tmp_path, HubOptions()) == ["checkpoint-10", "notes.txt"]
+    assert names_in(tmp_path, HubOptions(subfolder="checkpoint-10")) == []
+    assert names_in(tmp_path / "gone", HubOptions()) == []
+    asked = []
+
+    def files(repo, *, revision, token):
+        asked.append((repo, revision, token))
+        return ["README.md", "run/checkpoint-10/adapter_config.json", "run/log.txt"]
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", files)
+    assert names_in("user/repo@v1", HubOptions()) == ["README.md", "run"]
+    assert names_in("hf://user/repo/run", HubOptions(token="t")) == ["checkpoint-10", "log.txt"]
+    assert names_in("user/repo", HubOptions(local_files_only=True)) == []
+    assert asked == [("user/repo", "v1", None), ("user/repo", None, "t")]
+
+    def fail(*_args, **_kwargs):
+        raise errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    assert names_in("user/repo", HubOptions()) == []

@@ -76,7 +76,7 @@ def _holds(location: Location, name: str) -> bool:
 
 MLX_REMEDY = (
     f"Save it as PEFT does: lora_A.weight = lora_a.T and lora_B.weight = lora_b.T under base_model.model.<module>, and "
-    f"a {CONFIG_NAME} of LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=keys)."
+    f"the {CONFIG_NAME} of LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=keys)."
 )
 KOHYA_REMEDY = (
     "Save it as PEFT does: lora_A.weight = lora_down.weight and lora_B.weight = lora_up.weight under "

@@ -151,8 +151,23 @@ class LoraConfig(PeftConfig, reads=[PeftType.LORA]):
         )
 
     def _validate_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "modules_to_save"):
             require_names(name, getattr(self, name))
+        require(
+            not isinstance(cast(object, self.modules_to_save), str),
+            "modules_to_save must be a list of names.",
+            received=f"modules_to_save={self.modules_to_save!r}",
+            remedy='Use modules_to_save=["lm_head"].',
+        )
+        tokens = cast(object, self.trainable_token_indices)
+        for numbers in cast("Mapping[str, object]", tokens).values() if isinstance(tokens, Mapping) else [tokens]:
+            require_indices("trainable_token_indices", numbers)
+            require(
+                not isinstance(numbers, int),
+                "trainable_token_indices must be a list of tokens, or map embeddings to such lists.",
+                received=f"trainable_token_indices={tokens!r}",
+                remedy="Use trainable_token_indices=[5, 6].",
+            )
         require(
             not isinstance(cast(object, self.target_parameters), str),
             "target_parameters must be a list of names.",

@@ -159,7 +159,8 @@ def settle_base_weights(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     for name, saved in adapter.base_weights.items():
         path = name.removesuffix(f".{TOKEN_ROWS}")
         if path != name and f"{path}.weight" in weights:
-            found[f"{path}.weight"] = _with_rows(model, adapter, path, saved)
+            plain = _is_plain(weights[f"{path}.weight"])
+            found[f"{path}.weight"] = _with_rows(model, adapter, path, saved) if plain else saved
             continue
         own = weights.get(name)
         brought = _is_brought(adapter, name) or name.rpartition(".")[0] in embeddings

@@ -154,7 +154,7 @@ def names_in(identifier: str | os.PathLike[str], options: HubOptions) -> list[st
     folder = _folder(identifier)
     if folder is not None:
         place = folder / (options.subfolder or "")
-        return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+        return sorted(os.listdir(place)) if os.access(place, os.R_OK) and place.is_dir() else []  # noqa: PTH208
     text = os.fspath(identifier)
     if options.local_files_only or not text.strip() or _looks_local(text):
         return []
