@@ -69,7 +69,8 @@ def _expert(folder: Path, seed: int = 1, **config: Any) -> Path:
     return folder
 
 
-def _mixture(folder: Path, **config: Any) -> Any:
+def mixture(folder: Path, **config: Any) -> Any:
+    """A new mixture of two experts, which are written into a folder."""
     experts = {name: str(_expert(folder / "experts" / name, n)) for n, name in enumerate("ab")}
     torch.manual_seed(2)
     model: Any = get_peft_model(base(), XLoraConfig(hidden_size=16, adapters=experts, **config))
@@ -77,7 +78,7 @@ def _mixture(folder: Path, **config: Any) -> Any:
 
 
 def _saved(folder: Path, **config: Any) -> Path:
-    _mixture(folder, **config).save_pretrained(folder / "saved")
+    mixture(folder, **config).save_pretrained(folder / "saved")
     return folder / "saved"
 
 
@@ -233,7 +234,9 @@ def _changed(tensors: dict[str, Tensor], rng: random.Random) -> str:
     else:
         # What would fit again, such as the transpose of a square matrix, is cut instead.
         makes: dict[str, Callable[[], Tensor]] = {
-            "transpose": lambda: tensor.T.contiguous() if tensor.dim() == 2 and len(set(tensor.shape)) > 1 else tensor[1:],
+            "transpose": lambda: (
+                tensor.T.contiguous() if tensor.dim() == 2 and len(set(tensor.shape)) > 1 else tensor[1:]
+            ),
             "cut": lambda: tensor[:-1].clone(),
             "flat": lambda: tensor.flatten() if tensor.dim() > 1 else tensor[:, None].expand(-1, 2).clone(),
             "integers": lambda: (100 * tensor).to(torch.int32),
