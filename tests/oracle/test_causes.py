@@ -301,6 +301,8 @@ def test_tokens_that_were_trained(tokens: Any, tied: bool, tmp_path: Path) -> No
     assert torch.equal(logits_of(again, ids), logits_of(mixed, ids))
     wrong = rewritten(folder, tmp_path / "wrong", dict, trainable_token_indices=[5])
     assert isinstance(refusal_of(wrong, base()), errors.IncompleteCheckpointError)
+    lost = rewritten(folder, tmp_path / "lost", lambda t: {key: w for key, w in t.items() if "trainable" not in key})
+    assert "trainable_tokens_delta" in refusal_of(lost, base()).received
     beyond = rewritten(folder, tmp_path / "beyond", dict, trainable_token_indices=[5, 97])
     caught = refusal_of(beyond, base())
     assert "base.resize_token_embeddings(98)" in caught.remedy

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from loramix.config.folder import CONFIG_NAME
 from loramix.config.wrappers import unwrapped
 from loramix.errors import AdapterMismatchError, CorruptCheckpointError, UnsupportedAdapterError
 from loramix.experts.adapter import WRAPPED, Adapter, BlockWeights, LoraWeights, of_another_base
@@ -125,7 +126,8 @@ def _of_block(
             "An expert's file holds tensors for each parameter that target_parameters names.",
             received=f"expert {adapter.name!r}, block {block!r}: tensors for {len(wrappers)} parameters, "
             f"target_parameters={config.target_parameters!r} names {', '.join(map(repr, named)) or 'none'} there",
-            remedy=of_another_base(adapter, "").remedy,
+            remedy=f"let target_parameters in {CONFIG_NAME} name the parameters that the expert was trained on, or "
+            + of_another_base(adapter, "").remedy,
         )
     return {path: _matrices(adapter, modules, path, wrappers[len(named) - 1 - i]) for i, path in enumerate(named)}
 

@@ -96,7 +96,7 @@ def parse_tensors(
     Raises:
         UnsupportedAdapterError: a key that is not LoRA's.
         CorruptCheckpointError: two keys for one tensor, or a tensor that contradicts the configuration.
-        IncompleteCheckpointError: A without B, B without A, or neither for any module.
+        IncompleteCheckpointError: A without B, B without A, or neither for any module; no rows of trained tokens.
     """
     modules: dict[str, dict[str, Tensor]] = {}
     base_weights: dict[str, Tensor] = {}
@@ -116,6 +116,12 @@ def parse_tensors(
         raise IncompleteCheckpointError(
             "An expert's file holds lora_A and lora_B for at least one module.",
             received=f"expert {name!r}: {len(tensors)} tensors, none of them LoRA's",
+            remedy="Save the adapter again; of a wrapped model save what is inside (model._orig_mod, model.module).",
+        )
+    if config.trainable_token_indices and not any(path.endswith(f".{TOKEN_ROWS}") for path in base_weights):
+        raise IncompleteCheckpointError(
+            "An expert's file holds the rows of trainable_token_indices.",
+            received=f"expert {name!r}: {config.trainable_token_indices!r}, without {TOKEN_ROWS}",
             remedy="Save the adapter again.",
         )
     expert = Adapter(name, config, {})
