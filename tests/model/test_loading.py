@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from loramix import CorruptCheckpointError, PeftModel, XLoraConfig, get_peft_model
 from loramix.experts.adapter import LoraWeights
 from loramix.files.tensors import write_tensors
-from loramix.formats import lora
+from loramix.formats import peft
 from support.tiny import llama
 
 MAPS = Path("/proc/self/maps")
@@ -25,7 +25,7 @@ def test_a_file_is_mapped_once_and_released_before_the_next_one_is_read(
     adapters: Adapters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {name: f"{folder}/adapter_model.safetensors" for name, folder in adapters(3).items()}
-    move, read = LoraWeights.move_into, lora.read_tensors
+    move, read = LoraWeights.move_into, peft.read_tensors
     still_mapped: list[list[str]] = []
     opened: list[str] = []
 
@@ -39,7 +39,7 @@ def test_a_file_is_mapped_once_and_released_before_the_next_one_is_read(
         return read(path)
 
     monkeypatch.setattr(LoraWeights, "move_into", watched)
-    monkeypatch.setattr(lora, "read_tensors", counted)
+    monkeypatch.setattr(peft, "read_tensors", counted)
     model = get_peft_model(llama(), XLoraConfig(hidden_size=64, adapters=adapters(3)))
     names, layers = list(files), sum("lora_A" in name for name, _ in model.named_parameters())
     assert still_mapped == [names[i:] for i in range(3) for _ in range(layers)]

@@ -23,7 +23,7 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def unsupported_features(config: LoraConfig) -> list[str]:
-    """The settings of an expert, as "field=value", that a mixture does not support.
+    """The settings of an expert that a mixture does not support, as "field=value", for most with the reason.
 
     Initialisations such as PiSSA's change the base model's weights: an expert trained that way belongs to another base
     model than the other experts, unless PEFT converted it to plain LoRA on saving (the field is then True). Fields
