@@ -126,6 +126,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "mixture, layerwise": lambda folder: _saved(folder, layerwise_scalings=True),
     "mixture, static": lambda folder: _saved(folder, router="static"),
     "original library's": _in_format("original"),
+    "PEFT's": _in_format("peft"),
 }
 """A valid folder of each kind."""
 
@@ -201,12 +202,20 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from _places(inner)
 
 
+def _may_replace(value: Any, before: Any) -> bool:
+    """Whether a value has a meaning where another one stood: both are switches, or both numbers."""
+    if isinstance(before, bool):
+        return isinstance(value, bool)
+    return all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e300 for x in (value, before))
+
+
 def _change_json(path: Path, rng: random.Random) -> str:
     value = json.loads(path.read_text(encoding="utf-8"))
     holder, key = rng.choice(list(_places(value)))
     how = rng.choice(["strange", "strange", "strange", "drop", "rename", "extra", "BOM", "twice"])
     if how == "strange":
-        before, holder[key] = holder[key], rng.choice(STRANGE)
+        before = holder[key]
+        holder[key] = rng.choice([value for value in STRANGE if not _may_replace(value, before)])
         how = f"{key!r}: {str(holder[key])[:20]!r} for {str(before)[:20]!r}"
     elif how == "drop":
         del holder[key]

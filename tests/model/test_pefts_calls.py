@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loramix
 from loramix import PeftModel, XLoraConfig, get_peft_model
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.model.peft_names import REFUSED
+from support.disk import WEIGHTS
 from support.mixtures import logits_of, mixture
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import llama, tokens
@@ -25,10 +28,11 @@ REPLACED = "experts, which were replaced"
 pytestmark = pytest.mark.filterwarnings(*PEFT_WARNINGS)
 
 
-def names_of_pefts() -> set[str]:
+def names_of_pefts(*, outer: bool) -> set[str]:
+    """Those of the model that `base_model` is, and of the outer one."""
     import peft
 
-    kinds = (peft.PeftModelForCausalLM, peft.tuners.xlora.XLoraModel, peft.tuners.lora.LoraModel)
+    kinds = [peft.tuners.xlora.XLoraModel, peft.tuners.lora.LoraModel, *([peft.PeftModelForCausalLM] if outer else [])]
     return {name for kind in kinds for name in dir(kind) if not name.startswith("_") and not hasattr(nn.Module, name)}
 
 
@@ -38,8 +42,8 @@ CLASS_FACTS = {"prefix", "target_module_mapping", "tuner_layer_cls", "uses_share
 
 def test_the_model_has_every_name_of_pefts(experts: Experts) -> None:
     model = mixture(experts("llama"))
-    assert {name for name in names_of_pefts() - CLASS_FACTS if not hasattr(model, name)} == set()
-    assert {name for name in names_of_pefts() - CLASS_FACTS if not hasattr(model.base_model, name)} == set()
+    assert {name for name in names_of_pefts(outer=True) - CLASS_FACTS if not hasattr(model, name)} == set()
+    assert {name for name in names_of_pefts(outer=False) - CLASS_FACTS if not hasattr(model.base_model, name)} == set()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -114,6 +118,24 @@ def test_arguments_that_mean_nothing_here_are_taken(experts: Experts, tmp_path: 
         plain = logits_of(PeftModel.from_pretrained(llama(), folder))
         assert torch.equal(logits_of(PeftModel.from_pretrained(llama(), folder, **TAKEN)), plain)
         assert expected is None or torch.equal(plain, expected)
+
+
+def test_keys_are_mapped_as_by_peft(experts: Experts, tmp_path: Path) -> None:
+    folder = experts("llama")["math"]
+    expected = logits_of(PeftModel.from_pretrained(llama(), folder))
+    tensors = load_file(Path(folder) / WEIGHTS)
+    shutil.copytree(folder, tmp_path / "other")
+    save_file(
+        {k.replace("mlp", "ffn").replace("self_attn", "att"): t for k, t in tensors.items()},
+        tmp_path / "other" / WEIGHTS,
+    )
+    mapping = {r"\.ffn\.": ".mlp.", "att": "self_attn"}
+    found = PeftModel.from_pretrained(llama(), str(tmp_path / "other"), key_mapping=mapping)
+    assert torch.equal(logits_of(found), expected)
+    same = PeftModel.from_pretrained(llama(), folder, key_mapping={"x": "y"})
+    assert torch.equal(logits_of(same), expected)
+    with pytest.raises(ConfigurationError, match="regular expressions"):
+        PeftModel.from_pretrained(llama(), folder, key_mapping={"(": "x"})
 
 
 @pytest.mark.parametrize("argument", [{"ignore_mismatched_sizes": True}, {"repo_type": "dataset"}, {"no_such": 1}])

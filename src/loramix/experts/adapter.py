@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loramix.config.lora import LoraConfig
 from loramix.config.wrappers import unwrapped
-from loramix.errors import AdapterMismatchError, CorruptCheckpointError
+from loramix.errors import AdapterMismatchError, ConfigurationError, CorruptCheckpointError
 from loramix.files.tensors import all_finite
 
 _Value = TypeVar("_Value")
@@ -172,6 +172,39 @@ class Adapter:
             config=changed if old else config,
             weights={renamed(path, old, new): each for path, each in self.weights.items()},
             base_weights={renamed(name, old, new): each for name, each in self.base_weights.items()},
+        )
+
+    def mapped(self, key_mapping: Mapping[str, str]) -> Adapter:
+        """The expert with other paths, as PEFT's `key_mapping` changes keys.
+
+        Args:
+            key_mapping: regular expressions and replacements; the first that is found in a path is replaced.
+
+        Raises:
+            ConfigurationError: what is no such mapping.
+        """
+
+        def new(path: str) -> str:
+            for pattern, replacement in key_mapping.items():
+                changed, count = re.subn(pattern, replacement.lstrip("^"), path)
+                if count:
+                    return changed
+            return path
+
+        try:
+            weights = {new(path): each for path, each in self.weights.items()}
+            base_weights = {new(name): each for name, each in self.base_weights.items()}
+        except (re.error, AttributeError, TypeError) as error:
+            raise ConfigurationError(
+                "key_mapping holds regular expressions and replacements.",
+                received=f"key_mapping={key_mapping!r}: {error}",
+                remedy='pass for example key_mapping={"^model": "language_model.model"}',
+            ) from error
+        targets = self.config.target_modules
+        if targets is not None and not isinstance(targets, str):
+            targets = {new(target) for target in targets}
+        return replace(
+            self, config=replace(self.config, target_modules=targets), weights=weights, base_weights=base_weights
         )
 
 

@@ -76,6 +76,7 @@ class PeftModel(_Peft):
         adapters: Mapping[str, str] | None = None,
         base_weights_of: str | None = None,
         drop_unsupported: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved mixture, or one saved LoRA expert, on a base model.
@@ -91,6 +92,8 @@ class PeftModel(_Peft):
                 in order and become the names.
             base_weights_of: as for `get_peft_model`; what a saved mixture holds itself comes first.
             drop_unsupported: as for `get_peft_model`.
+            key_mapping: as in PEFT: regular expressions, and what they become in the paths of experts. Names of older
+                transformers need none.
             **hub: revision, subfolder, token, cache_dir, local_files_only, force_download. Further arguments that
                 PEFT takes (`torch_device`, `device_map`, `dtype`, `low_cpu_mem_usage`, …) are taken and mean nothing:
                 experts go where the base model's layers are, in their dtype.
@@ -116,12 +119,12 @@ class PeftModel(_Peft):
                         received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
                         remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
                     )
-                (adapter,) = supported([read_expert(location, adapter_name, lora)])
+                (adapter,) = supported([read_expert(location, adapter_name, lora).mapped(key_mapping or {})])
                 return _build_lora(model, adapter, base_weights_of, trainable=is_trainable)
             saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
             saved.config.inference_mode = not is_trainable
             own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
-            experts = supported(saved.experts)
+            experts = supported([expert.mapped(key_mapping or {}) for expert in saved.experts])
             result = _build_mixture(model, saved.config, experts, saved.router, own, trainable=is_trainable)
         return result if is_trainable else result.eval()
 

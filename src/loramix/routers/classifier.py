@@ -103,4 +103,4 @@ def _step(config: XLoraConfig) -> int:
     """The linear layers' distance in the sequence: with ReLU and dropout, with ReLU alone, or without either."""
     if not config.enable_relu_and_dropout:
         return 1
-    return 3 if config.xlora_dropout_p > 0 else 2
+    return 3 if config.xlora_depth > 1 and config.xlora_dropout_p > 0 else 2
