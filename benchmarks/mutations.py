@@ -71,7 +71,7 @@ def _expert(folder: Path, seed: int = 1, **config: Any) -> Path:
 
 def mixture(folder: Path, **config: Any) -> Any:
     """A new mixture of two experts, which are written into a folder."""
-    experts = {name: str(_expert(folder / "experts" / name, n)) for n, name in enumerate("ab")}
+    experts = {name: str(_expert(folder / "experts" / name, n)) for n, name in enumerate("01")}
     torch.manual_seed(2)
     model: Any = get_peft_model(base(), XLoraConfig(hidden_size=16, adapters=experts, **config))
     return model
