@@ -300,16 +300,19 @@ def test_a_base_whose_weights_are_divided_among_processes(experts: Any, tmp_path
     assert "divided among processes" in told.received
 
 
-def test_a_base_that_is_a_mixture_already(experts: Any, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(*PEFT_WARNINGS)
+def test_a_base_that_carries_an_adapter_of_pefts(experts: Any, tmp_path: Path) -> None:
+    import peft
+
     config = XLoraConfig(hidden_size=64, adapters=experts("llama"))
-    model: Any = get_peft_model(llama(), config)
-    model.save_pretrained(tmp_path / "mixture")
+    get_peft_model(llama(), config).save_pretrained(tmp_path / "mixture")
+    inner: Any = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).get_base_model()
     for call in (
-        lambda: get_peft_model(model, config),
-        lambda: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
-        lambda: PeftModel.from_pretrained(model, tmp_path / "mixture"),
+        lambda: get_peft_model(inner, config),
+        lambda: get_peft_model(inner, LoraConfig(target_modules=["q_proj"])),
+        lambda: PeftModel.from_pretrained(inner, tmp_path / "mixture"),
     ):
-        caught = refused(errors.ModelError, model, tmp_path, call)
+        caught = refused(errors.ModelError, inner, tmp_path, call)
         assert "unload()" in caught.remedy
 
 
