@@ -39,7 +39,7 @@ class _OfTheModel:
         return model if self._name == "model" else getattr(model, self._name)
 
 
-for _name in {"model", XLoraClassifier.attribute, *dir(XLoraMethods)}:
+for _name in {"model", "prepare_inputs_for_generation", XLoraClassifier.attribute, *dir(XLoraMethods)}:
     if not _name.startswith("_"):
         setattr(ThroughBaseModel, _name, _OfTheModel(_name))
 
