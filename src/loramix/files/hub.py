@@ -25,10 +25,12 @@ from typing import Any, cast
 from loramix.errors import CheckpointNotFoundError, ConfigurationError
 from loramix.files import journal
 
+HUB = "https://huggingface.co"
 _SCHEME = "hf://"
 _REPOSITORY = re.compile(
     r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<subfolder>.+?))?/?"
 )
+_OWNERLESS = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,22 @@ class HubOptions:
 def is_local(identifier: str | os.PathLike[str]) -> bool:
     """Whether an identifier is a local folder's: the folder exists, or no repository can have that id."""
     return _folder(identifier) is not None or _looks_local(os.fspath(identifier))
+
+
+def repository_of(identifier: str) -> str | None:
+    """The repository on the Hub that an identifier names; None if it names a folder."""
+    match = None if is_local(identifier) else _REPOSITORY.fullmatch(_without_scheme(identifier))
+    return None if match is None else match["repo"]
+
+
+def base_repository_of(identifier: str | None) -> str | None:
+    """Likewise of a base model. A name without an owner, such as "gpt2", is one if the Hub's cache has it."""
+    from huggingface_hub import try_to_load_from_cache  # pyright: ignore[reportUnknownVariableType]
+
+    if not identifier or _OWNERLESS.fullmatch(identifier) is None:
+        return repository_of(identifier) if identifier else None
+    cached = _folder(identifier) is None and isinstance(try_to_load_from_cache(identifier, "config.json"), str)
+    return identifier if cached else None
 
 
 def from_anywhere(place: str) -> str:
@@ -248,10 +266,7 @@ def _find_on_hub(identifier: str, filenames: tuple[str, ...], options: HubOption
 
 
 def _resolve(identifier: str, options: HubOptions) -> tuple[str, HubOptions]:
-    rest = identifier.removeprefix(_SCHEME)
-    if identifier.startswith(_SCHEME):
-        rest = rest.removeprefix("models/")
-    match = _REPOSITORY.fullmatch(rest)
+    match = _REPOSITORY.fullmatch(_without_scheme(identifier))
     if match is None:
         raise CheckpointNotFoundError(
             "A Hub identifier is user/repo, with @revision and /subfolder after it where needed.",
@@ -264,6 +279,10 @@ def _resolve(identifier: str, options: HubOptions) -> tuple[str, HubOptions]:
     if subfolder is not None:
         options = replace(options, subfolder="/".join(filter(None, (subfolder, options.subfolder))))
     return match["repo"], options
+
+
+def _without_scheme(identifier: str) -> str:
+    return identifier.removeprefix(_SCHEME).removeprefix("models/") if identifier.startswith(_SCHEME) else identifier
 
 
 def _translate(error: Exception, repo: str, filename: str, options: HubOptions) -> CheckpointNotFoundError:

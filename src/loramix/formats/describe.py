@@ -12,6 +12,7 @@ from loramix.experts.adapter import WRAPPED, Adapter, refuse_infinite
 from loramix.files.hub import HubOptions
 from loramix.files.location import Location
 from loramix.formats.load import Kind, kind_at, read_expert, read_mixture
+from loramix.formats.mixture import MixtureCheckpoint
 from loramix.routers import router_class
 
 
@@ -108,15 +109,31 @@ def describe(identifier: str | os.PathLike[str], options: HubOptions | None = No
         CheckpointError, AdapterError, ConfigurationError: what `load_adapter` and `load_mixture` raise.
     """
     location = Location(identifier, options or HubOptions())
-    return _mixture(location) if kind_at(location) is Kind.MIXTURE else _single_expert(location)
+    return describe_content(_read(location), os.fspath(location.identifier))
 
 
-def _mixture(location: Location) -> Description:
-    mixture = read_mixture(location)
+def _read(location: Location) -> Adapter | MixtureCheckpoint:
+    if kind_at(location) is Kind.MIXTURE:
+        return read_mixture(location)
+    place = location.options.subfolder or os.fspath(location.identifier)
+    return read_expert(location, os.path.basename(os.path.abspath(place)))  # noqa: PTH100, PTH119
+
+
+def describe_content(content: Adapter | MixtureCheckpoint, path: str = "") -> Description:
+    """Describe what files hold, or will hold.
+
+    Args:
+        content: a mixture or one expert.
+        path: its identifier, if it has one.
+    """
+    return _mixture(content, path) if isinstance(content, MixtureCheckpoint) else _single_expert(content, path)
+
+
+def _mixture(mixture: MixtureCheckpoint, path: str) -> Description:
     config = mixture.config
     return Description(
         Kind.MIXTURE,
-        os.fspath(location.identifier),
+        path,
         base_model=mixture.base_model,
         task_type=_plain(config.task_type),
         num_layers=mixture.num_layers,
@@ -131,12 +148,10 @@ def _mixture(location: Location) -> Description:
     )
 
 
-def _single_expert(location: Location) -> Description:
-    place = location.options.subfolder or os.fspath(location.identifier)
-    expert = read_expert(location, os.path.basename(os.path.abspath(place)))  # noqa: PTH100, PTH119
+def _single_expert(expert: Adapter, path: str) -> Description:
     return Description(
         Kind.EXPERT,
-        os.fspath(location.identifier),
+        path,
         base_model=expert.config.base_model_name_or_path,
         task_type=_plain(expert.config.task_type),
         num_layers=len(expert.weights),
