@@ -36,7 +36,7 @@ def names_of_pefts(*, outer: bool) -> set[str]:
     return {name for kind in kinds for name in dir(kind) if not name.startswith("_") and not hasattr(nn.Module, name)}
 
 
-CLASS_FACTS = {"prefix", "target_module_mapping", "tuner_layer_cls", "uses_shared_state", "create_or_update_model_card"}
+CLASS_FACTS = {"prefix", "target_module_mapping", "tuner_layer_cls", "uses_shared_state"}
 """Attributes of PEFT's classes that describe a kind of adapter."""
 
 

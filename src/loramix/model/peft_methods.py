@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from loramix.config.base import PeftConfig, PeftType
 from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import Adapter
 from loramix.experts.offload import KeptTensors, refuse_held
+from loramix.formats.card import save_card
+from loramix.formats.mixture import MixtureCheckpoint
 from loramix.layers.inject import take_off
 from loramix.layers.layer import STACK, XLoraLayer
 from loramix.layers.merge import merge, put
@@ -28,6 +31,7 @@ from loramix.layers.routing import ConstantRouting, Routing
 from loramix.layers.slot import override
 from loramix.model.own_weights import own_weights, restore_rows, saved_weights, with_base_weights
 from loramix.model.peft_names import RefusedMethods, refuse_adapter_names
+from loramix.model.sharing import Evaluated, Picture, card_of, upload
 from loramix.passes.specialise import Specialised
 from loramix.passes.state import AdaptedState, MixtureState
 from loramix.routers.classifier import XLoraClassifier
@@ -183,9 +187,9 @@ class PeftMethods(RefusedMethods):
             save_directory: the folder; other files in it are left alone.
             is_main_process: whether this process writes.
             state_dict: whole tensors to write instead of the model's own, by the model's own keys; all, some, or None.
-            push_to_hub: upload the folder afterwards.
-            **hub: for `PreTrainedModel.push_to_hub`: repo_id, token, private, … Arguments that transformers,
-                accelerate and PEFT pass to a `save_pretrained` are accepted and ignored.
+            push_to_hub: upload the model afterwards, with the folder's model card if it has one.
+            **hub: for `push_to_hub`: repo_id (the folder's name if it is left out), token, private, … Arguments that
+                transformers, accelerate and PEFT pass to a `save_pretrained` are accepted and ignored.
 
         Raises:
             ConfigurationError: an unknown argument.
@@ -202,7 +206,97 @@ class PeftMethods(RefusedMethods):
         if is_main_process:
             _save(self.get_base_model(), self._loramix, save_directory, state_dict)
         if push_to_hub:
-            self.get_base_model().push_to_hub(hub.pop("repo_id", str(save_directory)), **hub)
+            folder = Path(save_directory)
+            repo_id = hub.pop("repo_id", folder.absolute().name)
+            upload(self.get_base_model(), self._content(), repo_id, folder, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        evaluation: Evaluated | Mapping[str, Any] | None = None,
+        routing: Picture | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card.
+
+        The text of a card that the repository has is kept, as `create_or_update_model_card` keeps it.
+
+        Args:
+            repo_id: the repository, which is made if it is missing.
+            evaluation: as for `create_or_update_model_card`, like the next one.
+            routing: a picture.
+            commit_message: of the commit, like the next one.
+            commit_description: more about it.
+            private: whether a repository that is made is private.
+            token: access token.
+            revision: the branch, which is made if it is missing.
+            create_pr: whether to open a pull request instead.
+            max_shard_size: accepted as in transformers, without effect.
+            tags: further tags of the card.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: as `create_or_update_model_card`, or the repository's card cannot be read.
+            ConfigurationError: as `create_or_update_model_card`.
+        """
+        return upload(
+            self.get_base_model(),
+            self._content(),
+            repo_id,
+            None,
+            evaluation=evaluation,
+            routing=routing,
+            tags=tags,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+        )
+
+    def create_or_update_model_card(
+        self,
+        output_dir: str | PathLike[str],
+        *,
+        evaluation: Evaluated | Mapping[str, Any] | None = None,
+        routing: Picture | None = None,
+        repo_id: str | None = None,
+    ) -> None:
+        """Write the model card, README.md: base model, experts, router, how to load them, figures, a picture.
+
+        A card that exists keeps its text: only our fields of its header and the sections between our markers change.
+        An evaluation and a picture stay until they are given anew.
+
+        Args:
+            output_dir: the folder; it is made if it is missing.
+            evaluation: an `Evaluation`, or what `loramix eval --json` printed.
+            routing: a figure of `loramix.analysis.plots`, which is written beside the card as routing.png. A picture
+                of tokens shows their text.
+            repo_id: the repository on the Hub that the folder is for.
+
+        Raises:
+            ConfigurationError: an evaluation of other experts, or something else than a figure.
+            CorruptCheckpointError: a README.md whose header cannot be read.
+            SaveError: the files could not be written, or a routing.png that loramix did not write is there.
+        """
+        model = self.get_base_model()
+        save_card(Path(output_dir), card_of(model, self._content(), evaluation, routing, repo_id))
+
+    def _content(self) -> Adapter | MixtureCheckpoint:
+        """What `save_pretrained` writes."""
+        model = self.get_base_model()
+        return _content(model, self._loramix, KeptTensors(model, {}))
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -267,16 +361,23 @@ def _save(
     model: PreTrainedModel, state: AdaptedState, folder: str | PathLike[str], given: Mapping[str, Tensor] | None
 ) -> None:
     tensors = KeptTensors(model, given or {})
-    experts = _experts(model, state, tensors)
+    content = _content(model, state, tensors)
     training = {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainer_state = training if given is not _NO_TRAINER and training else None
+    if isinstance(content, Adapter):
+        formats.save_adapter(folder, content, trainer_state)
+    else:
+        router, base_weights = content.router, content.base_weights
+        formats.save_mixture(folder, content.config, router, content.experts, trainer_state, base_weights=base_weights)
+
+
+def _content(model: PreTrainedModel, state: AdaptedState, tensors: Mapping[str, Tensor]) -> Adapter | MixtureCheckpoint:
+    experts = _experts(model, state, tensors)
     if not isinstance(state, MixtureState):
-        formats.save_adapter(folder, with_base_weights(experts[0], model, state, tensors), trainer_state)
-        return
+        return with_base_weights(experts[0], model, state, tensors)
     prefix = f"{state.router.attribute}."
     router = {name: tensors[f"{prefix}{name}"] for name in state.router.state_dict()}
-    base_weights = own_weights(model, state, tensors)
-    formats.save_mixture(folder, state.config, router, experts, trainer_state, base_weights=base_weights)
+    return MixtureCheckpoint(state.config, router, experts, own_weights(model, state, tensors))
 
 
 def _experts(model: PreTrainedModel, state: AdaptedState, tensors: Mapping[str, Tensor]) -> list[Adapter]:
