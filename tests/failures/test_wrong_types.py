@@ -30,13 +30,11 @@ os.chdir(folder)
 model = get_peft_model(llama(), XLoraConfig(hidden_size=64, adapters={"math": expert, "code": other}))
 model.save_pretrained("mixture")
 base = llama()
-import peft
 CASES = {
     "no configuration": lambda: get_peft_model(base, None),
     "a path for a configuration": lambda: get_peft_model(base, "mixture"),
     "a dictionary for a configuration": lambda: get_peft_model(base, {"peft_type": "XLORA"}),
     "a bare PeftConfig": lambda: get_peft_model(base, PeftConfig()),
-    "a configuration of PEFT": lambda: get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])),
     "a base model in DataParallel": lambda: get_peft_model(torch.nn.DataParallel(llama()), LoraConfig()),
     "a compiled base model": lambda: get_peft_model(torch.compile(llama()), LoraConfig()),
     "no base model": lambda: get_peft_model(None, LoraConfig()),
@@ -80,7 +78,6 @@ EXPECTED = {
     "a path for a configuration": "ModelError: A model is built from one loramix.XLoraConfig",
     "a dictionary for a configuration": "ModelError: A model is built from one loramix.XLoraConfig",
     "a bare PeftConfig": "ModelError: A model is built from one loramix.XLoraConfig",
-    "a configuration of PEFT": "ModelError: A model is built from one loramix.XLoraConfig",
     "a base model in DataParallel": "ModelError: The base model is a transformers PreTrainedModel",
     "a compiled base model": "ModelError: The base model is a transformers PreTrainedModel",
     "no base model": "ModelError: The base model is a transformers PreTrainedModel",
