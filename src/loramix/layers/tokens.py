@@ -130,7 +130,9 @@ def outside(model: PreTrainedModel, backbones: Backbones, sites: Sequence[Site])
 
 def _embedded_around(model: PreTrainedModel, carrier: PreTrainedModel, sites: Sequence[Site]) -> list[Site]:
     """The embedding of the texts, if it is adapted: a model of several parts calls that of its backbone by itself."""
-    if carrier in (model, model.base_model):
+    inside = set(carrier.modules())
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    if all(part in inside or carrier in part.modules() for part in parts):
         return []
     return [site for site in sites if site.module is model.get_input_embeddings()]
 
