@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix.errors import ModelError, RoutingError, UnsupportedAdapterError
-from loramix.experts.base_model import Backbones
+from loramix.experts.base_model import Backbones, encoder_and_decoder
 from loramix.experts.blocks import called_module
 from loramix.experts.dry_run import dry_run
 from loramix.experts.kept_state import KeptState
@@ -132,7 +132,8 @@ def _embedded_around(model: PreTrainedModel, carrier: PreTrainedModel, sites: Se
     """The embedding of the texts, if it is adapted: a model of several parts calls that of its backbone by itself."""
     inside = set(carrier.modules())
     parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-    if all(part in inside or carrier in part.modules() for part in parts):
+    is_alone = all(part in inside or carrier in part.modules() for part in parts)
+    if is_alone or encoder_and_decoder(model) is not None:  # these embed their texts themselves
         return []
     return [site for site in sites if site.module is model.get_input_embeddings()]
 
