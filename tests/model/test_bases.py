@@ -26,6 +26,9 @@ FIXED = [
     "BertLMHeadModel",
     "MoonshineStreamingForConditionalGeneration",
     "Blip2ForConditionalGeneration",
+    "BlenderbotSmallForCausalLM",
+    "CohereAsrForConditionalGeneration",
+    "MoonshineForConditionalGeneration",
 ]
 
 

@@ -131,8 +131,10 @@ def _dry_run(model: PreTrainedModel, backbone: str) -> DryRun | None:
             continue
         texts, length, seen.hidden_size = hidden.shape
         mark = _mark(hollow, inputs, hidden, watch, running)
-        if any(padded_count(use, texts, length) for use in seen.values()):
-            _run_longer(hollow, inputs, watch)
+        may_be_padded = any(padded_count(use, texts, length) for use in seen.values())
+        if may_be_padded and not _run_longer(hollow, inputs, watch, running, hidden):
+            for use in seen.values():
+                use.longer.clear()
         seen.kept = KeptState() if backbone else kept_state(hollow, inputs, out, watch)
         judge(seen.values(), texts, length, mark)
         return seen
@@ -195,12 +197,16 @@ def _wave(width: int) -> Tensor:
     return torch.arange(width, dtype=torch.float64).cos()
 
 
-def _run_longer(model: PreTrainedModel, inputs: Mapping[str, Any], watch: Watch) -> None:
+def _run_longer(
+    model: PreTrainedModel, inputs: Mapping[str, Any], watch: Watch, running: _Running, hidden: Tensor
+) -> bool:
+    """Run texts that are one token longer; whether the last hidden states are so too, which sounds do not make them."""
     watch.stage = "longer"
     try:
         run_copy(model, longer(inputs))
+        return _by_token(running.out.last_hidden_state, hidden.shape[-1]).shape[1] == hidden.shape[1] + 1
     except Exception:  # a length that the model refuses in a way of its own
-        return
+        return False
     finally:
         watch.stage = "none"
 
