@@ -60,6 +60,9 @@ def reorder(router: Any, order: list[int]) -> None:
                 parameter.copy_(rows(parameter))
         elif router.kind == "static":
             router.logits.copy_(router.logits[:, order])
+        elif router.kind == "prototypes":
+            for parameter in (router.weight, router.bias):
+                parameter.copy_(rows(parameter))
         elif router.kind == "test-plain":
             router.weight.copy_(router.weight[:, order])
         elif router.kind == "test-energy":
@@ -69,7 +72,7 @@ def reorder(router: Any, order: list[int]) -> None:
 
 
 def test_all_kinds_are_here() -> None:
-    assert {"classifier", "static", "test-plain", "test-energy"} <= KINDS.keys()
+    assert {"classifier", "prototypes", "static", "test-plain", "test-energy"} <= KINDS.keys()
 
 
 @every_router

@@ -227,11 +227,26 @@ def test_what_needs_a_scaling_pass_or_the_classifier_says_so(experts: Experts) -
     model = static(experts)
     with pytest.raises(UnsupportedOperationError, match="router='static', which needs none"):
         ScalingPassCache(model, max_bytes=2**20)
-    with pytest.raises(ConfigurationError, match="router='static'"):
-        init_router(model, "zeros")
+    with pytest.raises(ConfigurationError, match="which prompts do not tell"):
+        init_router(model, "prompts", tokenizer=object(), prompts={})
     with pytest.raises(UnsupportedOperationError, match="after=3"):
         model.fix_routing(after=3)
     assert model.fixed_routing is None
+
+
+def test_it_starts_from_the_shares_of_labelled_text(experts: Experts) -> None:
+    batches = [
+        {"input_ids": tokens()[:1], "expert_ids": torch.tensor([0])},
+        {"input_ids": tokens()[:, :3], "expert_ids": torch.tensor([1, 2])},
+    ]
+    for gating in ({}, {"softmax_temperature": 0.5}, {"enable_softmax": False}):
+        model = static(experts, **gating)
+        init_router(model, "labels", batches=batches)
+        logits(model)
+        assert_close(model.get_latest_scalings()[0, 0, 0], torch.tensor([9.0, 3.0, 3.0]) / 15)
+        init_router(model, "zeros")
+        logits(model)
+        assert_close(model.get_latest_scalings()[0, 0, 0], torch.full((3,), 1 / 3))
 
 
 @needs_transformers(5, 17, "continuous batching writes other tokens than generate, without experts too")

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import support.routers  # noqa: F401 - registers kinds
 from loramix import ConfigurationError, DataError, XLoraConfig, get_peft_model
 from loramix.passes.state import state_of
 from loramix.routers.classifier import XLoraClassifier
+from loramix.routers.start import LinearRouter
 from loramix.training import init_router
-from loramix.training.initialise import LinearRouter, hidden_states, write_linear
+from loramix.training.initialise import hidden_states
 from support.tiny import llama, tokens
 
 MODES: dict[str, dict[str, Any]] = {
@@ -68,7 +70,7 @@ def test_a_classifier_of_any_depth_computes_a_linear_map_exactly(depth: int, lay
     )
     classifier = XLoraClassifier(config, n_classes=4, n_layers=3).eval()
     router = LinearRouter(torch.randn(4, 8), torch.randn(4), 2.5, 1.0)
-    write_linear(classifier, router)
+    classifier.set_linear(router)
     hidden = torch.randn(2, 5, 8)
     expected = 2.5 * (hidden @ router.weight.T + router.bias)
     assert_close(classifier(hidden), expected.unsqueeze(2).expand(-1, -1, 3, -1), atol=1e-5, rtol=1e-5)
@@ -77,7 +79,7 @@ def test_a_classifier_of_any_depth_computes_a_linear_map_exactly(depth: int, lay
 def test_the_units_that_are_left_over_can_still_learn() -> None:
     config = XLoraConfig(hidden_size=8, adapters={}, xlora_depth=2, xlora_size=12, xlora_dropout_p=0.0)
     classifier = XLoraClassifier(config, n_classes=3, n_layers=1)
-    write_linear(classifier, LinearRouter(torch.randn(3, 8), torch.randn(3), 1.0, 1.0))
+    classifier.set_linear(LinearRouter(torch.randn(3, 8), torch.randn(3), 1.0, 1.0))
     classifier(torch.randn(1, 4, 8)).square().sum().backward()
     assert classifier.layers[-1].weight.grad[:, 6:].abs().sum() > 0
 
@@ -119,6 +121,27 @@ def test_each_text_goes_to_its_expert_without_training(mode: str, method: Any, e
         model(Words()(texts[-1])["input_ids"])
         leaders = model.get_latest_scalings().argmax(-1)
         assert (leaders == number).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("method", ["zeros", "prompts", "labels"])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_prototypes_start_where_a_classifier_starts(layerwise: bool, method: Any, experts: Any) -> None:
+    source: dict[str, Any] = {"tokenizer": Words(), "prompts": prompts()} if method == "prompts" else {}
+    found = []
+    for kind in ({"router": "prototypes"}, {"xlora_depth": 1}):
+        model = get_peft_model(
+            llama(), XLoraConfig(hidden_size=64, adapters=experts("llama"), layerwise_scalings=layerwise, **kind)
+        ).eval()
+        init_router(model, method, **source, **({"batches": batches()} if method == "labels" else {}))
+        model(tokens())
+        found.append(model.get_latest_scalings())
+    assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+def test_a_kind_without_a_start_says_so(experts: Any) -> None:
+    model = get_peft_model(llama(), XLoraConfig(hidden_size=64, adapters=experts("llama"), router="test-energy"))
+    with pytest.raises(ConfigurationError, match="router='test-energy', which has no start"):
+        init_router(model, "zeros")
 
 
 def test_regression_outputs_are_the_scalings_themselves_in_hard_routing(experts: Any) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError
+from loramix.routers.gating import Gating
 from loramix.routers.router import HiddenStateRouter, RouterSizes, Shapes, register_router
+from loramix.routers.start import LinearRouter, Method
 
 
 @register_router
@@ -83,6 +85,57 @@ class XLoraClassifier(HiddenStateRouter):
             "hidden_size": int(config.hidden_size),
         }
 
+    @classmethod
+    def check_start(cls, config: XLoraConfig, experts: int, method: Method) -> None:
+        if not (config.use_bias and config.enable_relu_and_dropout):
+            raise ConfigurationError(
+                "The start of a router is written into a classifier with biases and ReLU.",
+                received=f"use_bias={config.use_bias}, enable_relu_and_dropout={config.enable_relu_and_dropout}",
+                remedy="Leave both settings out, or train from a random start.",
+            )
+        if method != "zeros" and config.xlora_depth > 1 and config.xlora_size < 2 * experts:
+            raise ConfigurationError(
+                "A router with hidden layers carries a linear map through pairs of units, two for each expert.",
+                received=f"xlora_size={config.xlora_size} for {experts} experts",
+                remedy=f"Use xlora_size={2 * experts} or more, or xlora_depth=1.",
+            )
+
+    @torch.no_grad()
+    def start_uniform(self, gating: Gating) -> None:
+        last = self._linears()[-1]
+        last.weight.zero_()
+        last.bias.fill_(gating.uniform(self.n_classes))
+
+    @torch.no_grad()
+    def set_linear(self, router: LinearRouter) -> None:
+        """Compute z = scale · (W h + b) exactly, whatever the depth.
+
+        Pairs of units carry it through ReLU layers, relu(a) − relu(−a) = a. The other units keep their random weights
+        and reach the output with weight zero, so that training can use them.
+
+        Raises:
+            ConfigurationError: hidden layers with fewer than 2 E units.
+        """
+        self.check_start(self.config, self.n_classes, "labels")
+        linears, experts = self._linears(), self.n_classes
+        weight, bias = router.scale * router.weight, router.scale * router.bias
+        repeats = linears[-1].out_features // experts
+        if len(linears) == 1:
+            _fill(linears[0], weight.repeat(repeats, 1), bias.repeat(repeats))
+            return
+        _fill_rows(linears[0], torch.cat([weight, -weight]), torch.cat([bias, -bias]))
+        pairs = torch.eye(2 * experts)
+        for linear in linears[1:-1]:
+            rows = torch.zeros(2 * experts, linear.in_features)
+            rows[:, : 2 * experts] = pairs
+            _fill_rows(linear, rows, torch.zeros(2 * experts))
+        out = torch.zeros(experts, linears[-1].in_features)
+        out[:, : 2 * experts] = torch.cat([torch.eye(experts), -torch.eye(experts)], dim=1)
+        _fill(linears[-1], out.repeat(repeats, 1), torch.zeros(experts * repeats))
+
+    def _linears(self) -> list[nn.Linear]:
+        return [module for module in self.layers if isinstance(module, nn.Linear)]
+
     def forward(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S L E"]:
         """Logits of every layer; where layers share them, one tensor seen L times."""
         return self.distinct(hidden).expand(-1, -1, self.n_layers, -1)
@@ -97,6 +150,16 @@ class XLoraClassifier(HiddenStateRouter):
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.layers(hidden.float())
         return logits.unflatten(-1, (-1, self.n_classes))
+
+
+def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+
+
+def _fill_rows(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    linear.weight[: len(weight)] = weight.to(linear.weight)
+    linear.bias[: len(bias)] = bias.to(linear.bias)
 
 
 def _step(config: XLoraConfig) -> int:

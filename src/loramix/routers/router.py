@@ -13,7 +13,7 @@ B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts. R: total r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from loramix._registry import Registry
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import AdapterMismatchError, ConfigurationError
+from loramix.routers.gating import Gating
 from loramix.routers.precision import keep_dtype
+from loramix.routers.start import ClosedForm, LinearRouter, Method, Moments
 
 Reads = Literal["hidden state", "low-rank activation", "nothing"]
 Shapes = dict[str, tuple[int, ...]]
@@ -88,6 +90,37 @@ class Router(nn.Module, ABC):
         """What `loramix info` says of it beside its kind and size: names and values, in JSON's types."""
         return {}
 
+    @classmethod
+    def check_start(cls, config: XLoraConfig, experts: int, method: Method) -> None:
+        """Check that a router of this kind can be given a start, before it is built.
+
+        Raises:
+            ConfigurationError: it has none, or not with these settings.
+        """
+        raise ConfigurationError(
+            "A router is started by its kind.",
+            received=f"router={cls.kind!r}, which has no start of its own",
+            remedy="train it from where it is, or set its weights by its own methods",
+        )
+
+    def start_uniform(self, gating: Gating) -> None:
+        """Give every expert the same scaling, for every token; called where `check_start` raised nothing."""
+        raise NotImplementedError
+
+    def start_from(self, moments: Sequence[Moments], method: ClosedForm, gating: Gating) -> LinearRouter:
+        """Start from labelled tokens, in closed form; called where `check_start` raised nothing.
+
+        Args:
+            moments: of what the router reads: of the hidden states, one; of low-rank activations, one a layer; of
+                nothing, one without features.
+            method: how.
+            gating: what makes scalings of the logits.
+
+        Returns:
+            The linear map that the router now computes; of several, that of the first layer.
+        """
+        raise NotImplementedError
+
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Take over saved tensors.
 
@@ -120,6 +153,15 @@ class HiddenStateRouter(Router):
         Raises:
             ConfigurationError: hidden states of another width.
         """
+
+    def start_from(self, moments: Sequence[Moments], method: ClosedForm, gating: Gating) -> LinearRouter:
+        found = moments[0].fit(method, gating)
+        self.set_linear(found)
+        return found
+
+    def set_linear(self, router: LinearRouter) -> None:
+        """Compute this linear map of the hidden state, the same in every layer."""
+        raise NotImplementedError
 
 
 class LayerRouter(Router):

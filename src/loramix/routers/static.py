@@ -5,6 +5,7 @@ L: adapted layers. E: experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -12,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import RoutingError
-from loramix.routers.gating import gating_of
+from loramix.errors import ConfigurationError, RoutingError
+from loramix.routers.gating import Gating, gating_of
 from loramix.routers.router import ConstantRouter, RouterSizes, Shapes, register_router
+from loramix.routers.start import ClosedForm, LinearRouter, Method, Moments
 
 
 @register_router
@@ -44,6 +46,28 @@ class StaticRouter(ConstantRouter):
     @classmethod
     def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
         return {"logits": (sizes.layers if config.layerwise_scalings else 1, sizes.experts)}
+
+    @classmethod
+    def check_start(cls, config: XLoraConfig, experts: int, method: Method) -> None:
+        if method == "prompts":
+            raise ConfigurationError(
+                "A static router starts from the experts' shares of labelled text, which prompts do not tell.",
+                received='method="prompts" for router="static"',
+                remedy='use method="labels" or "zeros", or set the weights with router.assign(…)',
+            )
+
+    @torch.no_grad()
+    def start_uniform(self, gating: Gating) -> None:
+        self.logits.fill_(gating.uniform(self.logits.shape[-1]))
+
+    def start_from(self, moments: Sequence[Moments], method: ClosedForm, gating: Gating) -> LinearRouter:
+        """The experts' shares of the labelled tokens become their scalings."""
+        counts = moments[0].counts
+        shares = (counts / counts.sum()).float()
+        temperature = gating.temperature if gating.softmax else 1.0
+        logits = temperature * shares.log() if gating.normalised else shares
+        self.assign(logits)
+        return LinearRouter(shares.new_zeros(len(shares), 0), logits, 1.0, float(shares.max()))
 
     def constant_logits(self) -> Float[Tensor, "distinct E"]:
         return self.logits

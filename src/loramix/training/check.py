@@ -30,7 +30,7 @@ from loramix.routers import HiddenStateRouter, router_class
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base
 from loramix.training.data import Row, read_rows
-from loramix.training.initialise import check_width, prompt_texts
+from loramix.training.initialise import prompt_texts
 from loramix.training.objectives import RouterObjectives
 from loramix.training.plan import Plan, make_plan
 from loramix.training.settings import ExpertSettings, TrainSettings, check_keys, read_prompts
@@ -78,8 +78,8 @@ def check(settings: TrainSettings) -> CheckedRun:
     prompts = None
     if "prompts" in settings.init:
         prompts = prompt_texts(read_prompts(settings.init["prompts"]), list(config.adapters))
-    if settings.init.get("method") in ("prompts", "labels"):
-        check_width(config, len(config.adapters))
+    if "method" in settings.init:
+        router_class(config).check_start(config, len(config.adapters), settings.init["method"])
     if arguments.eval_strategy != "no" and not eval_rows:
         raise ConfigurationError(
             "An evaluation while training needs data to evaluate with.",

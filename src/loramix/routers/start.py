@@ -1,0 +1,126 @@
+"""How a router starts in closed form: from sums over tokens whose expert is known, one linear map
+
+    z = scale · (W x + b)
+
+of what the router reads, x: a hidden state, or a layer's low-rank activation.
+
+N: tokens. F: features, the width of x; 0 for a router that reads nothing. E: experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from loramix.routers.gating import Gating
+
+ClosedForm = Literal["prompts", "labels"]
+"""A linear discriminant of the experts' means, or ridge regression onto the experts."""
+
+Method = Literal["zeros", "prompts", "labels"]
+"""The same, or every expert alike."""
+
+
+@dataclass(frozen=True)
+class LinearRouter:
+    """z = scale · (W x + b).
+
+    Attributes:
+        weight: W.
+        bias: b.
+        scale: the factor that sets how sharp the softmax of z is.
+        accuracy: the share of the tokens it was made from whose expert has the largest logit.
+    """
+
+    weight: Float[Tensor, "E F"]
+    bias: Float[Tensor, " E"]
+    scale: float
+    accuracy: float
+
+
+class Moments:
+    """Sums over labelled tokens, in float64, from which a router is computed in closed form.
+
+    Args:
+        features: F.
+        experts: E.
+    """
+
+    def __init__(self, features: int, experts: int) -> None:
+        self.second = torch.zeros(features + 1, features + 1, dtype=torch.float64)  # Σ x xᵀ, x with a 1 behind it
+        self.cross = torch.zeros(experts, features + 1, dtype=torch.float64)  # Σ over each expert's tokens of x
+        self._sample: list[tuple[Tensor, Tensor]] = []
+        self._sampled = 0
+
+    def add(self, features: Float[Tensor, "N F"], experts: Int[Tensor, " N"]) -> None:
+        """Add tokens, each with the number of its expert."""
+        wide = torch.cat([features, features.new_ones(len(features), 1)], dim=1).double()
+        self.second += wide.T @ wide
+        chosen = torch.zeros(len(self.cross), len(features), dtype=torch.float64)
+        self.cross += chosen.scatter(0, experts.unsqueeze(0), 1.0) @ wide
+        if self._sampled < _SAMPLE:
+            self._sample.append((features[:_SAMPLE], experts[:_SAMPLE]))
+            self._sampled += len(features)
+
+    @property
+    def counts(self) -> Float[Tensor, " E"]:
+        """The number of tokens of each expert."""
+        return self.cross[:, -1]
+
+    def fit(self, method: ClosedForm, gating: Gating) -> LinearRouter:
+        """The linear map, with the scale that fits the gating: 1 where logits are the scalings themselves."""
+        weight, bias = self._discriminant() if method == "prompts" else self._regression()
+        weight, bias = weight.float(), bias.float()
+        features, experts = (torch.cat(parts)[:_SAMPLE] for parts in zip(*self._sample, strict=True))
+        logits = features @ weight.T + bias
+        accuracy = float((logits.argmax(-1) == experts).float().mean())
+        temperature = gating.temperature if gating.softmax else 1.0
+        scale = temperature * _best_scale(logits, experts) if gating.normalised else 1.0
+        return LinearRouter(weight, bias, scale, accuracy)
+
+    def _discriminant(self) -> tuple[Tensor, Tensor]:
+        """w_e = Σ⁻¹ μ_e, b_e = −½ μ_eᵀ Σ⁻¹ μ_e, with Σ the covariance within the experts' texts, shrunk.
+
+        Source: Fisher's linear discriminant with equal priors; shrinkage as in Ledoit and Wolf (2004), fixed.
+        """
+        counts, means = self.counts, self.cross[:, :-1] / self.counts.unsqueeze(1)
+        total = counts.sum()
+        within = self.second[:-1, :-1] / total - (means.T * (counts / total)) @ means
+        size = len(within)
+        target = torch.eye(size, dtype=torch.float64) * within.diagonal().mean()
+        shrunk = (1 - _SHRINKAGE) * within + _SHRINKAGE * target
+        weight = torch.linalg.solve(shrunk, means.T).T
+        return weight, -0.5 * (weight * means).sum(1)
+
+    def _regression(self) -> tuple[Tensor, Tensor]:
+        """[W b] = Y Xᵀ (X Xᵀ + λ I)⁻¹, Y one-hot: ridge regression onto the experts."""
+        size = len(self.second)
+        ridge = _RIDGE * self.second.diagonal()[:-1].mean() * torch.eye(size, dtype=torch.float64)
+        ridge[-1, -1] = 0.0
+        both = torch.linalg.solve(self.second + ridge, self.cross.T).T
+        return both[:, :-1], both[:, -1]
+
+
+_SAMPLE = 20_000
+_SHRINKAGE = 0.1
+_RIDGE = 1e-3
+_SMOOTHING = 0.1  # without it the router could saturate, and would have no gradient
+
+
+def _best_scale(logits: Float[Tensor, "N E"], experts: Int[Tensor, " N"]) -> float:
+    """The factor that minimises the cross-entropy, by golden section over its logarithm; there is one minimum."""
+
+    def nats(log_scale: float) -> float:
+        scaled = math.exp(log_scale) * logits
+        return float(nn.functional.cross_entropy(scaled, experts, label_smoothing=_SMOOTHING))
+
+    low, high, ratio = math.log(1e-3), math.log(1e3), (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if nats(left) < nats(right) else (left, high)
+    return math.exp((low + high) / 2)
