@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loramix.errors import DataError
@@ -65,8 +65,12 @@ def measure(
         batch: passages in one forward.
         done: called after each forward, with the number of its passages.
     """
+    return by_group(text_nats(model, [passage.ids for passage in passages], batch, done=done), passages)
+
+
+def by_group(nats: Sequence[Tensor], passages: Sequence[Passage]) -> dict[str, Score]:
+    """The scores of passages by group, from −ln p of each of their tokens after the first."""
     scores: defaultdict[str, Score] = defaultdict(Score)
-    nats = text_nats(model, [passage.ids for passage in passages], batch, done=done)
     for row, passage in zip(nats, passages, strict=True):
         for group, size, value in zip(passage.groups, passage.bytes, row.tolist(), strict=True):
             scores[group] += Score(value, 1, size)
