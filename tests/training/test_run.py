@@ -127,8 +127,42 @@ def test_the_best_mixture_is_the_one_that_is_kept(files: Files, tmp_path: Path) 
     run_training(settings(files, tmp_path, data=data, trainer=trainer))
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert Path(state["best_model_checkpoint"]).name != "checkpoint-4"
-    assert same(Path(state["best_model_checkpoint"]), tmp_path / "mixture")
+    (start,) = json.loads((tmp_path / "start" / "metric.json").read_text()).values()
+    best = tmp_path / "start" if start >= state["best_metric"] else Path(state["best_model_checkpoint"])
+    assert same(best, tmp_path / "mixture")
     run_training(settings(files, tmp_path, data=data, trainer=trainer))  # it is finished: the same again
+    assert same(best, tmp_path / "mixture")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_training_that_only_makes_the_router_worse_ends_with_its_start(
+    killed: bool, files: Files, tmp_path: Path
+) -> None:
+    chosen = settings(
+        files,
+        tmp_path,
+        data={"train": str(files.data), "eval": str(files.data)},
+        init={"method": "zeros"},
+        objectives={"temperature": [1.0, 0.9]},
+        trainer={"metric_for_best_model": "eval_loss", "greater_is_better": True},  # each step makes it smaller
+    )
+    done = run_training(chosen)
+    if killed:  # after its second step, and started again
+        shutil.rmtree(tmp_path / "mixture")
+        shutil.rmtree(tmp_path / "checkpoint-4")
+        done = run_training(chosen)
+    assert same(tmp_path / "start", tmp_path / "mixture")
+    assert not same(tmp_path / "checkpoint-4", tmp_path / "mixture")
+    assert done.model.active_peft_config.softmax_temperature == 1.0
+    assert done.evaluation is not None
+
+
+def test_a_training_that_helps_ends_with_the_best_checkpoint(files: Files, tmp_path: Path) -> None:
+    data = {"train": str(files.data), "eval": str(files.data)}
+    run_training(settings(files, tmp_path, data=data, init={"method": "zeros"}))
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    (start,) = json.loads((tmp_path / "start" / "metric.json").read_text()).values()
+    assert state["best_metric"] < start
     assert same(Path(state["best_model_checkpoint"]), tmp_path / "mixture")
 
 
@@ -188,6 +222,41 @@ def test_the_scaling_pass_may_be_kept(where: str, whole: Path, files: Files, tmp
     one, other = weights(whole / "mixture"), weights(tmp_path / "kept" / "mixture")
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+WITHOUT_A_LABEL = [{"text": text} for text in ("1 + 2 = 3", "def f(x)", "The method")]
+CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "labels of every expert": ("labels", {}),
+    "prompts beside them": ("labels", {"init": {"prompts": True}}),
+    "prompts": ("prompts", {"data": WITHOUT_A_LABEL, "init": {"prompts": True}}),
+    "labels of one expert": ("zeros", {"data": [*WITHOUT_A_LABEL, {"text": "1 + 1", "expert": "math"}]}),
+    "nothing": ("zeros", {"data": WITHOUT_A_LABEL}),
+    "a router too narrow for a map": ("zeros", {"mixture": {"xlora_depth": 2, "xlora_size": 4}}),
+    "a router of other parts": ("random", {"mixture": {"use_bias": False}}),
+    "prototypes": ("labels", {"mixture": {"router": "prototypes"}}),
+    "static": ("labels", {"mixture": {"router": "static"}}),
+    "static without labels": (
+        "zeros",
+        {"data": WITHOUT_A_LABEL, "mixture": {"router": "static"}, "init": {"prompts": True}},
+    ),
+    "what is asked for": ("random", {"init": {"method": "random"}}),
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_the_start_is_the_best_that_the_data_has_and_is_told(case: str, files: Files, tmp_path: Path) -> None:
+    expected, changes = CHOSEN[case]
+    if changes.get("init", {}).get("prompts"):
+        (tmp_path / "p.json").write_text(json.dumps({"math": "1 + 2", "code": "def f", "prose": "The method"}))
+        changes = changes | {"init": {"prompts": str(tmp_path / "p.json")}}
+    if "data" in changes:
+        changes = changes | {"data": str(write_lines(tmp_path / "data.jsonl", changes["data"]))}
+    chosen, told = settings(files, tmp_path / "run", **changes, trainer={"max_steps": 1}), list[str]()
+    assert check(chosen).plan.start == expected
+    if case in ("nothing", "static", "prototypes", "what is asked for"):
+        run_training(chosen, tell=told.append)
+        assert len(told) == 1
+        assert told[0].startswith(f"The router starts from {expected}: ")
 
 
 @pytest.mark.parametrize("method", ["zeros", "prompts", "labels"])

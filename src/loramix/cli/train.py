@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,10 @@ def train(
     ] = None,
     eval_data: Annotated[str | None, typer.Option(help="The evaluation text, in the same forms as --data.")] = None,
     output: Annotated[str | None, typer.Option(help="The folder for checkpoints and the trained mixture.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="The start: labels, prompts, zeros or random. Chosen if left out."),
+    ] = None,
     change: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, for example trainer.max_steps=200."),
@@ -53,6 +58,7 @@ def train(
     loramix train --base ./base --expert math=./math --expert code=./code --data train.jsonl --output run
     """
     changes: dict[str, Any] = {"base": base, "data.train": data, "data.eval": eval_data, "output": output}
+    changes["init.method"] = init
     changes = {key: value for key, value in changes.items() if value is not None}
     if expert:
         changes["experts"] = named_paths(expert)
@@ -67,7 +73,7 @@ def train(
         if dry_run:
             plan, done = check(chosen).plan, None
         else:
-            plan, done = None, run_training(chosen, resume=not fresh)
+            plan, done = None, run_training(chosen, resume=not fresh, tell=_tell)
     if int(os.environ.get("RANK", "0")):
         return  # of several processes, only the first one prints
     if plan is not None:
@@ -84,6 +90,11 @@ def train(
         print(done.folder)
 
 
+def _tell(line: str) -> None:
+    if not int(os.environ.get("RANK", "0")):
+        print(line, file=sys.stderr)
+
+
 def _show(plan: Plan) -> None:
     console = Console(highlight=False)
     facts = {
@@ -93,6 +104,7 @@ def _show(plan: Plan) -> None:
         "router": f"{plan.router_parameters:,} parameters",
         "training rows": f"{plan.rows:,}, {plan.labelled:,} of them with an expert",
         "evaluation rows": f"{plan.eval_rows:,}",
+        "router's start": plan.start,
         "optimizer steps": "by epochs of packed data" if plan.steps is None else f"{plan.steps:,}",
         "scaling pass cache": _size(plan.cache_bytes),
     }

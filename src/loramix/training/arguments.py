@@ -15,14 +15,19 @@ from loramix.experts.base_model import positions_of
 from loramix.files.base_models import one_line
 from loramix.training.settings import check_keys
 
+_TENTH = 0.1
+"""Of the steps, as trainers count evaluations."""
 
-def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any) -> Any:
+
+def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any, *, keeps_best: bool = False) -> Any:
     """TRL's `SFTConfig` of a run.
 
     Args:
         output: the folder for checkpoints.
         trainer: the run's own arguments, which go before the defaults.
         base_config: the base model's configuration, whose positions bound `max_length`.
+        keeps_best: whether there is text to evaluate with. Ten times, or where checkpoints are saved, the model is
+            evaluated then, and the best one is loaded at the end, unless the arguments say otherwise.
 
     Raises:
         ConfigurationError: arguments that do not exist or cannot work.
@@ -43,6 +48,9 @@ def trainer_arguments(output: str, trainer: Mapping[str, Any], base_config: Any)
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
+    if keeps_best and not trainer.keys() & {"eval_strategy", "save_strategy", "load_best_model_at_end"}:
+        every = trainer.get("eval_steps", trainer.get("save_steps", _TENTH))
+        defaults |= {"eval_strategy": "steps", "load_best_model_at_end": True, "eval_steps": every, "save_steps": every}
     given: dict[str, Any] = {name: value for name, value in defaults.items() if name in known} | trainer
     _refuse_wrong_types(given, SFTConfig)
     if (given.get(f"{CHECKPOINTING}_kwargs") or {}).get("use_reentrant"):

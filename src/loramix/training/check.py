@@ -30,7 +30,7 @@ from loramix.routers import HiddenStateRouter, router_class
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base
 from loramix.training.data import Row, read_rows
-from loramix.training.initialise import prompt_texts
+from loramix.training.initialise import Start, prompt_texts
 from loramix.training.objectives import RouterObjectives
 from loramix.training.plan import Plan, make_plan
 from loramix.training.settings import ExpertSettings, TrainSettings, check_keys, read_prompts
@@ -48,6 +48,7 @@ class CheckedRun:
     rows: list[Row]
     eval_rows: list[Row]
     prompts: dict[str, list[str]] | None
+    start: Start
     dtype: torch.dtype
 
 
@@ -59,7 +60,8 @@ def check(settings: TrainSettings) -> CheckedRun:
     """
     objectives = _objectives(settings)
     base_config, tokenizer = read_base(settings.base, settings.revision)
-    arguments = trainer_arguments(settings.output, settings.trainer, base_config)
+    keeps = settings.data.eval is not None
+    arguments = trainer_arguments(settings.output, settings.trainer, base_config, keeps_best=keeps)
     dtype = dtype_of(settings.dtype, base_config)
     base: PreTrainedModel = cast(Any, without_weights(base_config, causal=True)).to(dtype)
     config = _mixture_config(settings, base)
@@ -78,8 +80,7 @@ def check(settings: TrainSettings) -> CheckedRun:
     prompts = None
     if "prompts" in settings.init:
         prompts = prompt_texts(read_prompts(settings.init["prompts"]), list(config.adapters))
-    if "method" in settings.init:
-        router_class(config).check_start(config, len(config.adapters), settings.init["method"])
+    start = _start(settings, config, rows)
     if arguments.eval_strategy != "no" and not eval_rows:
         raise ConfigurationError(
             "An evaluation while training needs data to evaluate with.",
@@ -90,7 +91,7 @@ def check(settings: TrainSettings) -> CheckedRun:
         if place is not None:
             check_writable(Path(place))
     return CheckedRun(
-        make_plan(base, config, experts, arguments, tokenizer, rows, sites, eval_rows=len(eval_rows)),
+        make_plan(base, config, experts, arguments, tokenizer, rows, sites, eval_rows=len(eval_rows), start=start),
         config,
         objectives,
         arguments,
@@ -98,8 +99,35 @@ def check(settings: TrainSettings) -> CheckedRun:
         rows,
         eval_rows,
         prompts,
+        start,
         dtype,
     )
+
+
+def _start(settings: TrainSettings, config: XLoraConfig, rows: Sequence[Row]) -> Start:
+    """The start that the settings name, or the best that the data and the kind of router have.
+
+    Raises:
+        ConfigurationError: the settings name one that this router does not have.
+    """
+    kind, experts = router_class(config), len(config.adapters)
+    named: Start | None = settings.init.get("method")
+    if named is not None:
+        if named != "random":
+            kind.check_start(config, experts, named)
+        return named
+    found: list[Start] = ["zeros"]
+    if "prompts" in settings.init:
+        found.insert(0, "prompts")
+    if {row.expert for row in rows} >= set(config.adapters):
+        found.insert(0, "labels")
+    for start in found:
+        try:
+            kind.check_start(config, experts, start)
+        except ConfigurationError:
+            continue
+        return start
+    return "random"
 
 
 def _objectives(settings: TrainSettings) -> RouterObjectives:

@@ -66,20 +66,21 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        _trainer_state(path)
+        load_state(path)
         formats.detect(path)
     except (OSError, ValueError, LoramixError):
         return False
     return True
 
 
-def _trainer_state(folder: Path) -> dict[str, Any]:
+def load_state(folder: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint."""
     return read_json_object(folder / "trainer_state.json")
 
 
 def is_finished(folder: Path, arguments: Any) -> bool:
     """Whether a checkpoint is the last one of a run with these arguments."""
-    state = _trainer_state(folder)
+    state = load_state(folder)
     if arguments.max_steps > 0:
         return state["global_step"] >= arguments.max_steps
     return (state["epoch"] or 0) >= arguments.num_train_epochs - 1e-6
@@ -87,10 +88,15 @@ def is_finished(folder: Path, arguments: Any) -> bool:
 
 def load_trained(model: PreTrainedModel, folder: Path, *, best: bool) -> Path:
     """Load the weights of a finished run's last checkpoint, or of its best one; that checkpoint is returned."""
-    state = _trainer_state(folder)
+    state = load_state(folder)
     chosen = Path(state["best_model_checkpoint"]) if best and state["best_model_checkpoint"] else folder
-    model.load_state_dict(safetensors.torch.load_file(chosen / "model.safetensors"), strict=False)
+    load_weights(model, chosen)
     return chosen
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Load the trained tensors that a trainer saved."""
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"), strict=False)
 
 
 def remove_checkpoints(output: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,16 @@ from loramix.passes.state import observing, state_of
 from loramix.routers.start import LinearRouter, Method, Moments
 from loramix.training.data import check_expert_ids, read_text
 from loramix.training.losses import IGNORED
+
+Start = Method | Literal["random"]
+"""How a router begins: in one of the ways of `init_router`, or as it was built."""
+
+STARTS: dict[Start, str] = {
+    "labels": "ridge regression onto the experts that the training text names",
+    "prompts": "a linear discriminant of the prompts of each expert",
+    "zeros": "every expert alike",
+    "random": "as it was built",
+}
 
 
 def init_router(

@@ -33,6 +33,7 @@ class Plan:
         rows: the number of texts to train on.
         labelled: the number of them that name an expert.
         eval_rows: the number of texts to evaluate with.
+        start: how the router starts.
         steps: optimizer steps, estimated from a sample where texts are longer than `max_length`; None where the
             trainer counts epochs of packed data.
         memory: bytes by purpose: weights exactly, activations as an estimate.
@@ -46,6 +47,7 @@ class Plan:
     rows: int
     labelled: int
     eval_rows: int
+    start: str
     steps: int | None
     memory: dict[str, int]
     cache_bytes: int
@@ -65,6 +67,7 @@ def make_plan(
     sites: Sequence[Site],
     *,
     eval_rows: int,
+    start: str,
 ) -> Plan:
     """Count and estimate.
 
@@ -77,6 +80,7 @@ def make_plan(
         rows: texts to train on.
         sites: the layers that are adapted.
         eval_rows: the number of texts to evaluate with.
+        start: how the router starts.
     """
     weights = [module for expert in experts for module in expert.weights.values()]
     sizes = sizes_of(
@@ -109,6 +113,7 @@ def make_plan(
         rows=len(rows),
         labelled=sum(row.expert is not None for row in rows),
         eval_rows=eval_rows,
+        start=start,
         steps=steps,
         memory=memory,
         cache_bytes=round(len(rows) * sum(lengths) / len(sample)) * sizes.hidden * sizes.itemsize,

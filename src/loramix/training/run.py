@@ -3,6 +3,7 @@
 The output folder of a run:
 
     settings.json           the settings it was started with
+    start/                  the mixture before its training, where the best router is kept
     checkpoint-<step>/      the trainer's, each a mixture that `PeftModel.from_pretrained` loads
     mixture/                the trained mixture
     evaluation.json         the figures of `loramix eval`, if there is data to evaluate with
@@ -10,7 +11,7 @@ The output folder of a run:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +31,14 @@ from loramix.training.checkpoints import (
     compare_settings,
     is_finished,
     last_complete_checkpoint,
+    load_state,
     load_trained,
     remove_checkpoints,
 )
 from loramix.training.data import ExpertLabels, Row
 from loramix.training.dataset import pieces, to_dataset
-from loramix.training.initialise import init_router
+from loramix.training.initialise import STARTS, init_router
+from loramix.training.keep_start import KeepStart
 from loramix.training.objectives import FiniteGradients, RouterCallback, restore_temperature
 from loramix.training.recall import ScalingPassCache
 from loramix.training.settings import ExpertSettings, TrainSettings
@@ -56,12 +59,15 @@ class TrainingResult:
     evaluation: Evaluation | None
 
 
-def run_training(settings: TrainSettings, *, resume: bool = True) -> TrainingResult:
+def run_training(settings: TrainSettings, *, resume: bool = True, tell: Callable[[str], object] = id) -> TrainingResult:
     """Train the router of a mixture, from files to a saved mixture.
+
+    With text to evaluate with, the router that predicts it best is kept, its start included (`trainer_arguments`).
 
     Args:
         settings: the run's settings.
         resume: continue from the last complete checkpoint in the output folder, if there is one.
+        tell: called with a line about how the router starts.
 
     Raises:
         LoramixError: what stops it; checkpoints that were saved stay.
@@ -74,7 +80,8 @@ def run_training(settings: TrainSettings, *, resume: bool = True) -> TrainingRes
     set_seed(arguments.seed)
     model = get_peft_model(load_base(settings.base, settings.revision, checked.dtype), checked.config)
     if last is None:
-        _initialise(model, settings, checked)
+        tell(f"The router starts from {checked.start}: {STARTS[checked.start]}.")
+        _initialise(model, checked)
     tokenizer = with_padding(checked.tokenizer)
     callback = RouterCallback(checked.objectives)
     packed = arguments.packing or arguments.padding_free
@@ -89,15 +96,24 @@ def run_training(settings: TrainSettings, *, resume: bool = True) -> TrainingRes
         if not resume:
             remove_checkpoints(output)
         write_json(output / SETTINGS, asdict(settings))
-    folder = output / "mixture"
+    folder, keep = output / "mixture", KeepStart(output)
+    keeps = arguments.load_best_model_at_end and not trainer.is_fsdp_enabled  # shards are not put back by hand
     if last is not None and is_finished(last, arguments):
         chosen = load_trained(model, last, best=arguments.load_best_model_at_end)
         restore_temperature(model, chosen)
+        if keeps:
+            keep.restore(model, trainer.args, load_state(last))
         if trainer.is_world_process_zero():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     else:
+        if keeps:
+            trainer.add_callback(keep)
+            if last is None:
+                trainer.save_model(str(keep.folder))
         _train(model, trainer, settings, last)
+        if keeps:
+            keep.restore(model, trainer.args, asdict(trainer.state))
         trainer.save_model(str(folder))
     evaluation = None
     if checked.eval_rows and (trainer.is_world_process_zero() or trainer.is_fsdp_enabled):  # shards: all take part
@@ -153,15 +169,14 @@ def _train(model: XLoraModel, trainer: Any, settings: TrainSettings, last: Path 
         trainer.train(resume_from_checkpoint=folder)
 
 
-def _initialise(model: XLoraModel, settings: TrainSettings, checked: CheckedRun) -> None:
-    method = settings.init.get("method")
-    if method == "prompts":
+def _initialise(model: XLoraModel, checked: CheckedRun) -> None:
+    if checked.start == "prompts":
         init_router(model, "prompts", tokenizer=checked.tokenizer, prompts=checked.prompts)
-    elif method == "labels":
+    elif checked.start == "labels":
         size = checked.arguments.max_length
         batches = labelled_batches(checked.rows, checked.tokenizer, model.expert_names, size=size)
         init_router(model, "labels", batches=batches)
-    elif method == "zeros":
+    elif checked.start == "zeros":
         init_router(model, "zeros")
 
 

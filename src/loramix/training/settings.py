@@ -6,7 +6,7 @@ data: train.jsonl                        # see `loramix.training.data`
 output: runs/first
 mixture: {xlora_depth: 2, xlora_size: 256}        # fields of XLoraConfig
 objectives: {z_loss: 0.001, supervised: 0.1}      # fields of RouterObjectives
-init: {method: prompts, prompts: prompts.json}    # zeros, prompts, or labels (the data's own)
+init: {method: prompts, prompts: prompts.json}    # or random, zeros, labels (the data's own); chosen if left out
 trainer: {max_steps: 500, learning_rate: 0.003}   # fields of TRL's SFTConfig
 """
 
@@ -60,8 +60,9 @@ class TrainSettings:
         dtype: the dtype of the base model: "auto", "float32", "bfloat16", "float16".
         mixture: fields of `XLoraConfig`.
         objectives: fields of `RouterObjectives`.
-        init: `method` ("zeros", "prompts", "labels") and, for prompts, `prompts`: a JSON file of name -> texts, a
-            folder of text files `<name>.txt`, or a mapping of name -> text file.
+        init: `method` ("random", "zeros", "prompts", "labels") and, for prompts, `prompts`: a JSON file of name ->
+            texts, a folder of text files `<name>.txt`, or a mapping of name -> text file. Without `method`: labels
+            where the data names every expert, else the prompts, else zeros, as far as the kind of router has them.
         cache: bytes for the hidden states of the scaling pass ("500MB"); None runs the pass again in each epoch.
         cache_folder: where to keep them in a file instead of in memory.
         trainer: fields of TRL's `SFTConfig`.
@@ -108,9 +109,11 @@ class TrainSettings:
         )
         method = self.init.get("method")
         check_keys(self.init, ("method", "prompts"), "init")
+        given = "prompts" in self.init
         require(
-            method in (None, "zeros", "prompts", "labels") and (method == "prompts") == ("prompts" in self.init),
-            'init.method is "zeros", "prompts" (with init.prompts, where the texts are) or "labels".',
+            method in (None, "random", "zeros", "prompts", "labels")
+            and (given if method == "prompts" else not given or method is None),
+            'init.method is "random", "zeros", "prompts" (with init.prompts, where the texts are) or "labels".',
             received=f"init={dict(self.init)!r}",
             remedy="Write for example init: {method: prompts, prompts: prompts.json}.",
         )
