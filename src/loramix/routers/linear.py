@@ -1,0 +1,73 @@
+"""A linear map of each layer's low-rank activation: trained, distilled, or fitted to labelled text.
+
+L: adapted layers. E: experts. R: total rank of a layer; ΣR over the layers.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loramix.config.xlora import XLoraConfig
+from loramix.routers.gating import gating_of
+from loramix.routers.router import LayerRouter, RouterSizes, Shapes, register_router
+
+
+@register_router
+class LinearRouter(LayerRouter):
+    """z_l = W_l · h_l / rms(h_l) + b_l, with rms(h) = √(mean of h²).
+
+    It starts at the uniform mixture: W = 0, and b as `Gating.uniform` says. The logit of an expert depends on the
+    activations of all experts.
+
+    Args:
+        ranks: R of each layer.
+        experts: E.
+        start: every entry of b.
+
+    Attributes:
+        weight: (E, ΣR): W of one layer after the other.
+        bias: (L, E): b.
+
+    Source: loramix's own; the normalisation is that of RMSNorm, arXiv 1910.07467.
+    """
+
+    kind = "linear"
+
+    def __init__(self, ranks: tuple[int, ...], experts: int, start: float) -> None:
+        super().__init__()
+        self._ends = (0, *accumulate(ranks))
+        self.weight = nn.Parameter(torch.zeros(experts, self._ends[-1]))
+        self.bias = nn.Parameter(torch.full((len(ranks), experts), start))
+
+    @classmethod
+    def build(cls, config: XLoraConfig, sizes: RouterSizes) -> Self:
+        return cls(tuple(map(len, sizes.expert_of_rank)), sizes.experts, gating_of(config).uniform(sizes.experts))
+
+    @classmethod
+    def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
+        ranks = sum(map(len, sizes.expert_of_rank))
+        return {"weight": (sizes.experts, ranks), "bias": (sizes.layers, sizes.experts)}
+
+    def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
+        return F.linear(normalised(low_rank), self.layer_weight(layer), self.bias[layer])
+
+    def layer_weight(self, layer: int) -> Float[Tensor, "E R"]:
+        """W of one layer: a view."""
+        return self.weight[:, self._ends[layer] : self._ends[layer + 1]]
+
+    @torch.no_grad()
+    def assign(self, layer: int, weight: Float[Tensor, "E R"], bias: Float[Tensor, " E"]) -> None:
+        """Set W and b of one layer."""
+        self.layer_weight(layer).copy_(weight)
+        self.bias[layer].copy_(bias)
+
+
+def normalised(low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens R"]:
+    """h / rms(h); 0 where h is 0."""
+    return F.rms_norm(low_rank, low_rank.shape[-1:])
