@@ -49,10 +49,14 @@ def logits(model: Any, ids: Tensor | None = None, **inputs: Any) -> Tensor:
 
 def reorder(router: Any, order: list[int]) -> None:
     """Give the router's experts another order. A new kind of router says here how."""
-    experts = len(order)
+    experts, ranks = len(order), (2, 3, 4)
 
     def rows(tensor: Tensor) -> Tensor:
         return tensor.unflatten(0, (-1, experts))[:, order].flatten(0, 1)
+
+    def columns(tensor: Tensor) -> Tensor:
+        parts = tensor.unflatten(1, (-1, sum(ranks))).split(ranks, dim=2)
+        return torch.cat([parts[i] for i in order], dim=2).flatten(1)[order]
 
     with torch.no_grad():
         if router.kind == "classifier":
@@ -63,6 +67,14 @@ def reorder(router: Any, order: list[int]) -> None:
         elif router.kind == "prototypes":
             for parameter in (router.weight, router.bias):
                 parameter.copy_(rows(parameter))
+        elif router.kind == "linear":
+            router.weight.copy_(columns(router.weight))
+            router.bias.copy_(router.bias[:, order])
+        elif router.kind == "arrow":
+            router.directions.copy_(columns(router.directions))
+        elif router.kind == "norm":
+            for tensor in (router.mean, router.deviation, router.factors):
+                tensor.copy_(tensor[:, order])
         elif router.kind == "test-plain":
             router.weight.copy_(router.weight[:, order])
         elif router.kind == "test-energy":
@@ -72,7 +84,8 @@ def reorder(router: Any, order: list[int]) -> None:
 
 
 def test_all_kinds_are_here() -> None:
-    assert {"classifier", "prototypes", "static", "test-plain", "test-energy"} <= KINDS.keys()
+    kinds = {"classifier", "prototypes", "static", "linear", "arrow", "norm", "test-plain", "test-energy"}
+    assert kinds <= KINDS.keys()
 
 
 @every_router
@@ -150,6 +163,7 @@ def test_its_shapes_are_those_of_its_tensors(kind: str, layerwise: bool, experts
     model.save_pretrained(tmp_path)
     told = describe(tmp_path).router
     assert told is not None
+    assert told.layerwise == (layerwise or KINDS[kind].reads == "low-rank activation")
     assert (told.kind, told.parameters) == (kind, sum(tensor.numel() for tensor in router.state_dict().values()))
 
 
@@ -158,7 +172,7 @@ class _Loss(RoutingHook):
         return output.logits.square().mean()
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.trains])
 def test_checkpointed_gradients_are_the_same(kind: str, experts: Experts) -> None:
     found = []
     for checkpointing in (False, True):
@@ -211,7 +225,7 @@ def test_a_record_holds_the_scalings_of_each_token(kind: str, experts: Experts) 
 @every_kind
 def test_a_router_keeps_float32(kind: str, experts: Experts) -> None:
     model = mixture(experts("llama"), kind).to(torch.bfloat16)
-    assert {parameter.dtype for parameter in model.router.parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in model.router.state_dict().values()} == {torch.float32}
     assert logits(model).isfinite().all()
 
 

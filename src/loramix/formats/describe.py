@@ -131,6 +131,7 @@ def describe_content(content: Adapter | MixtureCheckpoint, path: str = "") -> De
 
 def _mixture(mixture: MixtureCheckpoint, path: str) -> Description:
     config = mixture.config
+    kind = router_class(config)
     return Description(
         Kind.MIXTURE,
         path,
@@ -141,9 +142,9 @@ def _mixture(mixture: MixtureCheckpoint, path: str) -> Description:
         router=RouterDescription(
             kind=config.router,
             parameters=sum(tensor.numel() for tensor in mixture.router.values()),
-            layerwise=config.layerwise_scalings,
+            layerwise=config.layerwise_scalings or kind.reads == "low-rank activation",
             top_k=config.top_k_lora,
-            settings=dict(router_class(config).describe(config)),
+            settings=dict(kind.describe(config)),
         ),
     )
 

@@ -39,6 +39,7 @@ class MixtureCheckpoint:
         base_weights: parameter name -> the weight of the base model that is the mixture's own: an embedding or a head
             that came with an expert or was trained.
         layers: the paths of the L adapted layers in the order of their numbers, where the base model is known.
+        replaced: the names of the experts that are not the checkpoint's own.
     """
 
     config: XLoraConfig
@@ -46,6 +47,7 @@ class MixtureCheckpoint:
     experts: Sequence[Adapter]
     base_weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     layers: Sequence[str] = ()
+    replaced: Sequence[str] = ()
 
     @property
     def num_layers(self) -> int:

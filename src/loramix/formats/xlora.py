@@ -87,7 +87,7 @@ class XLoraFormat(MixtureFormat):
                 experts.append(read_expert(location.elsewhere(place), name))
             else:
                 experts.append(read_member(location, name, place, config, self_contained))
-        checkpoint = MixtureCheckpoint(config, router, experts, base_weights)
+        checkpoint = MixtureCheckpoint(config, router, experts, base_weights, replaced=replaced)
         check_router(checkpoint, str(path), replaced)
         return checkpoint
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramix.config.base import PeftConfig, PeftsConfig, as_own
@@ -31,6 +30,7 @@ from loramix.experts.on_base import on_base
 from loramix.files.hub import HubOptions, from_anywhere
 from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
+from loramix.formats.mixture import MixtureCheckpoint
 from loramix.layers.inject import adapt, find_backbones, head_site, plan, put_on, refuse_meta, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import BaseUses, check_uses
@@ -125,7 +125,7 @@ class PeftModel(_Peft):
             saved.config.inference_mode = not is_trainable
             own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
             experts = supported([expert.mapped(key_mapping or {}) for expert in saved.experts])
-            result = _build_mixture(model, saved.config, experts, saved.router, own, trainable=is_trainable)
+            result = _build_mixture(model, saved.config, experts, saved, own, trainable=is_trainable)
         return result if is_trainable else result.eval()
 
 
@@ -268,7 +268,7 @@ def _build_mixture(
     model: PreTrainedModel,
     config: XLoraConfig,
     experts: Sequence[Adapter],
-    saved: Mapping[str, Tensor] | None,
+    saved: MixtureCheckpoint | None,
     find_own: Callable[[PreTrainedModel, Sequence[Adapter]], list[OwnRows]],
     *,
     trainable: bool,
@@ -279,10 +279,11 @@ def _build_mixture(
     experts = [on_base(model, expert) for expert in experts]
     sites = plan(model, experts)
     router = kind.build(config, router_sizes(sites, hidden_size, len(experts)))
-    if saved is not None:
-        router.load(saved)
-    router.requires_grad_(trainable).train(model.training)
     names = [expert.name for expert in experts]
+    replaced = [] if saved is None else [names.index(name) for name in saved.replaced]
+    if saved is not None:
+        router.load(saved.router, replaced)
+    router.requires_grad_(trainable).train(model.training)
     given = given_scalings(config, sites)
     others = [site for site in sites if site.path not in given]
     backbones = find_backbones(model, others, names)
@@ -298,6 +299,8 @@ def _build_mixture(
     if routed:
         check_widths(backbones, hidden_size)
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
+    if saved is None or replaced:
+        router.follow([layer.stack.parts for layer in layers.values()])
     parts = [module for module in backbones.main.modules() if next(module.parameters(recurse=False), None) is not None]
     router.to(device_of(parts[-1]))  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, uses)

@@ -6,8 +6,11 @@ To add a kind of router or a gating, see docs/architecture.md, "To add one, writ
 from __future__ import annotations
 
 from loramix._registry import import_modules
+from loramix.routers.arrow import ArrowRouter
 from loramix.routers.classifier import XLoraClassifier
 from loramix.routers.gating import Gating, gating_of, register_gating
+from loramix.routers.linear import LinearRouter
+from loramix.routers.norm import NormRouter
 from loramix.routers.router import (
     ConstantRouter,
     HiddenStateRouter,
@@ -23,10 +26,13 @@ from loramix.routers.static import StaticRouter
 import_modules(__name__, __path__)
 
 __all__ = [
+    "ArrowRouter",
     "ConstantRouter",
     "Gating",
     "HiddenStateRouter",
     "LayerRouter",
+    "LinearRouter",
+    "NormRouter",
     "Router",
     "RouterSizes",
     "StaticRouter",

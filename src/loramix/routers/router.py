@@ -13,7 +13,7 @@ B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts. R: total r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from loramix._registry import Registry
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import AdapterMismatchError, ConfigurationError
+from loramix.experts.adapter import LoraWeights
 from loramix.routers.gating import Gating
 from loramix.routers.precision import keep_dtype
 from loramix.routers.start import ClosedForm, LinearRouter, Method, Moments
@@ -58,10 +59,12 @@ class Router(nn.Module, ABC):
         kind: what `XLoraConfig.router` says.
         reads: what the logits depend on.
         attribute: the router's name in the model and, after "base_model.", in its file.
+        trains: whether it has parameters. What is made from the experts alone has buffers, which are saved as well.
     """
 
     kind: ClassVar[str]
     reads: ClassVar[Reads]
+    trains: ClassVar[bool] = True
     attribute: ClassVar[str] = "internal_xlora_router"
 
     @classmethod
@@ -121,8 +124,22 @@ class Router(nn.Module, ABC):
         """
         raise NotImplementedError
 
-    def load(self, saved: Mapping[str, Tensor]) -> None:
+    def follow(self, experts: Sequence[Mapping[int, LoraWeights]]) -> None:
+        """Compute what follows from the experts' tensors; nothing here.
+
+        It is called once they are in the layers: of a new router, and of a loaded one whose experts were replaced.
+        Otherwise a loaded router has what was saved.
+
+        Args:
+            experts: for each layer the tensors of the experts that adapt it, by number.
+        """
+
+    def load(self, saved: Mapping[str, Tensor], replaced: Collection[int] = ()) -> None:
         """Take over saved tensors.
+
+        Args:
+            saved: the tensors.
+            replaced: the numbers of the experts that are others now than when it was saved; `follow` comes next.
 
         Raises:
             AdapterMismatchError: they are not those of this router: other names or shapes.

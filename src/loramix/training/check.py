@@ -68,7 +68,14 @@ def check(settings: TrainSettings) -> CheckedRun:
     experts = [formats.load_adapter(name, place) for name, place in config.adapters.items()]
     sites = plan(base, [on_base(base, replace(expert, base_weights={})) for expert in experts])
     config.validate_for(len(experts), hidden_size_of(base))
-    routed = issubclass(router_class(config), HiddenStateRouter)
+    kind = router_class(config)
+    if not kind.trains:
+        raise ConfigurationError(
+            "A training has a router with parameters.",
+            received=f"router={kind.kind!r}, which is made from the experts",
+            remedy='use it untrained: get_peft_model(base, XLoraConfig(…)); or train router="linear"',
+        )
+    routed = issubclass(kind, HiddenStateRouter)
     names, given = list(config.adapters), given_scalings(config, sites)
     backbones = find_backbones(base, [site for site in sites if site.path not in given], names)
     check_uses(base, backbones, sites, names, routed=routed, given=given)
