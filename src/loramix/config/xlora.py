@@ -175,7 +175,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
             received=f"gating_settings={settings!r}",
             remedy='Write gating_settings as a mapping, for example {"alpha": 1.5}, or leave it out.',
         )
-        given = [name for name in _OF_THE_CLASSIFIER if getattr(self, name) != _default(name)]
+        given = [name for name in OF_THE_CLASSIFIER if getattr(self, name) != _default(name)]
         require(
             self.router == _CLASSIFIER or not given,
             f"{', '.join(given)} {'belongs' if len(given) == 1 else 'belong'} to the classifier.",
@@ -281,7 +281,8 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
 
 
 _CLASSIFIER = "classifier"
-_OF_THE_CLASSIFIER = ("xlora_depth", "xlora_size", "xlora_dropout_p", "use_bias", "enable_relu_and_dropout")
+OF_THE_CLASSIFIER = ("xlora_depth", "xlora_size", "xlora_dropout_p", "use_bias", "enable_relu_and_dropout")
+"""The fields that mean something for the classifier alone."""
 _BEYOND_PEFT: Mapping[str, Any] = {
     "router": _CLASSIFIER,
     "gating": "xlora",

@@ -101,10 +101,10 @@ class _LayerScalings:
         for layer in made.keys() & self._state.uses.seeing_cached:
             made[layer] = made[layer][..., -tokens[1] :, :, :]  # its tokens before these are the cache's
         orders = self._state.uses.orders
-        return torch.cat([_by_text(made.get(n), tokens, missing, orders.get(n, TokenOrder())) for n in layers], dim=-2)
+        return torch.cat([by_text(made.get(n), tokens, missing, orders.get(n, TokenOrder())) for n in layers], dim=-2)
 
 
-def _by_text(logits: Tensor | None, tokens: torch.Size, missing: Tensor, order: TokenOrder) -> Tensor:
+def by_text(logits: Tensor | None, tokens: torch.Size, missing: Tensor, order: TokenOrder) -> Tensor:
     """A layer's logits by (B, S), from a layer that may hold them in another order, or flattened."""
     if logits is None or (logits.shape[:-2].numel() != tokens.numel() and not order.padded):
         return missing

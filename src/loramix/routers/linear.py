@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loramix.config.xlora import XLoraConfig
 from loramix.routers.gating import gating_of
 from loramix.routers.router import LayerRouter, RouterSizes, Shapes, register_router
+from loramix.routers.start import Method
 
 
 @register_router
@@ -53,6 +54,10 @@ class LinearRouter(LayerRouter):
     def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
         ranks = sum(map(len, sizes.expert_of_rank))
         return {"weight": (sizes.experts, ranks), "bias": (sizes.layers, sizes.experts)}
+
+    @classmethod
+    def check_start(cls, config: XLoraConfig, experts: int, method: Method) -> None:
+        pass
 
     def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
         return F.linear(normalised(low_rank), self.layer_weight(layer), self.bias[layer])

@@ -80,7 +80,7 @@ class Moments:
         logits = features @ weight.T + bias
         accuracy = float((logits.argmax(-1) == experts).float().mean())
         temperature = gating.temperature if gating.softmax else 1.0
-        scale = temperature * _best_scale(logits, experts) if gating.normalised else 1.0
+        scale = temperature * best_scale(logits, experts) if gating.normalised else 1.0
         return LinearRouter(weight, bias, scale, accuracy)
 
     def _discriminant(self) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ _RIDGE = 1e-3
 _SMOOTHING = 0.1  # without it the router could saturate, and would have no gradient
 
 
-def _best_scale(logits: Float[Tensor, "N E"], experts: Int[Tensor, " N"]) -> float:
+def best_scale(logits: Float[Tensor, "N E"], experts: Int[Tensor, " N"]) -> float:
     """The factor that minimises the cross-entropy, by golden section over its logarithm; there is one minimum."""
 
     def nats(log_scale: float) -> float:

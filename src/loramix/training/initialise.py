@@ -20,8 +20,10 @@ from loramix.experts.base_layers import device_of
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
 from loramix.passes.state import observing, state_of
+from loramix.routers.router import LayerRouter
 from loramix.routers.start import LinearRouter, Method, Moments
 from loramix.training.data import check_expert_ids, read_text
+from loramix.training.layer_start import Calibration, LayerStart, start_layers
 from loramix.training.losses import IGNORED
 
 Start = Method | Literal["random"]
@@ -37,52 +39,64 @@ STARTS: dict[Start, str] = {
 
 def init_router(
     model: XLoraModel,
-    method: Method,
+    method: Method | Literal["texts"],
     *,
     tokenizer: Any = None,
     prompts: Mapping[str, str | Path | Sequence[str]] | None = None,
     batches: Iterable[Mapping[str, Tensor]] | None = None,
-) -> LinearRouter | None:
+) -> LinearRouter | LayerStart | Calibration | None:
     """Set the weights of a mixture's router.
 
     Args:
         model: the mixture.
         method: "zeros": every expert gets the same scaling, for every token. "prompts": a linear discriminant of the
             means of what the router reads in a few texts for each expert. "labels": ridge regression onto the experts
-            of labelled text, in closed form; for a static router their shares of it.
+            of labelled text, in closed form; for a static router their shares of it. "texts": a norm router is
+            calibrated on text without labels.
         tokenizer: for "prompts": a transformers tokenizer.
         prompts: for "prompts": expert name -> a text, several, or the `Path` of a file with one; for every expert.
-        batches: for "labels": `input_ids`, `attention_mask` and `expert_ids` (B,) or (B, S), -1 where unknown.
+        batches: for "labels": `input_ids`, `attention_mask` and `expert_ids` (B,) or (B, S), -1 where unknown; for
+            "texts" without the last.
 
     Returns:
-        The linear map that the router now computes; None with "zeros".
+        The linear map that the router now computes; what a router of the layers was fitted to; None with "zeros".
 
     Raises:
         ConfigurationError: another method, arguments that do not belong to it, or a router without such a start.
         DataError: an expert without text, a name that is no expert's, or a file that cannot be read.
         UnsupportedOperationError: "prompts" or "labels" for an encoder–decoder.
     """
-    needed = {"zeros": (), "prompts": ("tokenizer", "prompts"), "labels": ("batches",)}
+    needed = {"zeros": (), "prompts": ("tokenizer", "prompts"), "labels": ("batches",), "texts": ("batches",)}
     given = {"tokenizer": tokenizer, "prompts": prompts, "batches": batches}
     if method not in needed or {name for name, value in given.items() if value is not None} != set(needed[method]):
         raise ConfigurationError(
-            'init_router takes "zeros", "prompts" with tokenizer= and prompts=, or "labels" with batches=.',
+            'init_router takes "zeros", "prompts" with tokenizer= and prompts=, "labels" or "texts" with batches=.',
             received=f"method={method!r} with {', '.join(n for n, v in given.items() if v is not None) or 'nothing'}",
             remedy='Call for example init_router(model, "prompts", tokenizer=tokenizer, prompts={"math": ["…"], …}).',
         )
     router, state = model.router, state_of(model)
-    router.check_start(state.config, len(model.expert_names), method)
-    if method == "zeros":
-        router.start_uniform(state.gating)
-        return None
-    if state.has_encoder:
+    reads_layers = isinstance(router, LayerRouter) and router.reads == "low-rank activation"
+    if method == "texts" and not reads_layers:
+        raise ConfigurationError(
+            "Text without labels calibrates a norm router.",
+            received=f'method="texts" for router={router.kind!r}',
+            remedy='Use method="labels" or "prompts", or router="norm".',
+        )
+    if not reads_layers:
+        router.check_start(state.config, len(model.expert_names), method)
+        if method == "zeros":
+            router.start_uniform(state.gating)
+            return None
+    if method != "zeros" and state.has_encoder:
         raise UnsupportedOperationError(
             "A router is computed from texts where one backbone reads them.",
             received=f"method={method!r} for a {type(model).__name__}, whose encoder and decoder read a text each",
             remedy='Use method="zeros", and train the router.',
         )
-    found = _moments(model, (batches or ()) if prompts is None else _labelled(model, tokenizer, prompts))
-    return router.start_from(found, method, state.gating)
+    texts = (batches or ()) if prompts is None else _labelled(model, tokenizer, prompts)
+    if reads_layers:
+        return start_layers(model, router, method, texts)
+    return router.start_from(_moments(model, texts), method, state.gating)
 
 
 class _Reader(RoutingHook):
