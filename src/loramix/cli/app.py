@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from loramix import __version__
-from loramix.cli import bench, check, convert, demo, doctor, evaluation, generate, info, inspect, train, train_expert
+from loramix.cli import (
+    bench,
+    check,
+    convert,
+    demo,
+    distil,
+    doctor,
+    evaluation,
+    generate,
+    info,
+    inspect,
+    train,
+    train_expert,
+)
 from loramix.cli.terminal import ends_where_stdout_ends, show_error, write_what_stdout_can
 from loramix.errors import LoramixError
 
@@ -16,6 +29,7 @@ COMMANDS = {
     "demo": demo.demo,
     "train": train.train,
     "train-expert": train_expert.train_expert,
+    "distil": distil.distil,
     "eval": evaluation.evaluate,
     "generate": generate.generate,
     "info": info.info,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from loramix.config.xlora import XLoraConfig
+from loramix.config.xlora import OF_THE_CLASSIFIER, XLoraConfig
 from loramix.errors import UnsupportedOperationError
 from loramix.model.build import XLoraModel
 from loramix.model.peft_methods import layers_of

@@ -8,17 +8,20 @@ from loramix._lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
     from loramix.training.data import ExpertLabels, Row, read_rows
+    from loramix.training.distil import Distillation, distil_router
     from loramix.training.initialise import init_router
     from loramix.training.objectives import FiniteGradients, RouterCallback, RouterObjectives
     from loramix.training.recall import ScalingPassCache, required_bytes
 
 __all__ = [
+    "Distillation",
     "ExpertLabels",
     "FiniteGradients",
     "RouterCallback",
     "RouterObjectives",
     "Row",
     "ScalingPassCache",
+    "distil_router",
     "init_router",
     "read_rows",
     "required_bytes",
@@ -26,6 +29,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("ExpertLabels", "Row", "read_rows"), "data"),
+    **dict.fromkeys(("Distillation", "distil_router"), "distil"),
     "init_router": "initialise",
     **dict.fromkeys(("FiniteGradients", "RouterCallback", "RouterObjectives"), "objectives"),
     **dict.fromkeys(("ScalingPassCache", "required_bytes"), "recall"),

@@ -96,6 +96,7 @@ def init_router(
     texts = (batches or ()) if prompts is None else _labelled(model, tokenizer, prompts)
     if reads_layers:
         return start_layers(model, router, method, texts)
+    assert method in ("prompts", "labels")
     return router.start_from(_moments(model, texts), method, state.gating)
 
 

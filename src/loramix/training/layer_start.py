@@ -22,6 +22,7 @@ from loramix.experts.layer_use import TokenOrder
 from loramix.layers.routing import LayerRouting
 from loramix.layers.slot import override
 from loramix.model.build import XLoraModel
+from loramix.model.peft_methods import layers_of
 from loramix.passes.hooks import EXPERT_IDS
 from loramix.passes.one_pass import by_text
 from loramix.passes.state import evaluating, state_of
@@ -182,7 +183,7 @@ def fit_labels(model: XLoraModel, router: LinearRouter, batches: Iterable[Batch]
         ConfigurationError: a label that is no expert's.
     """
     state, names = state_of(model), model.expert_names
-    ranks = [model.get_submodule(path).stack.rank for path in model.adapted_modules]
+    ranks = [layer.stack.rank for layer in layers_of(model.get_base_model()).values()]
     moments, passes = Moments(ranks, len(names)), LayerPass(model, uniform_scalings(model))
     samples: list[list[Tensor]] = [[] for _ in ranks]
     labels: list[list[Tensor]] = [[] for _ in ranks]
@@ -233,7 +234,7 @@ def calibrate(model: XLoraModel, router: NormRouter, batches: Sequence[Batch]) -
         DataError: fewer than two tokens at a layer.
     """
     passes = LayerPass(model, uniform_scalings(model))
-    ranks = [model.get_submodule(path).stack.rank for path in model.adapted_modules]
+    ranks = [layer.stack.rank for layer in layers_of(model.get_base_model()).values()]
     norms: list[list[Tensor]] = [[] for _ in ranks]
     uniform = Nats()
     for batch in batches:

@@ -11,6 +11,7 @@ The output folder of a run:
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from loramix.errors import ConfigurationError, LoramixError
-from loramix.evaluation.passages import cut_passages, window_size
+from loramix.evaluation.passages import cut_passages, pad, window_size
 from loramix.evaluation.scores import Evaluation, evaluate
 from loramix.files.base_models import load_base, one_line
 from loramix.files.json_file import write_json
@@ -190,6 +191,36 @@ def labelled_batches(
         if row.expert is not None
         for piece in pieces(row, tokenizer, size)
     ]
+
+
+def unlabelled_batches(
+    model: XLoraModel,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    window: int | None = None,
+    limit: int | None = None,
+    size: int = 4,
+) -> list[Mapping[str, torch.Tensor]]:
+    """Rows as batches of passages, for `distil_router` and `init_router`, in an order that mixes the rows.
+
+    Args:
+        model: the mixture.
+        tokenizer: its tokenizer.
+        rows: the text.
+        window: as for `evaluate_rows`.
+        limit: the most passages, of all rows alike.
+        size: passages in a batch.
+
+    Raises:
+        DataError: as for `evaluate_rows`.
+    """
+    texts = ((row.as_text(tokenizer), "") for row in rows)
+    passages = [passage.ids for passage in cut_passages(tokenizer, texts, window=window_size(model.config, window))]
+    random.Random(0).shuffle(passages)
+    chosen = passages[:limit]
+    padded = [pad(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+    return [{"input_ids": ids, "attention_mask": real} for ids, real in padded]
 
 
 def evaluate_rows(
