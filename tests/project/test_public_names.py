@@ -104,6 +104,7 @@ TRAINING = {
     "RouterObjectives": "objectives",
     "Row": "data",
     "ScalingPassCache": "recall",
+    "calibrate_temperature": "calibrate",
     "init_router": "initialise",
     "read_rows": "data",
     "required_bytes": "recall",
@@ -152,8 +153,10 @@ def test_the_public_names_of_analysis_are_locked() -> None:
 
 
 EVALUATION = {
+    "Ceiling": "ceiling",
     "Evaluation": "scores",
     "LeaveOneOut": "ablation",
+    "causal_ceiling": "ceiling",
     "evaluate": "scores",
     "leave_one_out": "ablation",
 }

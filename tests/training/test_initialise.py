@@ -123,6 +123,28 @@ def test_each_text_goes_to_its_expert_without_training(mode: str, method: Any, e
         assert (leaders == number).float().mean() > 0.9
 
 
+def test_text_without_labels_gets_those_of_the_experts_that_predict_it_best(experts: Any) -> None:
+    one, other = mixture(experts), mixture(experts)
+    rows, best = list(batches()), []
+    for batch in rows:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            losses = []
+            for expert in range(3):
+                with torch.no_grad(), one.fixed_scalings([float(expert == each) for each in range(3)]):
+                    text = ids[mask.bool()].unsqueeze(0)
+                    losses.append(float(one(text, labels=text).loss))
+            best.append(losses.index(min(losses)))
+    labels = torch.tensor(best).reshape(3, 6)
+    assert set(best) == {0, 1, 2}
+    labelled = [{**batch, "expert_ids": ids} for batch, ids in zip(rows, labels, strict=True)]
+    expected = init_router(one, "labels", batches=labelled)
+    unlabelled = [{n: t for n, t in batch.items() if n != "expert_ids"} for batch in rows]
+    found = init_router(other, "text", batches=unlabelled)
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found.weight, expected.weight)
+
+
 @pytest.mark.parametrize("method", ["zeros", "prompts", "labels"])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_prototypes_start_where_a_classifier_starts(layerwise: bool, method: Any, experts: Any) -> None:

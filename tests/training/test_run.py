@@ -259,6 +259,12 @@ def test_the_start_is_the_best_that_the_data_has_and_is_told(case: str, files: F
         assert told[0].startswith(f"The router starts from {expected}: ")
 
 
+def test_text_that_an_expert_never_predicts_best_makes_no_router(files: Files, tmp_path: Path) -> None:
+    chosen = settings(files, tmp_path, init={"method": "text"})  # the experts are random
+    with pytest.raises(DataError, match="no token for"):
+        run_training(chosen)
+
+
 @pytest.mark.parametrize("method", ["zeros", "prompts", "labels"])
 def test_every_start(method: str, files: Files, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.json"

@@ -33,7 +33,7 @@ def train(
     output: Annotated[str | None, typer.Option(help="The folder for checkpoints and the trained mixture.")] = None,
     init: Annotated[
         str | None,
-        typer.Option(metavar="METHOD", help="The start: labels, prompts, zeros or random. Chosen if left out."),
+        typer.Option(metavar="METHOD", help="The start: labels, prompts, text, zeros, random; else chosen."),
     ] = None,
     change: Annotated[
         list[str] | None,

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
-from loramix.routers.gating import gating_of
+from loramix.routers.gating import Gating, gating_of
 from loramix.routers.router import LayerRouter, RouterSizes, Shapes, register_router
 from loramix.routers.start import Method
 
@@ -58,6 +58,11 @@ class LinearRouter(LayerRouter):
     @classmethod
     def check_start(cls, config: XLoraConfig, experts: int, method: Method) -> None:
         pass
+
+    @torch.no_grad()
+    def start_uniform(self, gating: Gating) -> None:
+        self.weight.zero_()
+        self.bias.fill_(gating.uniform(self.bias.shape[-1]))
 
     def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
         return F.linear(normalised(low_rank), self.layer_weight(layer), self.bias[layer])

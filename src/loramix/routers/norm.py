@@ -13,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loramix.config.xlora import XLoraConfig
+from loramix.errors import ConfigurationError
 from loramix.experts.adapter import LoraWeights
 from loramix.routers.from_experts import ExpertsRouter
 from loramix.routers.router import RouterSizes, Shapes, register_router
+from loramix.routers.start import Method
 
 
 @register_router
@@ -23,7 +25,7 @@ class NormRouter(ExpertsRouter):
     """z_e = (log ‖R_e h_e‖ − μ_e) / σ_e, with B_e = Q_e R_e, so that ‖R_e h_e‖ = ‖B_e A_e x‖.
 
     μ and σ of each layer and expert are mean and standard deviation over some text (`assign`, or
-    `init_router(model, "texts", batches=…)`). Until then σ = 1 and μ_e = log ‖B_e A_e‖ (Frobenius): the answer is
+    `init_router(model, "text", batches=…)`). Until then σ = 1 and μ_e = log ‖B_e A_e‖ (Frobenius): the answer is
     compared with the expert's size. An expert that replaces another in a saved mixture starts there too, moved by as
     much as the others are on average; these keep theirs. What it reads of an expert is A and B alone, also with DoRA.
 
@@ -64,6 +66,15 @@ class NormRouter(ExpertsRouter):
     def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
         shape, rank = (sizes.layers, sizes.experts), _largest_rank(sizes)
         return {"offset": shape, "mean": shape, "deviation": shape, "factors": (*shape, rank, rank)}
+
+    @classmethod
+    def check_start(cls, config: XLoraConfig, experts: int, method: Method) -> None:
+        if method != "text":
+            raise ConfigurationError(
+                "A norm router is calibrated on text without labels.",
+                received=f'method={method!r} for router="norm"',
+                remedy='use method="text"',
+            )
 
     def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
         usual = (self.log_norms(layer, low_rank) - self.mean[layer]) / self.deviation[layer]

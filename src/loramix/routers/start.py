@@ -22,8 +22,8 @@ from loramix.routers.gating import Gating
 ClosedForm = Literal["prompts", "labels"]
 """A linear discriminant of the experts' means, or ridge regression onto the experts."""
 
-Method = Literal["zeros", "prompts", "labels"]
-"""The same, or every expert alike."""
+Method = Literal["zeros", "prompts", "text", "labels"]
+"""The same, the labels given or found by the experts' likelihoods, or every expert alike."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from loramix._lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
+    from loramix.training.calibrate import calibrate_temperature
     from loramix.training.data import ExpertLabels, Row, read_rows
     from loramix.training.distil import Distillation, distil_router
     from loramix.training.initialise import init_router
@@ -21,6 +22,7 @@ __all__ = [
     "RouterObjectives",
     "Row",
     "ScalingPassCache",
+    "calibrate_temperature",
     "distil_router",
     "init_router",
     "read_rows",
@@ -30,6 +32,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("ExpertLabels", "Row", "read_rows"), "data"),
     **dict.fromkeys(("Distillation", "distil_router"), "distil"),
+    "calibrate_temperature": "calibrate",
     "init_router": "initialise",
     **dict.fromkeys(("FiniteGradients", "RouterCallback", "RouterObjectives"), "objectives"),
     **dict.fromkeys(("ScalingPassCache", "required_bytes"), "recall"),

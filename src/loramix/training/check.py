@@ -27,6 +27,7 @@ from loramix.layers.inject import find_backbones, plan
 from loramix.layers.tokens import check_uses
 from loramix.model.checks import given_scalings
 from loramix.routers import HiddenStateRouter, router_class
+from loramix.routers.start import Method
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base
 from loramix.training.data import Row, read_rows
@@ -123,7 +124,7 @@ def _start(settings: TrainSettings, config: XLoraConfig, rows: Sequence[Row]) ->
         if named != "random":
             kind.check_start(config, experts, named)
         return named
-    found: list[Start] = ["zeros"]
+    found: list[Method] = ["zeros"]
     if "prompts" in settings.init:
         found.insert(0, "prompts")
     if {row.expert for row in rows} >= set(config.adapters):

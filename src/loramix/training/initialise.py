@@ -16,14 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loramix.errors import ConfigurationError, DataError, UnsupportedOperationError
+from loramix.evaluation.losses import token_nats
 from loramix.experts.base_layers import device_of
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
-from loramix.passes.state import observing, state_of
-from loramix.routers.router import LayerRouter
+from loramix.passes.state import evaluating, observing, state_of
+from loramix.routers.linear import LinearRouter as LayerLinearRouter
+from loramix.routers.norm import NormRouter
 from loramix.routers.start import LinearRouter, Method, Moments
 from loramix.training.data import check_expert_ids, read_text
-from loramix.training.layer_start import Calibration, LayerStart, start_layers
+from loramix.training.layer_start import Calibration, LayerStart, calibrate, fit_labels
 from loramix.training.losses import IGNORED
 
 Start = Method | Literal["random"]
@@ -31,6 +33,7 @@ Start = Method | Literal["random"]
 
 STARTS: dict[Start, str] = {
     "labels": "ridge regression onto the experts that the training text names",
+    "text": "ridge regression onto the experts that predict some of the training text best",
     "prompts": "a linear discriminant of the prompts of each expert",
     "zeros": "every expert alike",
     "random": "as it was built",
@@ -39,7 +42,7 @@ STARTS: dict[Start, str] = {
 
 def init_router(
     model: XLoraModel,
-    method: Method | Literal["texts"],
+    method: Method,
     *,
     tokenizer: Any = None,
     prompts: Mapping[str, str | Path | Sequence[str]] | None = None,
@@ -51,12 +54,12 @@ def init_router(
         model: the mixture.
         method: "zeros": every expert gets the same scaling, for every token. "prompts": a linear discriminant of the
             means of what the router reads in a few texts for each expert. "labels": ridge regression onto the experts
-            of labelled text, in closed form; for a static router their shares of it. "texts": a norm router is
-            calibrated on text without labels.
+            of labelled text, in closed form; for a static router their shares of it. "text": the same from text
+            without labels, each row of which gets the expert that predicts it best; a norm router is calibrated on it.
         tokenizer: for "prompts": a transformers tokenizer.
         prompts: for "prompts": expert name -> a text, several, or the `Path` of a file with one; for every expert.
         batches: for "labels": `input_ids`, `attention_mask` and `expert_ids` (B,) or (B, S), -1 where unknown; for
-            "texts" without the last.
+            "text" without the last.
 
     Returns:
         The linear map that the router now computes; what a router of the layers was fitted to; None with "zeros".
@@ -64,40 +67,35 @@ def init_router(
     Raises:
         ConfigurationError: another method, arguments that do not belong to it, or a router without such a start.
         DataError: an expert without text, a name that is no expert's, or a file that cannot be read.
-        UnsupportedOperationError: "prompts" or "labels" for an encoder–decoder.
+        UnsupportedOperationError: any but "zeros" for an encoder–decoder.
     """
-    needed = {"zeros": (), "prompts": ("tokenizer", "prompts"), "labels": ("batches",), "texts": ("batches",)}
+    needed = {"zeros": (), "prompts": ("tokenizer", "prompts"), "text": ("batches",), "labels": ("batches",)}
     given = {"tokenizer": tokenizer, "prompts": prompts, "batches": batches}
     if method not in needed or {name for name, value in given.items() if value is not None} != set(needed[method]):
         raise ConfigurationError(
-            'init_router takes "zeros", "prompts" with tokenizer= and prompts=, "labels" or "texts" with batches=.',
+            'init_router takes "zeros", "prompts" with tokenizer= and prompts=, "labels" or "text" with batches=.',
             received=f"method={method!r} with {', '.join(n for n, v in given.items() if v is not None) or 'nothing'}",
             remedy='Call for example init_router(model, "prompts", tokenizer=tokenizer, prompts={"math": ["…"], …}).',
         )
     router, state = model.router, state_of(model)
-    reads_layers = isinstance(router, LayerRouter) and router.reads == "low-rank activation"
-    if method == "texts" and not reads_layers:
-        raise ConfigurationError(
-            "Text without labels calibrates a norm router.",
-            received=f'method="texts" for router={router.kind!r}',
-            remedy='Use method="labels" or "prompts", or router="norm".',
-        )
-    if not reads_layers:
-        router.check_start(state.config, len(model.expert_names), method)
-        if method == "zeros":
-            router.start_uniform(state.gating)
-            return None
-    if method != "zeros" and state.has_encoder:
+    router.check_start(state.config, len(model.expert_names), method)
+    if method == "zeros":
+        router.start_uniform(state.gating)
+        return None
+    if state.has_encoder:
         raise UnsupportedOperationError(
             "A router is computed from texts where one backbone reads them.",
             received=f"method={method!r} for a {type(model).__name__}, whose encoder and decoder read a text each",
             remedy='Use method="zeros", and train the router.',
         )
     texts = (batches or ()) if prompts is None else _labelled(model, tokenizer, prompts)
-    if reads_layers:
-        return start_layers(model, router, method, texts)
-    assert method in ("prompts", "labels")
-    return router.start_from(_moments(model, texts), method, state.gating)
+    if isinstance(router, NormRouter):
+        return calibrate(model, router, list(texts))
+    if method == "text":
+        texts = _by_likelihood(model, texts)
+    if isinstance(router, LayerLinearRouter):
+        return fit_labels(model, router, texts)
+    return router.start_from(_moments(model, texts), "prompts" if method == "prompts" else "labels", state.gating)
 
 
 class _Reader(RoutingHook):
@@ -135,6 +133,21 @@ def _features(model: XLoraModel, batch: Mapping[str, Tensor]) -> list[Float[Tens
         received=f"router={model.router.kind!r}, which reads the {reads}",
         remedy='use method="zeros", and train the router',
     )
+
+
+def _by_likelihood(model: XLoraModel, batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Mapping[str, Tensor]]:
+    """The batches, each row with the expert under which it is likeliest: argmax_e Σ_t ln p_e(x_t | x_<t)."""
+    names = model.expert_names
+    for batch in batches:
+        ids = batch["input_ids"]
+        real = batch.get("attention_mask", torch.ones_like(ids))[:, 1:].bool()
+        inputs = {name: batch[name].to(device_of(model)) for name in ("input_ids", "attention_mask") if name in batch}
+        nats = list[Tensor]()
+        for chosen in names:
+            with torch.no_grad(), evaluating(model), model.fixed_scalings([float(name == chosen) for name in names]):
+                logits = model(**inputs, use_cache=False).logits.cpu()
+            nats.append(token_nats(logits, ids.cpu()).masked_fill(~real.cpu(), 0.0).sum(1))
+        yield {**batch, EXPERT_IDS: torch.stack(nats).argmin(0)}
 
 
 def _moments(model: XLoraModel, batches: Iterable[Mapping[str, Tensor]]) -> list[Moments]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from loramix.errors import ConfigurationError, DataError
+from loramix.errors import DataError
 from loramix.evaluation.losses import token_nats
 from loramix.experts.base_layers import device_of
 from loramix.experts.layer_use import TokenOrder
@@ -26,10 +26,8 @@ from loramix.model.peft_methods import layers_of
 from loramix.passes.hooks import EXPERT_IDS
 from loramix.passes.one_pass import by_text
 from loramix.passes.state import evaluating, state_of
-from loramix.routers.gating import gating_of
 from loramix.routers.linear import LinearRouter, normalised
 from loramix.routers.norm import NormRouter
-from loramix.routers.router import LayerRouter
 from loramix.routers.start import best_scale
 from loramix.training.data import check_expert_ids
 from loramix.training.losses import IGNORED
@@ -144,32 +142,6 @@ def uniform_scalings(model: XLoraModel) -> Callable[[int, Tensor], Tensor]:
     """1 / E for every token."""
     experts = len(model.expert_names)
     return lambda _layer, low_rank: low_rank.new_full((*low_rank.shape[:-1], experts), 1 / experts)
-
-
-def start_layers(
-    model: XLoraModel, router: LayerRouter, method: str, batches: Iterable[Batch]
-) -> LayerStart | Calibration | None:
-    """What `init_router` does for a layer router.
-
-    Raises:
-        ConfigurationError: a method that this kind of router has not.
-        DataError: as `fit_labels` and `calibrate`.
-    """
-    uniform = gating_of(state_of(model).config).uniform(len(model.expert_names))
-    if method == "zeros" and isinstance(router, LinearRouter):
-        with torch.no_grad():
-            for name, parameter in router.named_parameters():
-                parameter.fill_(0.0 if name == "weight" else uniform)
-        return None
-    if method in ("labels", "prompts") and isinstance(router, LinearRouter):
-        return fit_labels(model, router, batches)
-    if method == "texts" and isinstance(router, NormRouter):
-        return calibrate(model, router, list(batches))
-    raise ConfigurationError(
-        "A start belongs to a kind of router.",
-        received=f"method={method!r} for router={router.kind!r}",
-        remedy='Use "zeros", "labels" or "prompts" for linear, "texts" for norm; arrow needs none.',
-    )
 
 
 def fit_labels(model: XLoraModel, router: LinearRouter, batches: Iterable[Batch]) -> LayerStart:

@@ -60,6 +60,10 @@ class TrainingResult:
     evaluation: Evaluation | None
 
 
+_ROWS = 16
+"""Rows for each expert that a start from unlabelled text reads."""
+
+
 def run_training(settings: TrainSettings, *, resume: bool = True, tell: Callable[[str], object] = id) -> TrainingResult:
     """Train the router of a mixture, from files to a saved mixture.
 
@@ -171,12 +175,17 @@ def _train(model: XLoraModel, trainer: Any, settings: TrainSettings, last: Path 
 
 
 def _initialise(model: XLoraModel, checked: CheckedRun) -> None:
+    size = checked.arguments.max_length
     if checked.start == "prompts":
         init_router(model, "prompts", tokenizer=checked.tokenizer, prompts=checked.prompts)
     elif checked.start == "labels":
-        size = checked.arguments.max_length
         batches = labelled_batches(checked.rows, checked.tokenizer, model.expert_names, size=size)
         init_router(model, "labels", batches=batches)
+    elif checked.start == "text":
+        count = min(len(checked.rows), _ROWS * len(model.expert_names))
+        cut = (pieces(row, checked.tokenizer, size) for row in random.Random(0).sample(checked.rows, count))
+        batches = [{"input_ids": torch.tensor([piece])} for found in cut for piece in found if len(piece) > 1]
+        init_router(model, "text", batches=batches)
     elif checked.start == "zeros":
         init_router(model, "zeros")
 

@@ -6,7 +6,7 @@ data: train.jsonl                        # see `loramix.training.data`
 output: runs/first
 mixture: {xlora_depth: 2, xlora_size: 256}        # fields of XLoraConfig
 objectives: {z_loss: 0.001, supervised: 0.1}      # fields of RouterObjectives
-init: {method: prompts, prompts: prompts.json}    # or random, zeros, labels (the data's own); chosen if left out
+init: {method: prompts, prompts: prompts.json}    # or random, zeros, text, labels; chosen if left out
 trainer: {max_steps: 500, learning_rate: 0.003}   # fields of TRL's SFTConfig
 """
 
@@ -60,9 +60,9 @@ class TrainSettings:
         dtype: the dtype of the base model: "auto", "float32", "bfloat16", "float16".
         mixture: fields of `XLoraConfig`.
         objectives: fields of `RouterObjectives`.
-        init: `method` ("random", "zeros", "prompts", "labels") and, for prompts, `prompts`: a JSON file of name ->
-            texts, a folder of text files `<name>.txt`, or a mapping of name -> text file. Without `method`: labels
-            where the data names every expert, else the prompts, else zeros, as far as the kind of router has them.
+        init: `method` ("random", "zeros", "prompts", "text", "labels") and, for prompts, `prompts`: a JSON file of
+            name -> texts, a folder of text files `<name>.txt`, or a mapping of name -> text file. Without `method`:
+            labels where the data names every expert, else the prompts, else zeros, if the router's kind has them.
         cache: bytes for the hidden states of the scaling pass ("500MB"); None runs the pass again in each epoch.
         cache_folder: where to keep them in a file instead of in memory.
         trainer: fields of TRL's `SFTConfig`.
@@ -111,9 +111,9 @@ class TrainSettings:
         check_keys(self.init, ("method", "prompts"), "init")
         given = "prompts" in self.init
         require(
-            method in (None, "random", "zeros", "prompts", "labels")
+            method in (None, "random", "zeros", "prompts", "text", "labels")
             and (given if method == "prompts" else not given or method is None),
-            'init.method is "random", "zeros", "prompts" (with init.prompts, where the texts are) or "labels".',
+            'init.method is "random", "zeros", "text", "labels", or "prompts" with init.prompts, where the texts are.',
             received=f"init={dict(self.init)!r}",
             remedy="Write for example init: {method: prompts, prompts: prompts.json}.",
         )
