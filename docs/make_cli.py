@@ -21,6 +21,7 @@ echo "2 + 2 =" | loramix generate demo --prompt - --do-sample --temperature 0.7 
 loramix info mixture                                            # what a folder holds, without loading its base model
 loramix train-expert --base ./base --data texts/ --output math  # train a LoRA expert
 loramix train run.yaml                                          # train a router: see training.md
+loramix distil mixture --data texts/ --output one-pass          # a router that needs one pass
 loramix eval mixture --data test.jsonl                          # base, experts, uniform mixture, X-LoRA, oracle
 loramix inspect demo --text "def f(x):"                         # the leading expert of each token, and the numbers
 loramix convert mixture for-peft --to peft                      # for PEFT, the original library, mistral.rs

@@ -98,6 +98,7 @@ def test_the_version_is_one_that_pip_accepts() -> None:
 
 
 TRAINING = {
+    "Distillation": "distil",
     "ExpertLabels": "data",
     "FiniteGradients": "objectives",
     "RouterCallback": "objectives",
@@ -105,6 +106,7 @@ TRAINING = {
     "Row": "data",
     "ScalingPassCache": "recall",
     "calibrate_temperature": "calibrate",
+    "distil_router": "distil",
     "init_router": "initialise",
     "read_rows": "data",
     "required_bytes": "recall",
