@@ -8,15 +8,15 @@ from typing import Any
 import typer
 
 
-def named_paths(words: Sequence[str]) -> dict[str, str]:
-    """Options such as `math=./math` as name -> path, in their order."""
+def named_paths(words: Sequence[str], option: str = "--expert", form: str = "NAME=PATH") -> dict[str, str]:
+    """Options such as `math=./math` as name -> path, in their order; `option` and `form` are for messages."""
     found: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not (name and equals and path):
-            raise typer.BadParameter(f"{word!r} is not NAME=PATH", param_hint="--expert")
+            raise typer.BadParameter(f"{word!r} is not {form}", param_hint=option)
         if name in found:
-            raise typer.BadParameter(f"{name!r} is named twice", param_hint="--expert")
+            raise typer.BadParameter(f"{name!r} is named twice", param_hint=option)
         found[name] = path
     return found
 

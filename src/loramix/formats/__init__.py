@@ -1,4 +1,4 @@
-"""File formats: reading folders as experts and mixtures, and writing them.
+"""File formats: reading folders as experts and mixtures, editing what was read, and writing it.
 
 To add one, see `loramix.formats.format`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from loramix._registry import import_modules
 from loramix.formats.describe import Description, ExpertDescription, RouterDescription, describe
+from loramix.formats.edit import add_expert, remove_expert, rename_expert, reorder_experts, replace_expert
 from loramix.formats.format import ExpertFormat, Format, MixtureFormat, register_format
 from loramix.formats.load import Kind, detect, load_adapter, load_mixture
 from loramix.formats.lora import LoraFormat
@@ -28,12 +29,17 @@ __all__ = [
     "MixtureFormat",
     "RouterDescription",
     "XLoraFormat",
+    "add_expert",
     "check_replaceable",
     "describe",
     "detect",
     "load_adapter",
     "load_mixture",
     "register_format",
+    "remove_expert",
+    "rename_expert",
+    "reorder_experts",
+    "replace_expert",
     "save_adapter",
     "save_mixture",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def convert(
             f"A mixture is converted to {', '.join(FORMATS)}.", received=f"to={to!r}", remedy="choose one of these"
         )
     place = Path(folder)
-    _check_empty(place)
+    check_empty(place)
     location = Location(source)
     mixture, notes = load_mixture(source, adapters=adapters), list[str]()
     names = [expert.name for expert in mixture.experts]
@@ -100,11 +100,11 @@ def convert(
         mixture, notes = _for_peft(mixture, place.resolve())
     if to == "original":
         notes += _lost_fields(mixture.config)
-    _save(place, mixture, FORMATS[to])
+    save_as(place, mixture, FORMATS[to])
     ordering = False
     if to == "original":
         try:
-            _save(place, replace(mixture, layers=_layers(mixture, base)), OrderingFormat.name)
+            save_as(place, replace(mixture, layers=_layers(mixture, base)), OrderingFormat.name)
             ordering = True
         except LoramixError as error:
             if base is not None:
@@ -112,7 +112,7 @@ def convert(
             notes.append(
                 f"{ORDERING_NAME} for mistral.rs needs the base model, to be named with --base: {error.received}"
             )
-    notes += _left_behind(location, mixture, names)
+    notes += left_behind(location, mixture, names)
     return Conversion(
         source=os.fspath(source),
         source_format=format_of(location).name,
@@ -125,16 +125,18 @@ def convert(
     )
 
 
-def _check_empty(place: Path) -> None:
+def check_empty(place: Path) -> None:
+    """Raises SaveError: a file, or a folder with something in it."""
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise SaveError(
-            "A mixture is converted into a new or empty folder.",
+            "A mixture is rewritten into a new or empty folder.",
             received=f"{str(place)!r}, which is a file or has something in it",
             remedy="name another folder, or remove this one",
         )
 
 
-def _save(place: Path, mixture: MixtureCheckpoint, format: str) -> None:
+def save_as(place: Path, mixture: MixtureCheckpoint, format: str) -> None:
+    """`save_mixture`, of a mixture as data."""
     save_mixture(
         place,
         mixture.config,
@@ -197,7 +199,7 @@ def _layers(mixture: MixtureCheckpoint, base: str | None) -> list[str]:
     return [site.path for site in plan(model, [on_base(model, expert) for expert in mixture.experts])]
 
 
-def _left_behind(location: Location, mixture: MixtureCheckpoint, names: list[str]) -> Iterator[str]:
+def left_behind(location: Location, mixture: MixtureCheckpoint, names: Sequence[str]) -> Iterator[str]:
     """The other files in the source's folder: a trainer's state, records, a model card."""
     place = Path(location.identifier)
     experts = {Path(expert.source).resolve() for expert in mixture.experts}

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import ConfigurationError
+from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.routers.gating import Gating
 from loramix.routers.router import HiddenStateRouter, RouterSizes, Shapes, register_router
 from loramix.routers.start import LinearRouter, Method
@@ -135,6 +135,21 @@ class XLoraClassifier(HiddenStateRouter):
 
     def _linears(self) -> list[nn.Linear]:
         return [module for module in self.layers if isinstance(module, nn.Linear)]
+
+    @classmethod
+    def cold_expert(
+        cls, config: XLoraConfig, columns: Mapping[str, Tensor], share: float, offset: float
+    ) -> dict[str, Tensor]:
+        if offset and not config.use_bias:
+            raise UnsupportedOperationError(
+                "A new expert of a classifier is kept low by its bias.",
+                received="use_bias=False",
+                remedy="give the expert's tensors (column=)",
+            )
+        return {
+            name: share * tensor.mean(-1) + (offset if name.endswith(".bias") else 0.0)
+            for name, tensor in columns.items()
+        }
 
     def forward(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S L E"]:
         """Logits of every layer; where layers share them, one tensor seen L times."""

@@ -88,6 +88,21 @@ class Gating:
             return None
         return -math.inf if self.normalised or by_rank else 0.0
 
+    def cold(self, experts: int) -> tuple[float, float] | None:
+        """A finite logit for one more expert beside so many, with which it adds nothing beyond rounding.
+
+        Returns:
+            (share, offset): the logit is share · (mean logit of the others) + offset. The largest logit is never below
+            the mean, so a softmax gives at most exp(offset / temperature) whatever the text. None where each expert has
+            a positive scaling.
+        """
+        if self.exclusion(experts + 1) is None:
+            return None
+        by_rank = self.top_k is not None
+        if not (self.normalised or by_rank):
+            return 0.0, 0.0
+        return 1.0, -(_LAST if by_rank else _UNSEEN) * (self.temperature if self.softmax else 1.0)
+
 
 def largest(scalings: Float[Tensor, "*tokens E"], k: int) -> Bool[Tensor, "*tokens E"]:
     """True at exactly the `k` largest entries of the last dimension, ties broken as `torch.topk` breaks them."""
@@ -95,6 +110,10 @@ def largest(scalings: Float[Tensor, "*tokens E"], k: int) -> Bool[Tensor, "*toke
     return torch.zeros_like(scalings, dtype=torch.bool).scatter(-1, chosen, True)
 
 
+_UNSEEN = 20.0
+"""exp(−20) = 2e-9 is below half a unit in the last place of float32, 6e-8."""
+_LAST = 1e4
+"""Below logits that are ranked, too."""
 _GATINGS = Registry[type[Gating]]("gating", "loramix.routers.register_gating")
 _GATINGS.add("xlora", Gating)
 

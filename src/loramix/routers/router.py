@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from loramix._registry import Registry
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import AdapterMismatchError, ConfigurationError
+from loramix.errors import AdapterMismatchError, ConfigurationError, UnsupportedOperationError
 from loramix.experts.adapter import LoraWeights
 from loramix.routers.gating import Gating
 from loramix.routers.precision import keep_dtype
@@ -134,6 +134,63 @@ class Router(nn.Module, ABC):
             experts: for each layer the tensors of the experts that adapt it, by number.
         """
 
+    @classmethod
+    def expert_axes(cls, config: XLoraConfig, layers: int) -> dict[str, int]:
+        """Where the experts lie, for edits of a mixture: tensor -> the axis of the experts; others have no entry.
+
+        An axis of layers and experts holds the experts of each layer beside each other (L · E). The axes follow from
+        `shapes`. A kind where the logit of an expert depends on the others, though its shapes do not show it, overrides
+        this and raises.
+
+        Args:
+            config: the configuration.
+            layers: L.
+
+        Raises:
+            UnsupportedOperationError: the experts cannot be told apart in the tensors.
+        """
+
+        def shapes(experts: int, ranks: int) -> Shapes:
+            columns = tuple(expert for expert in range(experts) for _ in range(ranks))
+            return cls.shapes(config, RouterSizes(config.hidden_size, layers, experts, (columns,) * layers))
+
+        few, more, wider = shapes(_FEW, 1), shapes(_FEW + 1, 1), shapes(_FEW, 2)
+        axes: dict[str, int] = {}
+        for name, shape in few.items():
+            found = [axis for axis, size in enumerate(shape) if more[name][axis] != size]
+            if len(found) > 1 or wider[name] != shape or any(shape[axis] % _FEW for axis in found):
+                raise UnsupportedOperationError(
+                    "Experts are edited one by one where the logit of an expert depends on that expert alone.",
+                    received=f"router={cls.kind!r}, whose {name!r} holds all experts together",
+                    remedy="build a mixture of the experts that you want, and fit or train its router again",
+                )
+            axes.update((name, axis) for axis in found)
+        return axes
+
+    @classmethod
+    def cold_expert(
+        cls, config: XLoraConfig, columns: Mapping[str, Tensor], share: float, offset: float
+    ) -> dict[str, Tensor]:
+        """The tensors of a new expert with the logit share · (mean logit of the others) + offset, for every token.
+
+        Args:
+            config: the configuration.
+            columns: the others' tensors, with the experts along the last axis (`expert_axes`).
+            share: 1 or 0.
+            offset: what is added.
+
+        Returns:
+            Tensors of the same names, without the last axis.
+
+        Raises:
+            UnsupportedOperationError: a kind that does not say how.
+        """
+        raise UnsupportedOperationError(
+            "A new expert changes nothing where its logit can be kept low.",
+            received=f"router={cls.kind!r}, which does not say how",
+            remedy="give the expert's tensors (column=), or build a new mixture and fit or train its router",
+        )
+
     def load(self, saved: Mapping[str, Tensor], replaced: Collection[int] = ()) -> None:
         """Take over saved tensors.
 
@@ -223,6 +280,8 @@ class ConstantRouter(LayerRouter):
         return own.expand(*low_rank.shape[:-1], -1)
 
 
+_FEW = 3
+"""A number of experts to ask for shapes with; of the axes that grow with it, all experts' sizes are multiples."""
 _ROUTERS = Registry[type[Router]]("router", "loramix.routers.register_router")
 
 

@@ -5,7 +5,7 @@ L: adapted layers. E: experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -68,6 +68,12 @@ class StaticRouter(ConstantRouter):
         logits = temperature * shares.log() if gating.normalised else shares
         self.assign(logits)
         return LinearRouter(shares.new_zeros(len(shares), 0), logits, 1.0, float(shares.max()))
+
+    @classmethod
+    def cold_expert(
+        cls, config: XLoraConfig, columns: Mapping[str, Tensor], share: float, offset: float
+    ) -> dict[str, Tensor]:
+        return {"logits": share * columns["logits"].mean(-1) + offset}
 
     def constant_logits(self) -> Float[Tensor, "distinct E"]:
         return self.logits
