@@ -25,6 +25,7 @@ loramix distil mixture --data texts/ --output one-pass          # a router that 
 loramix eval mixture --data test.jsonl                          # base, experts, uniform mixture, X-LoRA, oracle
 loramix inspect demo --text "def f(x):"                         # the leading expert of each token, and the numbers
 loramix convert mixture for-peft --to peft                      # for PEFT, the original library, mistral.rs
+loramix edit mixture smaller --remove code                      # add, remove, replace, rename, reorder experts
 loramix check demo                                              # which layers of a base model experts can adapt
 loramix bench demo                                              # time per token, compared with the base model
 loramix doctor                                                  # versions, devices, what is missing: for an issue
