@@ -94,7 +94,10 @@ def edit(
     if order:
         mixture = reorder_experts(mixture, order)
     save_as(place, mixture, XLoraFormat.name)
-    cold = [f"{name} is cold: the router gives it no weight until it is trained, or given a column." for name in add]
+    cold = [
+        f"{name} is cold: the router gives it no weight until it is trained, or fit_expert gives it a column."
+        for name in add
+    ]
     return Edit(
         source=os.fspath(source),
         folder=os.fspath(folder),

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from loramix.training.distil import Distillation, distil_router
     from loramix.training.initialise import init_router
     from loramix.training.objectives import FiniteGradients, RouterCallback, RouterObjectives
+    from loramix.training.one_expert import ExpertFit, fit_expert
     from loramix.training.recall import ScalingPassCache, required_bytes
 
 __all__ = [
     "Distillation",
+    "ExpertFit",
     "ExpertLabels",
     "FiniteGradients",
     "RouterCallback",
@@ -24,6 +26,7 @@ __all__ = [
     "ScalingPassCache",
     "calibrate_temperature",
     "distil_router",
+    "fit_expert",
     "init_router",
     "read_rows",
     "required_bytes",
@@ -33,6 +36,7 @@ _HOMES = {
     **dict.fromkeys(("ExpertLabels", "Row", "read_rows"), "data"),
     **dict.fromkeys(("Distillation", "distil_router"), "distil"),
     "calibrate_temperature": "calibrate",
+    **dict.fromkeys(("ExpertFit", "fit_expert"), "one_expert"),
     "init_router": "initialise",
     **dict.fromkeys(("FiniteGradients", "RouterCallback", "RouterObjectives"), "objectives"),
     **dict.fromkeys(("ScalingPassCache", "required_bytes"), "recall"),
