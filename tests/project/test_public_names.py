@@ -99,6 +99,7 @@ def test_the_version_is_one_that_pip_accepts() -> None:
 
 TRAINING = {
     "Distillation": "distil",
+    "ExpertFit": "one_expert",
     "ExpertLabels": "data",
     "FiniteGradients": "objectives",
     "RouterCallback": "objectives",
@@ -107,6 +108,7 @@ TRAINING = {
     "ScalingPassCache": "recall",
     "calibrate_temperature": "calibrate",
     "distil_router": "distil",
+    "fit_expert": "one_expert",
     "init_router": "initialise",
     "read_rows": "data",
     "required_bytes": "recall",
