@@ -26,7 +26,7 @@ from loramix.evaluation import causal_ceiling
 from loramix.evaluation.passages import Passage, pad
 from loramix.evaluation.scores import measure, total
 from loramix.timing import describe_machine
-from loramix.training import calibrate_temperature, init_router
+from loramix.training import init_router
 
 DOCS = Path(__file__).parent.parent / "docs"
 KINDS = ("static", "prototypes", "classifier")
@@ -102,9 +102,6 @@ def starts(case: Case, kind: str) -> Iterator[tuple[str, Figures]]:
             print(f"{kind}: {error}", flush=True)
             return
         yield f"{kind}, {count} windows", figures(model, case)
-        if count == WINDOWS[1]:  # its temperature from windows that it was not made from
-            calibrate_temperature(model, _windows(case, KEPT, _last(case)))
-            yield f"{kind}, {count} windows, calibrated", figures(model, case)
     model = case.mixture(kind)
     unlabelled = [{"input_ids": batch["input_ids"]} for batch in labelled(case, 16)]
     init_router(model, "text", batches=unlabelled)

@@ -106,7 +106,6 @@ TRAINING = {
     "RouterObjectives": "objectives",
     "Row": "data",
     "ScalingPassCache": "recall",
-    "calibrate_temperature": "calibrate",
     "distil_router": "distil",
     "fit_expert": "one_expert",
     "init_router": "initialise",

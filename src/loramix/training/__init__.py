@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from loramix._lazy import loaded_at_first_use
 
 if TYPE_CHECKING:
-    from loramix.training.calibrate import calibrate_temperature
     from loramix.training.data import ExpertLabels, Row, read_rows
     from loramix.training.distil import Distillation, distil_router
     from loramix.training.initialise import init_router
@@ -24,7 +23,6 @@ __all__ = [
     "RouterObjectives",
     "Row",
     "ScalingPassCache",
-    "calibrate_temperature",
     "distil_router",
     "fit_expert",
     "init_router",
@@ -35,7 +33,6 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("ExpertLabels", "Row", "read_rows"), "data"),
     **dict.fromkeys(("Distillation", "distil_router"), "distil"),
-    "calibrate_temperature": "calibrate",
     **dict.fromkeys(("ExpertFit", "fit_expert"), "one_expert"),
     "init_router": "initialise",
     **dict.fromkeys(("FiniteGradients", "RouterCallback", "RouterObjectives"), "objectives"),
