@@ -21,7 +21,7 @@ from loramix.model.peft_names import REFUSED
 from support.disk import WEIGHTS
 from support.mixtures import logits_of, mixture
 from support.peft_side import PEFT_WARNINGS
-from support.tiny import llama, tokens
+from support.tiny import ARCHITECTURES, llama, tokens
 
 Experts = Callable[[str], dict[str, str]]
 REPLACED = "experts, which were replaced"
@@ -80,6 +80,22 @@ def test_the_model_is_reached_through_base_model(architecture: str, experts: Exp
     base = model.unload()
     assert not hasattr(base.base_model, "model")
     assert not hasattr(base.base_model, "peft_config")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gemma3"])
+def test_transformers_finds_a_mixtures_parts_as_the_base_models(architecture: str, experts: Experts) -> None:
+    model, base = mixture(experts(architecture), architecture), ARCHITECTURES[architecture]()
+    assert type(model.get_decoder()).__name__ == type(base.get_decoder()).__name__
+    assert model.base_model.base_model is model.base_model
+    assert model.base_model.get_input_embeddings() is model.get_input_embeddings()
+
+
+def test_a_part_is_not_saved_without_its_router(experts: Experts, tmp_path: Path) -> None:
+    model = mixture(experts("llama"))
+    for call in (model.base_model.save_pretrained, model.base_model.push_to_hub):
+        with pytest.raises(UnsupportedOperationError, match="saved from the whole model"):
+            call(str(tmp_path / "part"))
+    assert not (tmp_path / "part").exists()
 
 
 @pytest.mark.parametrize("alone", [False, True])

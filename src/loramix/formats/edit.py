@@ -50,7 +50,10 @@ def add_expert(
     columns = _columns(mixture)
     new = _cold(mixture, columns) if column is None else _checked(column, columns)
     router = {name: torch.cat([each, new[name].to(each).unsqueeze(-1)], dim=-1) for name, each in columns.items()}
-    return _edited(mixture, [*mixture.experts, expert], router, added=expert)
+    config = copy.copy(mixture.config)
+    share = {name: 1 / len(config.adapters) for name in config.adapters}
+    config.elsewhere = {part: share if given == UNIFORM else given for part, given in config.elsewhere.items()}
+    return _edited(replace(mixture, config=config), [*mixture.experts, expert], router, added=expert)
 
 
 def remove_expert(mixture: MixtureCheckpoint, name: str) -> MixtureCheckpoint:

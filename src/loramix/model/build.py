@@ -37,9 +37,8 @@ from loramix.layers.tokens import BaseUses, check_uses
 from loramix.model.checks import check_blocks, check_head, check_plain, check_widths, checked_router, given_scalings
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
-from loramix.model.peft_names import RefusedMethods
 from loramix.model.replacing import replacing
-from loramix.model.through_base_model import ThroughBaseModel, let_through
+from loramix.model.through_base_model import PartMethods, ThroughBaseModel, let_through
 from loramix.model.xlora_methods import XLoraMethods
 from loramix.passes.call import Role
 from loramix.passes.checkpointing import route_checkpoints
@@ -357,7 +356,7 @@ def _commit(
     for part in parts:
         part.__dict__["_loramix"] = state
         is_root, role = part is model, _role(part, backbones)
-        first, last = (methods, object) if is_root else (RefusedMethods, ThroughBaseModel)
+        first, last = (methods, object) if is_root else (PartMethods, ThroughBaseModel)
         part.__class__ = specialise(type(part), first, last=last, role=role, is_root=is_root)
     let_through(model)
     for part in parts:

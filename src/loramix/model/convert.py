@@ -98,20 +98,21 @@ def convert(
     names = [expert.name for expert in mixture.experts]
     if to == "peft":
         mixture, notes = _for_peft(mixture, place.resolve())
+    numbered = None
     if to == "original":
         notes += _lost_fields(mixture.config)
-    save_as(place, mixture, FORMATS[to])
-    ordering = False
-    if to == "original":
         try:
-            save_as(place, replace(mixture, layers=_layers(mixture, base)), OrderingFormat.name)
-            ordering = True
+            numbered = replace(mixture, layers=_layers(mixture, base))
         except LoramixError as error:
             if base is not None:
                 raise
             notes.append(
-                f"{ORDERING_NAME} for mistral.rs needs the base model, to be named with --base: {error.received}"
+                f"{ORDERING_NAME} for mistral.rs needs the base model: convert into another folder with --base. "
+                f"{error.received}"
             )
+    save_as(place, mixture, FORMATS[to])
+    if numbered is not None:
+        save_as(place, numbered, OrderingFormat.name)
     notes += left_behind(location, mixture, names)
     return Conversion(
         source=os.fspath(source),
@@ -120,7 +121,7 @@ def convert(
         format=to,
         experts=dict(zip(names, mixture.config.adapters, strict=True)),
         num_layers=mixture.num_layers,
-        ordering=ordering,
+        ordering=numbered is not None,
         notes=tuple(notes),
     )
 
@@ -153,6 +154,10 @@ def _for_peft(mixture: MixtureCheckpoint, place: Path) -> tuple[MixtureCheckpoin
     config, router, notes = copy.copy(mixture.config), dict(mixture.router), list[str]()
     numbers = [str(number) for number in range(len(mixture.experts))]
     names = dict(zip(config.adapters, numbers, strict=True))
+    config.elsewhere = {
+        part: {names[name]: share for name, share in given.items()} if isinstance(given, dict) else given
+        for part, given in config.elsewhere.items()
+    }
     if list(names) != numbers:
         shown = ", ".join(f"{name} is {number}" for name, number in names.items())
         notes.append(f"The experts' names are not kept, since PEFT numbers them: {shown}.")

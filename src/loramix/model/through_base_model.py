@@ -8,15 +8,42 @@ unless the backbone has a member of that name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
+from loramix.errors import UnsupportedOperationError
+from loramix.model.peft_names import RefusedMethods
 from loramix.model.xlora_methods import XLoraMethods
 from loramix.passes.specialise import Specialised
 from loramix.routers.classifier import XLoraClassifier
 
 _MODEL = "_loramix_model"
+
+
+class PartMethods(RefusedMethods):
+    """The first base of the classes of a mixture's parts."""
+
+    @property
+    def base_model_prefix(self) -> str:
+        """As in the part's own class; nothing where it would name the model around it."""
+        prefix: str = super().base_model_prefix  # pyright: ignore
+        return prefix if prefix in self.__dict__["_modules"] else ""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported: a part has no router."""
+        self._refuse("save_pretrained")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Likewise."""
+        self._refuse("push_to_hub")
+
+    def _refuse(self, call: str) -> NoReturn:
+        raise UnsupportedOperationError(
+            "A mixture, or an expert, is saved from the whole model.",
+            received=f"{call}() of a {type(self).__name__}, which is a part of it",
+            remedy=f"call {call}() of the model that get_peft_model or from_pretrained returned",
+        )
 
 
 class ThroughBaseModel:

@@ -68,10 +68,17 @@ class ExpertsRouter(LayerRouter):
         for layer, members in enumerate(experts):
             for expert, weights in members.items():
                 down, up = weights.A.flatten(1).float(), weights.B.flatten(1).float()
-                if bool(up.any()) and bool(down.any()):
+                if _acts(down, up):
                     self.offset[layer, expert] = 0.0
                     self.take(layer, expert, down, up)
 
     @abstractmethod
     def take(self, layer: int, expert: int, A: Float[Tensor, "r n"], B: Float[Tensor, "out r"]) -> None:
         """Compute what follows from one expert's matrices in one layer; neither is 0."""
+
+
+def _acts(A: Float[Tensor, "r n"], B: Float[Tensor, "out r"]) -> bool:
+    """Whether B A is more than rounding: a padded rank has one of the two alone."""
+    down, up = A.double(), B.double()
+    largest = (torch.linalg.qr(up.T, "r").R if len(up) < len(up.T) else torch.linalg.qr(up, "r").R) @ down
+    return bool(largest.norm() > 1e-9 * down.norm() * up.norm())

@@ -61,7 +61,7 @@ class StaticRouter(ConstantRouter):
         self.logits.fill_(gating.uniform(self.logits.shape[-1]))
 
     def start_from(self, moments: Sequence[Moments], method: ClosedForm, gating: Gating) -> LinearRouter:
-        """The experts' shares of the labelled tokens become their scalings."""
+        """The experts' scalings have the proportions of their shares of the labelled tokens."""
         counts = moments[0].counts
         shares = (counts / counts.sum()).float()
         temperature = gating.temperature if gating.softmax else 1.0

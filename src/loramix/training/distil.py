@@ -26,6 +26,7 @@ from loramix.model.peft_methods import layers_of
 from loramix.model.replace_router import config_with_router, replace_router, sizes_of_mixture
 from loramix.passes.state import evaluating, require_routing, state_of
 from loramix.routers.linear import LinearRouter, normalised
+from loramix.routers.none import NoneGating
 from loramix.routers.static import StaticRouter
 from loramix.training.layer_start import Batch, LayerPass, Moments, Nats, inputs_of, real_tokens, uniform_scalings
 
@@ -150,6 +151,12 @@ def _check(model: XLoraModel, kind: str, batches: Sequence[Batch]) -> None:
         raise ConfigurationError(
             "What is distilled are scalings that a softmax makes.",
             received="a teacher with enable_softmax=False",
+            remedy="train the student instead, on the language-model loss",
+        )
+    if isinstance(state.gating, NoneGating):
+        raise ConfigurationError(
+            "A student takes over the shares of experts, which sum to 1.",
+            received=f"a teacher with gating={state.config.gating!r}, whose base model has a share",
             remedy="train the student instead, on the language-model loss",
         )
     if state.has_encoder or model.get_output_embeddings() is None:

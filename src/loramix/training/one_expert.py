@@ -75,12 +75,13 @@ def fit_expert(
     place, texts = names.index(name), prompt_texts(prompts, names)
     tokens = {expert: torch.cat([_hidden(model, tokenizer, text) for text in texts[expert]]) for expert in names}
     hidden = torch.cat(list(tokens.values()))
-    own = torch.cat([torch.full((len(each),), expert == name) for expert, each in tokens.items()])
-    weight = torch.cat([torch.full((len(each),), 1 / (len(names) * len(each))) for each in tokens.values()])
+    parts, device = list(tokens.items()), hidden.device
+    own = torch.cat([torch.full((len(each),), expert == name, device=device) for expert, each in parts])
+    weight = torch.cat([torch.full((len(each),), 1 / (len(names) * len(each)), device=device) for _, each in parts])
     temperature = gating.temperature if gating.softmax else 1.0
     with torch.no_grad(), evaluating(router):
         features = router.layers[:-1](hidden)
-        others = torch.arange(len(names)) != place
+        others = torch.arange(len(names), device=device) != place
         rivals = router.distinct(hidden[None])[0][..., others]
         if isinstance(gating, NoneGating):
             rivals = F.pad(rivals, (0, 1), value=gating.none_logit)
