@@ -200,7 +200,7 @@ class TestRouterAndGating:
             ({"router": "static", "xlora_size": 8}, "xlora_size=8"),
             ({"router": "static", "xlora_dropout_p": 0.0}, "xlora_dropout_p=0.0"),
             ({"router": "static", "use_bias": False}, "use_bias=False"),
-            ({"use_bias": None}, "use_bias=None"),
+            ({"use_bias": "no"}, "use_bias='no'"),
             ({"enable_relu_and_dropout": 0}, "enable_relu_and_dropout=0"),
         ],
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from loramix import PeftModel, UnsupportedOperationError, XLoraConfig, get_peft_model
+from loramix import ConfigurationError, PeftModel, UnsupportedOperationError, XLoraConfig, get_peft_model
 from loramix.formats import (
     MixtureCheckpoint,
     add_expert,
@@ -112,9 +112,14 @@ COLD: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("gating", COLD)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cold_expert_changes_nothing_and_no_logit(kind: str, gating: str, experts: Experts, tmp_path: Path) -> None:
-    start = saved(experts("llama"), tmp_path / "0", kind, layerwise_scalings=True, **COLD[gating])
+    settings = {"layerwise_scalings": True, **COLD[gating]}
+    if kind in ("arrow", "norm") and gating in ("hard", "logits"):
+        with pytest.raises(ConfigurationError, match="by a softmax"):
+            saved(experts("llama"), tmp_path / "0", kind, **settings)
+        return
+    start = saved(experts("llama"), tmp_path / "0", kind, **settings)
     new = load_adapter("new", experts("llama")["math"])
-    if kind.startswith("test-"):  # kinds without anything like a bias
+    if kind.startswith("test-") or kind == "prototypes":  # kinds without anything like a bias, or with a scale for it
         with pytest.raises(UnsupportedOperationError, match=rf"router='{kind}'[\s\S]*column="):
             add_expert(start, new)
         return

@@ -45,9 +45,9 @@ FAILURES: dict[str, tuple[type[errors.LoramixError], Build]] = {
         errors.IncompleteCheckpointError,
         second(lambda e, bad: without(e["code"], bad, "layers.1.mlp.up_proj.lora_A")),
     ),
-    "a missing module": (
+    "a missing block": (
         errors.AdapterMismatchError,
-        second(lambda e, bad: without(e["code"], bad, "layers.1.mlp.up_proj")),
+        second(lambda e, bad: without(e["code"], bad, "layers.1.")),
     ),
     "modules_to_save": (
         errors.IncompleteCheckpointError,

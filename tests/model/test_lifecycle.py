@@ -231,7 +231,7 @@ def test_a_given_configuration_of_an_expert_fits_its_tensors(experts: Experts, t
     for field, value, error in (
         ("r", 64, CorruptCheckpointError),
         ("use_dora", True, IncompleteCheckpointError),
-        ("bias", "all", UnsupportedAdapterError),
+        ("alora_invocation_tokens", [1], UnsupportedAdapterError),
     ):
         wrong = copy.deepcopy(config)
         setattr(wrong, field, value)

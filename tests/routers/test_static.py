@@ -216,7 +216,7 @@ def test_settings_that_mean_nothing_are_refused(experts: Experts) -> None:
     base = llama()
     with pytest.raises(ConfigurationError, match="scaling_pass_value belongs to a scaling pass"):
         get_peft_model(base, XLoraConfig(adapters=experts("llama"), router="static", scaling_pass_value=0.5))
-    with pytest.raises(ConfigurationError, match="router must be one of 'classifier', 'static'"):
+    with pytest.raises(ConfigurationError, match=r"router must be one of .*'classifier', .*'static'"):
         get_peft_model(base, XLoraConfig(adapters=experts("llama"), router="arow"))
     with pytest.raises(ConfigurationError, match="gating must be one of 'xlora'"):
         get_peft_model(base, XLoraConfig(adapters=experts("llama"), hidden_size=64, gating="sparsemax"))

@@ -77,6 +77,11 @@ class _Slot(threading.local):
 _slot = _Slot()
 
 
+def is_running() -> bool:
+    """Whether a pass is running in this thread."""
+    return _slot.routing is not None
+
+
 def current() -> Routing:
     """The routing in force.
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from transformers import PreTrainedModel
 
 from loramix.errors import UnsupportedOperationError
+from loramix.layers.slot import is_running
 from loramix.model.peft_names import RefusedMethods
 from loramix.model.xlora_methods import XLoraMethods
 from loramix.passes.specialise import Specialised
@@ -61,7 +62,7 @@ class _OfTheModel:
         if self._name in members:
             return members[self._name]
         model = backbone.__dict__.get(_MODEL)
-        if model is None:
+        if model is None or is_running():  # in its forward, a backbone looks for members of its own
             raise AttributeError(self._name)
         return model if self._name == "model" else getattr(model, self._name)
 
