@@ -148,3 +148,10 @@ def test_a_replaced_expert_takes_the_place_of_the_old_one(
     assert torch.equal(made(other), made(one))
     with one.fixed_scalings([0, 0, 1]), other.fixed_scalings([0, 1, 0]):
         assert_close(logits_of(other), logits_of(one), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cold_expert_has_no_share_where_every_expert_is_given_the_same(experts: Experts, tmp_path: Path) -> None:
+    start = saved(experts("llama"), tmp_path / "0", "classifier", elsewhere={"down_proj": "uniform"})
+    larger = add_expert(start, load_adapter("new", experts("llama")["math"]))
+    one, other = loaded(start, tmp_path / "1"), loaded(larger, tmp_path / "2")
+    assert_close(logits_of(other), logits_of(one), atol=1e-5, rtol=1e-5)

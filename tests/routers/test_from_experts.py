@@ -159,3 +159,16 @@ def test_bfloat16_directions_are_those_of_the_rounded_experts(experts: Experts) 
     forward(model)
     forward(exact)
     assert_close(model.get_latest_scalings(), exact.get_latest_scalings(), atol=0.05, rtol=0.05)
+
+
+@both
+def test_an_expert_whose_product_is_zero_is_left_out(kind: str, experts: Experts) -> None:
+    """As of a padded rank: neither A nor B is zero, and B A is."""
+    model = mixture(experts("llama"), kind)
+    part = model.get_submodule("model.layers.0.mlp.up_proj").stack.parts[1]
+    part.A[:-1].zero_()
+    part.B[:, -1].zero_()
+    model.router.follow([model.get_submodule(path).stack.parts for path in model.adapted_modules])
+    output, _ = forward(model)
+    assert (output.final[:, :, model.adapted_modules.index("model.layers.0.mlp.up_proj"), 1] == 0).all()
+    assert output.logits.isfinite().all()
