@@ -45,7 +45,11 @@ def _taken_out(model: Any) -> Callable[[], None]:
     """Take the experts out; what is returned puts them back, to the last bit."""
     state: AdaptedState = model._loramix
     layers, rows = layers_of(model), present_rows(model, state)
-    special = [(part, type(part), dict(part.__dict__)) for part in model.modules() if isinstance(part, Specialised)]
+    special = [
+        (part, type(part), {name: value for name, value in part.__dict__.items() if name.startswith("_loramix")})
+        for part in model.modules()
+        if isinstance(part, Specialised)
+    ]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.unload()
 
@@ -56,7 +60,7 @@ def _taken_out(model: Any) -> Callable[[], None]:
         if isinstance(state, MixtureState):
             model.add_module(state.router.attribute, state.router)
         for part, kind, members in special:
-            part.__dict__.update({name: value for name, value in members.items() if name.startswith("_loramix")})
+            part.__dict__.update(members)
             part.__class__ = kind
         for part, *_ in special:
             rebind_forward(part)

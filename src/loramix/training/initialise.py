@@ -17,16 +17,22 @@ from torch import Tensor
 
 from loramix.errors import ConfigurationError, DataError, UnsupportedOperationError
 from loramix.evaluation.losses import token_nats
-from loramix.experts.base_layers import device_of
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
 from loramix.passes.state import evaluating, observing, state_of
 from loramix.routers.linear import LinearRouter as LayerLinearRouter
 from loramix.routers.norm import NormRouter
 from loramix.routers.start import LinearRouter, Method, Moments
-from loramix.training.data import check_expert_ids, read_text
-from loramix.training.layer_start import Calibration, LayerStart, calibrate, fit_labels
-from loramix.training.losses import IGNORED
+from loramix.training.data import read_text
+from loramix.training.layer_start import (
+    Calibration,
+    LayerStart,
+    calibrate,
+    fit_labels,
+    inputs_of,
+    labelled_tokens,
+    real_tokens,
+)
 
 Start = Method | Literal["random"]
 """How a router begins: in one of the ways of `init_router`, or as it was built."""
@@ -111,9 +117,8 @@ class _Reader(RoutingHook):
 def hidden_states(model: XLoraModel, batch: Mapping[str, Tensor]) -> Float[Tensor, "B S H"]:
     """The router's input: the scaling pass's last hidden states of a batch, in evaluation mode."""
     reader = _Reader()
-    inputs = {name: batch[name].to(device_of(model)) for name in ("input_ids", "attention_mask") if name in batch}
     with observing(model, reader):
-        model.base_model(**inputs, use_cache=False)
+        model.base_model(**inputs_of(model, batch), use_cache=False)
     return reader.hidden
 
 
@@ -139,9 +144,7 @@ def _by_likelihood(model: XLoraModel, batches: Iterable[Mapping[str, Tensor]]) -
     """The batches, each row with the expert under which it is likeliest: argmax_e Σ_t ln p_e(x_t | x_<t)."""
     names = model.expert_names
     for batch in batches:
-        ids = batch["input_ids"]
-        real = batch.get("attention_mask", torch.ones_like(ids))[:, 1:].bool()
-        inputs = {name: batch[name].to(device_of(model)) for name in ("input_ids", "attention_mask") if name in batch}
+        ids, real, inputs = batch["input_ids"], real_tokens(batch)[:, 1:], inputs_of(model, batch)
         nats = list[Tensor]()
         for chosen in names:
             with torch.no_grad(), evaluating(model), model.fixed_scalings([float(name == chosen) for name in names]):
@@ -159,12 +162,7 @@ def _moments(model: XLoraModel, batches: Iterable[Mapping[str, Tensor]]) -> list
     names, found = model.expert_names, list[Moments]()
     for batch in batches:
         parts = [part.float().cpu() for part in _features(model, batch)]
-        ids = batch[EXPERT_IDS].cpu()
-        check_expert_ids(ids, len(names))
-        ids = (ids if ids.dim() == 2 else ids.unsqueeze(1)).expand(parts[0].shape[:2])
-        known = ids != IGNORED
-        if "attention_mask" in batch:
-            known = known & batch["attention_mask"].cpu().bool()
+        ids, known = labelled_tokens(batch, len(names))
         found = found or [Moments(part.shape[-1], len(names)) for part in parts]
         for moments, part in zip(found, parts, strict=True):
             moments.add(part[known], ids[known])

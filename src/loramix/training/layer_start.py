@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loramix.errors import DataError
@@ -104,6 +104,18 @@ def real_tokens(batch: Batch) -> Bool[Tensor, "B S"]:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
+def labelled_tokens(batch: Batch, experts: int) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
+    """Each token's expert, and which tokens have one and are no padding; on the CPU.
+
+    Raises:
+        ConfigurationError: a label that is no expert's.
+    """
+    ids = batch[EXPERT_IDS].cpu()
+    check_expert_ids(ids, experts)
+    ids = (ids if ids.dim() == 2 else ids.unsqueeze(1)).expand(batch["input_ids"].shape)
+    return ids, (ids != IGNORED) & real_tokens(batch).cpu()
+
+
 class LayerPass:
     """One pass in which a function makes the scalings of each layer, and what the layers saw.
 
@@ -160,10 +172,7 @@ def fit_labels(model: XLoraModel, router: LinearRouter, batches: Iterable[Batch]
     samples: list[list[Tensor]] = [[] for _ in ranks]
     labels: list[list[Tensor]] = [[] for _ in ranks]
     for batch in batches:
-        ids = batch[EXPERT_IDS].cpu()
-        check_expert_ids(ids, len(names))
-        ids = (ids if ids.dim() == 2 else ids.unsqueeze(1)).expand(batch["input_ids"].shape)
-        known = (ids != IGNORED) & real_tokens(batch).cpu()
+        ids, known = labelled_tokens(batch, len(names))
         with torch.no_grad():
             passes.run(batch)
         for layer in range(len(ranks)):
