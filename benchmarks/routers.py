@@ -14,16 +14,16 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, logging
+from transformers import logging
 
-from benchmarks.routers_mixtures import TRAIN, Case, demo, installed
+from benchmarks.routers_mixtures import TRAIN, Case, demo, installed, train
 from loramix import XLoraModel
 from loramix.errors import LoramixError
 from loramix.evaluation import causal_ceiling
-from loramix.evaluation.passages import Passage, pad
+from loramix.evaluation.passages import Passage
 from loramix.evaluation.scores import measure, total
 from loramix.timing import describe_machine
 from loramix.training import init_router
@@ -117,23 +117,7 @@ def trained(case: Case, kind: str) -> XLoraModel:
     last = [Passage(ids, ["all"] * (len(ids) - 1), [1] * (len(ids) - 1)) for ids in _windows(case, KEPT, least)]
     before = {name: tensor.clone() for name, tensor in model.router.state_dict().items()}
     start = bits_per_byte(model, last)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            learning_rate=RATE,
-            lr_scheduler_type="cosine",
-            warmup_steps=4,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            use_cpu=True,
-            disable_tqdm=True,
-            seed=0,
-        )
-        data = [{"input_ids": ids} for ids in _windows(case, least)]
-        Trainer(cast(Any, model), arguments, train_dataset=cast(Any, data), data_collator=cast(Any, _collate)).train()
+    train(model, _windows(case, least), rate=RATE, steps=STEPS, batch=BATCH, warmup=4)
     model.eval()
     after = bits_per_byte(model, last)
     print(f"{kind}: {start:.4f} before training, {after:.4f} after, on text to choose by", flush=True)
@@ -149,11 +133,6 @@ def _last(case: Case) -> int:
 
 def _windows(case: Case, count: int, first: int = 0) -> list[list[int]]:
     return [ids for rows in case.train.values() for ids in rows[first : first + count]]
-
-
-def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    ids, real = pad([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "attention_mask": real, "labels": ids.masked_fill(real == 0, -100)}
 
 
 def measured(case: Case) -> dict[str, dict[str, Figures]]:

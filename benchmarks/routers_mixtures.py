@@ -126,18 +126,18 @@ def _switching(pools: Sequence[list[Passage]]) -> list[Passage]:
     return found
 
 
-def _train_expert(rows: Sequence[list[int]], folder: Path) -> None:
-    torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(bundle.base(), config)
-    with tempfile.TemporaryDirectory() as place:
+def train(
+    model: PreTrainedModel | XLoraModel, rows: Sequence[list[int]], *, rate: float, steps: int, batch: int, warmup: int
+) -> None:
+    """Train what requires gradients on the next token of these texts, on the CPU; the model stays in training mode."""
+    with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            place,
-            max_steps=STEPS,
-            per_device_train_batch_size=BATCH,
-            learning_rate=2e-3,
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=rate,
             lr_scheduler_type="cosine",
-            warmup_steps=5,
+            warmup_steps=warmup,
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,
@@ -145,8 +145,15 @@ def _train_expert(rows: Sequence[list[int]], folder: Path) -> None:
             disable_tqdm=True,
             seed=0,
         )
-        data = Windows(rows[: STEPS * BATCH])
-        Trainer(model, arguments, train_dataset=data, data_collator=cast(Any, causal_batch)).train()
+        data = Windows(rows)
+        Trainer(cast(Any, model), arguments, train_dataset=data, data_collator=cast(Any, causal_batch)).train()
+
+
+def _train_expert(rows: Sequence[list[int]], folder: Path) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(bundle.base(), config)
+    train(model, rows[: STEPS * BATCH], rate=2e-3, steps=STEPS, batch=BATCH, warmup=5)
     model.save_pretrained(folder)
 
 
