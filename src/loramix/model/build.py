@@ -38,6 +38,7 @@ from loramix.model.checks import check_blocks, check_head, check_plain, check_wi
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.replacing import replacing
+from loramix.model.several import add, base_copy
 from loramix.model.through_base_model import PartMethods, ThroughBaseModel, let_through
 from loramix.model.xlora_methods import XLoraMethods
 from loramix.passes.call import Role
@@ -48,12 +49,78 @@ from loramix.routers.router import HiddenStateRouter
 
 _Config = TypeVar("_Config", bound=PeftConfig)
 
+
+class LoadingMethods(XLoraMethods):
+    """The methods of a mixture, with the one that loads another beside it."""
+
+    def load_mixture(
+        self,
+        model_id: str | PathLike[str],
+        name: str,
+        is_trainable: bool = False,
+        config: PeftConfig | PeftsConfig | None = None,
+        *,
+        adapters: Mapping[str, str] | None = None,
+        base_weights_of: str | None = None,
+        drop_unsupported: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **hub: Any,
+    ) -> None:
+        """Load one more saved mixture onto the base model of this one; `use_mixture` chooses which of them runs.
+
+        All share the base model's weights. Only weights that came with the experts of a mixture, such as embeddings or
+        a head, are copied for it. In what it computes and saves, each is as it would be on a base model of its own. If
+        anything here fails, the model is left as it was.
+
+        Args:
+            model_id: as for `PeftModel.from_pretrained`, like all but the next one.
+            name: what it is called from now on.
+            is_trainable: whether what was trained trains on, while the mixture is in use.
+            config: a configuration to use instead of the saved one.
+            adapters: experts to use instead of the saved ones.
+            base_weights_of: the expert whose embeddings and head are used, where experts disagree.
+            drop_unsupported: whether what cannot be carried of an expert is left out, with a warning.
+            key_mapping: of the experts' paths.
+            **hub: revision, subfolder, token, ….
+
+        Raises:
+            ConfigurationError: the name is taken; or as `PeftModel.from_pretrained`.
+            RoutingError: in a forward, or inside `fixed_scalings(…)` or `disable_adapter()`.
+            UnsupportedOperationError: one LoRA expert, or weights of the base model that train or are offloaded.
+            CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
+        """
+        self._check_free(f"load_mixture({name!r})")
+        if not name or name in self.mixtures:
+            raise ConfigurationError(
+                "Each mixture of a model has a name of its own.",
+                received=f"name={name!r}, beside {', '.join(map(repr, self.mixtures))}",
+                remedy="choose another name, or call unload_mixture(…) first",
+            )
+        model = self.get_base_model()
+        other = _load(
+            base_copy(model),
+            model_id,
+            name,
+            is_trainable,
+            config,
+            adapters=adapters,
+            base_weights_of=base_weights_of,
+            drop_unsupported=drop_unsupported,
+            key_mapping=key_mapping,
+            options=_options(hub),
+            shared=True,
+        )
+        cast(Any, other)._loramix.thawed = self._loramix.thawed
+        let_through(other, model)
+        add(model, name, other)
+
+
 if TYPE_CHECKING:
 
     class _Peft(PeftMethods, PreTrainedModel):  # pyright: ignore
         def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    class _XLora(XLoraMethods, PreTrainedModel): ...  # pyright: ignore
+    class _XLora(LoadingMethods, PreTrainedModel): ...  # pyright: ignore
 else:
     _Peft = _XLora = ABC
 
@@ -103,29 +170,18 @@ class PeftModel(_Peft):
             ConfigurationError: settings that cannot work.
             ModelError: a base model that cannot carry a mixture.
         """
-        options = _options(hub)
-        config = copy.deepcopy(as_own(config))
-        location = Location(model_id, options)
-        supported = functools.partial(_supported, model, base_weights_of=base_weights_of, drop=drop_unsupported)
-        with replacing(model):
-            check_plain(model)
-            unpack(model)
-            if kind_at(location) == "expert":
-                lora = _of_kind(config, LoraConfig, model_id)
-                if adapters is not None:
-                    raise ConfigurationError(
-                        "adapters= replaces the experts of a mixture.",
-                        received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
-                        remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
-                    )
-                (adapter,) = supported([read_expert(location, adapter_name, lora).mapped(key_mapping or {})])
-                return _build_lora(model, adapter, base_weights_of, trainable=is_trainable)
-            saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
-            saved.config.inference_mode = not is_trainable
-            own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
-            experts = supported([expert.mapped(key_mapping or {}) for expert in saved.experts])
-            result = _build_mixture(model, saved.config, experts, saved, own, trainable=is_trainable)
-        return result if is_trainable else result.eval()
+        return _load(
+            model,
+            model_id,
+            adapter_name,
+            is_trainable,
+            config,
+            adapters=adapters,
+            base_weights_of=base_weights_of,
+            drop_unsupported=drop_unsupported,
+            key_mapping=key_mapping,
+            options=_options(hub),
+        )
 
 
 class XLoraModel(PeftModel, _XLora):
@@ -206,7 +262,7 @@ def get_peft_model(
         found = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
         experts = _supported(model, found, base_weights_of=base_weights_of, drop=drop_unsupported)
         own = functools.partial(own_rows, chosen=base_weights_of)
-        return _build_mixture(model, config, experts, None, own, trainable=not config.inference_mode)
+        return _build_mixture(model, adapter_name, config, experts, None, own, trainable=not config.inference_mode)
 
 
 def _supported(
@@ -216,6 +272,45 @@ def _supported(
     if not drop:
         return experts
     return without_unsupported(model, [on_base(model, expert) for expert in experts], base_weights_of)
+
+
+def _load(
+    model: PreTrainedModel,
+    model_id: str | PathLike[str],
+    name: str,
+    is_trainable: bool,
+    config: PeftConfig | PeftsConfig | None,
+    *,
+    adapters: Mapping[str, str] | None,
+    base_weights_of: str | None,
+    drop_unsupported: bool,
+    key_mapping: Mapping[str, str] | None,
+    options: HubOptions,
+    shared: bool = False,
+) -> PeftModel:
+    """As `PeftModel.from_pretrained`; `shared` says whether others use the base model's weights."""
+    config = copy.deepcopy(as_own(config))
+    location = Location(model_id, options)
+    supported = functools.partial(_supported, model, base_weights_of=base_weights_of, drop=drop_unsupported)
+    with replacing(model):
+        check_plain(model)
+        unpack(model)
+        if kind_at(location) == "expert":
+            lora = _of_kind(config, LoraConfig, model_id)
+            if adapters is not None:
+                raise ConfigurationError(
+                    "adapters= replaces the experts of a mixture.",
+                    received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
+                    remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
+                )
+            (adapter,) = supported([read_expert(location, name, lora).mapped(key_mapping or {})])
+            return _build_lora(model, adapter, base_weights_of, trainable=is_trainable, shared=shared)
+        saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
+        saved.config.inference_mode = not is_trainable
+        own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
+        experts = supported([expert.mapped(key_mapping or {}) for expert in saved.experts])
+        result = _build_mixture(model, name, saved.config, experts, saved, own, trainable=is_trainable, shared=shared)
+    return result if is_trainable else result.eval()
 
 
 def _options(hub: Mapping[str, Any]) -> HubOptions:
@@ -265,12 +360,14 @@ def _of_kind(
 
 def _build_mixture(
     model: PreTrainedModel,
+    name: str,
     config: XLoraConfig,
     experts: Sequence[Adapter],
     saved: MixtureCheckpoint | None,
     find_own: Callable[[PreTrainedModel, Sequence[Adapter]], list[OwnRows]],
     *,
     trainable: bool,
+    shared: bool = False,
 ) -> PeftModel:
     hidden_size = hidden_size_of(model)
     kind = checked_router(config, len(experts), hidden_size)
@@ -279,7 +376,7 @@ def _build_mixture(
     sites = plan(model, experts)
     router = kind.build(config, router_sizes(sites, hidden_size, len(experts)))
     names = [expert.name for expert in experts]
-    replaced = [] if saved is None else [names.index(name) for name in saved.replaced]
+    replaced = [] if saved is None else [names.index(expert) for expert in saved.replaced]
     if saved is not None:
         router.load(saved.router, replaced)
     router.requires_grad_(trainable).train(model.training)
@@ -303,9 +400,9 @@ def _build_mixture(
     parts = [module for module in backbones.main.modules() if next(module.parameters(recurse=False), None) is not None]
     router.to(device_of(parts[-1]))  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, uses)
-    state.head = None if head is None else head.path
+    state.name, state.head = name, None if head is None else head.path
     _set_apart(layers, state, uses)
-    _commit(model, backbones, layers, state, XLoraMethods, find_own(model, experts))
+    _commit(model, backbones, layers, state, LoadingMethods, find_own(model, experts), shared=shared)
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
 
@@ -315,7 +412,9 @@ def _set_apart(layers: Mapping[str, XLoraLayer], state: AdaptedState, uses: Base
         layers[path].apart = state.apart
 
 
-def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str | None, *, trainable: bool) -> PeftModel:
+def _build_lora(
+    model: PreTrainedModel, adapter: Adapter, base_weights_of: str | None, *, trainable: bool, shared: bool = False
+) -> PeftModel:
     adapter = on_base(model, adapter)
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
@@ -325,9 +424,9 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str |
     uses = check_uses(model, backbones, sites, [adapter.name], routed=False)
     layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
-    state.head = None if head is None else head.path
+    state.name, state.head = adapter.name, None if head is None else head.path
     _set_apart(layers, state, uses)
-    _commit(model, backbones, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of))
+    _commit(model, backbones, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of), shared=shared)
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())
 
@@ -339,12 +438,14 @@ def _commit(
     state: AdaptedState,
     methods: type,
     own: Sequence[OwnRows],
+    *,
+    shared: bool,
 ) -> None:
     """Change the model. All checks have been made: nothing in here may fail."""
     state.thawed = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     route_checkpoints(model)
-    put_rows(model, state, own)
+    put_rows(model, state, own, shared=shared)
     for path, layer in layers.items():
         if f"{path}.weight" in state.replaced:
             layer.stack.settle(layer.base_layer)

@@ -20,12 +20,36 @@ from loramix.passes.state import AdaptedState, MixtureState, ReplacedRows
 
 
 @torch.no_grad()
-def put_rows(model: nn.Module, state: AdaptedState, own: Sequence[OwnRows]) -> None:
-    """Write the rows into the base model, before its layers are replaced; the state keeps what they were."""
+def put_rows(model: nn.Module, state: AdaptedState, own: Sequence[OwnRows], *, shared: bool = False) -> None:
+    """Write the rows into the base model, before its layers are replaced; the state keeps what they were.
+
+    Args:
+        model: the base model.
+        state: the mixture's.
+        own: the rows.
+        shared: whether others use the base model's weights: then the model gets its own of these.
+    """
     for name, rows, values in own:
         weight = model.get_parameter(name)
+        if shared:
+            weight = _own_copy(model, weight)
         state.replaced[name] = ReplacedRows(rows, weight.detach()[rows])
         weight.data[rows] = values.to(weight)
+
+
+def _own_copy(model: nn.Module, weight: nn.Parameter) -> nn.Parameter:
+    """A copy of a weight, in its place, and wherever it is tied."""
+    own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter is weight:
+                setattr(module, name, own)
+    return own
+
+
+def replaced_parameters(model: nn.Module, state: AdaptedState) -> list[nn.Parameter]:
+    """The parameters with rows that were written into the base model."""
+    return [model.get_parameter(_name_here(name, state)) for name in state.replaced]
 
 
 @torch.no_grad()

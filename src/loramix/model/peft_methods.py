@@ -31,6 +31,7 @@ from loramix.layers.routing import ConstantRouting, Routing
 from loramix.layers.slot import override
 from loramix.model.own_weights import own_weights, restore_rows, saved_weights, with_base_weights
 from loramix.model.peft_names import RefusedMethods, refuse_adapter_names
+from loramix.model.several import keep_one
 from loramix.model.sharing import Evaluated, Picture, card_of, upload
 from loramix.passes.specialise import Specialised
 from loramix.passes.state import AdaptedState, MixtureState
@@ -57,8 +58,8 @@ class PeftMethods(RefusedMethods):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        """The live configuration, under the name "default"."""
-        return {ADAPTER_NAME: self._loramix.config}
+        """The live configuration, under the name that the mixture was given: "default" if none."""
+        return {self._loramix.name: self._loramix.config}
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -72,13 +73,13 @@ class PeftMethods(RefusedMethods):
 
     @property
     def active_adapter(self) -> str:
-        """The name under which `peft_config` holds the configuration."""
-        return ADAPTER_NAME
+        """The name under which `peft_config` holds the configuration: of several mixtures, the one in use."""
+        return self._loramix.name
 
     @property
     def active_adapters(self) -> list[str]:
         """Likewise, as a list."""
-        return [ADAPTER_NAME]
+        return [self._loramix.name]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -127,13 +128,14 @@ class PeftMethods(RefusedMethods):
         return cast(PreTrainedModel, self)
 
     def unload(self) -> PreTrainedModel:
-        """Take the experts out again: the plain base model, the same object.
+        """Take the experts out again, of all mixtures: the plain base model, the same object.
 
         Raises:
             UnsupportedOperationError: whole blocks were offloaded with the experts in them.
         """
         model, state = self.get_base_model(), self._loramix
         refuse_held(model)
+        keep_one(model)
         for path, layer in layers_of(model).items():
             take_off(model, path, layer)
         restore_rows(model, state)
@@ -320,7 +322,7 @@ class PeftMethods(RefusedMethods):
         Args:
             progressbar: accepted as in PEFT, without effect.
             safe_merge: weights are always checked before any is changed.
-            adapter_names: None, or `["default"]`.
+            adapter_names: None, or `active_adapters`.
 
         Returns:
             The base model, the same object, without experts.
@@ -330,7 +332,7 @@ class PeftMethods(RefusedMethods):
                 changed.
         """
         model, routing = self.get_base_model(), self._loramix.single_pass()
-        if not isinstance(routing, Routing) or adapter_names not in (None, [ADAPTER_NAME]):
+        if not isinstance(routing, Routing) or adapter_names not in (None, self.active_adapters):
             raise UnsupportedOperationError(
                 "Only experts whose scalings are the same for every token can be merged into the base model.",
                 received=f"adapter_names={adapter_names!r}"

@@ -9,6 +9,7 @@ from torch import nn
 
 from loramix.errors import UnsupportedOperationError
 from loramix.model.peft_methods import PeftMethods
+from loramix.model.several import keep_one, tensors_of_others
 from loramix.passes.specialise import Specialised
 
 _Model = TypeVar("_Model")
@@ -19,7 +20,8 @@ def create_reference_model(model: _Model) -> _Model:
 
     What trains (the router, experts, heads) is copied, with settings and fixed routing; the weights that do not train
     are shared. Nothing in the reference requires gradients, and it is in evaluation mode. What is attached to the
-    model, such as objectives, and blocks of code that change it (`fixed_scalings`, `disable_adapter`) are its alone.
+    model, such as objectives, and blocks of code that change it (`fixed_scalings`, `disable_adapter`) are its alone. Of
+    several mixtures it is the one in use.
 
     Args:
         model: a mixture, or a model with one LoRA expert. Choose what trains before: a weight that requires gradients
@@ -38,7 +40,9 @@ def create_reference_model(model: _Model) -> _Model:
     constant = [parameter for parameter in source.parameters() if not parameter.requires_grad]
     # Quantised weights may be buffers; batch norms write into buffers of a floating dtype.
     constant += [buffer for buffer in source.buffers() if not buffer.is_floating_point()]
+    constant += tensors_of_others(source)
     reference = copy.deepcopy(source, {id(tensor): tensor for tensor in constant})
+    keep_one(reference)
     for part in reference.modules():
         if isinstance(part, Specialised):
             _forget_trainer(part)

@@ -10,6 +10,7 @@ from loramix.config.checks import warn
 from loramix.layers.inject import put_on
 from loramix.model.own_weights import present_rows, put_rows
 from loramix.model.peft_methods import PeftMethods, layers_of
+from loramix.model.several import refuse_several
 from loramix.passes.specialise import Specialised, rebind_forward
 from loramix.passes.state import AdaptedState, MixtureState
 
@@ -24,11 +25,12 @@ def replacing(model: Any) -> Generator[None]:
         model: what a mixture, or one expert, is to be built on.
 
     Raises:
-        UnsupportedOperationError: whole blocks were offloaded with the experts in them.
+        UnsupportedOperationError: whole blocks were offloaded with the experts in them; or several mixtures.
     """
     if not isinstance(model, PeftMethods):
         yield
         return
+    refuse_several(model, "building on it")
     put_back = _taken_out(model)
     try:
         yield

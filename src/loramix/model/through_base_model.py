@@ -72,8 +72,8 @@ for _name in {"model", "prepare_inputs_for_generation", XLoraClassifier.attribut
         setattr(ThroughBaseModel, _name, _OfTheModel(_name))
 
 
-def let_through(model: PreTrainedModel) -> None:
-    """Let the backbone of a model know the model, which its `base_model` is not."""
+def let_through(model: PreTrainedModel, to: PreTrainedModel | None = None) -> None:
+    """Let the backbone of a model know the model, which its `base_model` is not; or another that is to have it."""
     backbone: Any = model.base_model
     if backbone is not model and isinstance(backbone, Specialised):
-        backbone.__dict__[_MODEL] = model
+        backbone.__dict__[_MODEL] = to or model

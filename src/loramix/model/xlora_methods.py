@@ -6,14 +6,18 @@ B, S: batch, sequence. L: adapted layers. E: experts.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from loramix.config.xlora import XLoraConfig
+from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperationError
+from loramix.layers.slot import is_running, overriding
 from loramix.model.fixed_routing import FixedMethods
 from loramix.model.generation import LockstepMethods
+from loramix.model.several import drop, mixtures_of, use
 from loramix.routers.router import Router
 
 
@@ -97,6 +101,70 @@ class XLoraMethods(LockstepMethods, FixedMethods):
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Float[Tensor, "B S L E"]]]]:
         """The logged scalings by S: their positions in the log, and the tensors."""
         return self._loramix.log.bucketed()
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The names of the mixtures on this base model; `load_mixture` adds one."""
+        mixtures = mixtures_of(self.get_base_model())
+        return [self._loramix.name] if mixtures is None else list(mixtures.members)
+
+    def use_mixture(self, name: str) -> AbstractContextManager[None]:
+        """Use another of the mixtures, in this thread: from now on, or, in a `with` statement, inside it.
+
+        Whatever is done with the model is then done with that mixture: forwards, `generate`, settings, records,
+        training and saving. A thread that has never chosen uses the first one.
+
+        Args:
+            name: one of `mixtures`.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+            RoutingError: in a forward, or inside `fixed_scalings(…)` or `disable_adapter()`, which belong to the
+                mixture that was in use.
+        """
+        self._check_known(name)
+        self._check_free(f"use_mixture({name!r})")
+        return use(self.get_base_model(), name)
+
+    def unload_mixture(self, name: str) -> None:
+        """Drop a mixture, and free its memory.
+
+        A thread that uses it gets an error at its next call. `unload()` takes out all of them.
+
+        Args:
+            name: one of `mixtures`, but for the one in use.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+            UnsupportedOperationError: it is in use in this thread, or will be at the end of a `with`.
+        """
+        self._check_known(name)
+        mixtures = mixtures_of(self.get_base_model())
+        if mixtures is None or name in mixtures.needed:
+            raise UnsupportedOperationError(
+                "A mixture is unloaded while another is in use.",
+                received=f"{name!r}, which this thread uses",
+                remedy="call use_mixture(…) with another one first, or unload() for the plain base model",
+            )
+        drop(self.get_base_model(), name)
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.mixtures:
+            raise ConfigurationError(
+                "A mixture is named as it was loaded.",
+                received=f"{name!r}, and mixtures {', '.join(map(repr, self.mixtures))}",
+                remedy="name one of these, or call load_mixture(folder, name) first",
+            )
+
+    def _check_free(self, call: str) -> None:
+        mixtures = mixtures_of(self.get_base_model())
+        state = self._loramix if mixtures is None or mixtures.in_use in mixtures.members else None
+        if is_running() or (state is not None and overriding(state) is not None):
+            raise RoutingError(
+                "The mixture is changed between forwards, and outside of what fixes or disables the one in use.",
+                received=f"{call} in a forward, or inside fixed_scalings(…) or disable_adapter()",
+                remedy="call it before, and put fixed_scalings(…) or disable_adapter() inside",
+            )
 
     def _change(self, **fields: Any) -> None:
         trial = copy.copy(self._loramix.config)

@@ -83,6 +83,7 @@ class AdaptedState:
         self, config: LoraConfig | XLoraConfig, experts: Sequence[Adapter], layers: Mapping[str, XLoraLayer]
     ) -> None:
         self.config = config
+        self.name = "default"  # among the mixtures of its model
         self.experts = [replace(expert, weights={}, base_weights={}) for expert in experts]
         self.saved_weights = {expert.name: list(expert.base_weights) for expert in experts}
         self.head: str | None = None  # the path of the model's head, if it is adapted
@@ -309,7 +310,7 @@ def state_of(model: Any) -> MixtureState:
     Raises:
         UnsupportedOperationError: a model that makes no scalings.
     """
-    state = getattr(model, "__dict__", {}).get("_loramix")
+    state = model._loramix if "_loramix" in getattr(model, "__dict__", {}) else None
     if not isinstance(state, MixtureState):
         raise UnsupportedOperationError(
             "Only a mixture makes scalings.",
