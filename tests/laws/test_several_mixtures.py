@@ -57,7 +57,8 @@ def logged(model: Any) -> Any:
 
 
 def greedy(model: Any) -> Any:
-    out = model.generate(tokens(), max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    settings = {"lockstep": False, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(tokens(), max_new_tokens=NEW, do_sample=False, **settings)
     return out.sequences, *out.logits
 
 
@@ -74,9 +75,9 @@ def beams(model: Any) -> Any:
     return model.generate(tokens(), max_new_tokens=NEW, do_sample=False, num_beams=3)
 
 
-def lockstep(model: Any) -> Any:
-    found = [model.generate(tokens(), max_new_tokens=NEW, do_sample=False, lockstep=how) for how in (True, 3, "lookup")]
-    return *found, model.lockstep_report.forwards
+def drafted(model: Any) -> Any:
+    ways = (None, True, 3, "lookup")
+    return [model.generate(tokens(1), max_new_tokens=NEW, do_sample=False, lockstep=way) for way in ways]
 
 
 def fixed(model: Any) -> Any:
@@ -114,12 +115,32 @@ def gradient(model: Any) -> Any:
 
 def names(model: Any) -> Any:
     members = model.peft_config[model.active_adapter].to_dict()
-    return members, model.expert_names, model.adapted_modules, sorted(model.state_dict()), model.get_nb_trainable_parameters()
+    return (
+        members,
+        model.expert_names,
+        model.adapted_modules,
+        sorted(model.state_dict()),
+        model.get_nb_trainable_parameters(),
+    )
 
 
 WATCHES: dict[str, Watch] = {
     w.__name__: w
-    for w in (scalings, logged, greedy, uncached, sampled, beams, fixed, disabled, recorded, cached, gradient, names)
+    for w in (
+        scalings,
+        logged,
+        greedy,
+        uncached,
+        sampled,
+        beams,
+        drafted,
+        fixed,
+        disabled,
+        recorded,
+        cached,
+        gradient,
+        names,
+    )
 }
 
 
@@ -187,15 +208,155 @@ def test_of_any_router_and_gating(kind: str, first: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_of_experts_that_adapt_other_layers(kind: str, first: Path, tmp_path: Path) -> None:
     second = write(tmp_path, "llama", {}, **EXPERTS[kind])
-    watches = {n: WATCHES[n] for n in ("scalings", "greedy", "fixed", "names", "gradient")}
-    for order in ({"a": first, "b": second}, {"b": second, "a": first}):
-        check(llama, order, watches, tmp_path / "-".join(order))
+    watches = {n: WATCHES[n] for n in ("scalings", "greedy", "gradient")}
+    order = {"a": first, "b": second} if kind != "fewer layers" else {"b": second, "a": first}
+    check(llama, order, watches, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "llama"])
 def test_on_any_base_model(architecture: str, experts: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     mixture(experts(architecture), architecture).save_pretrained(tmp_path / "a")
-    last = TARGETS[architecture][-1:]
-    second = write(tmp_path, architecture, {"layerwise_scalings": True}, target_modules=last)
-    watches = {n: WATCHES[n] for n in ("scalings", "greedy", "cached", "beams")}
+    second = write(tmp_path, architecture, {"layerwise_scalings": True}, target_modules=TARGETS[architecture][-1:])
+    watches = {n: WATCHES[n] for n in ("scalings", "greedy", "cached")}
     check(ARCHITECTURES[architecture], {"a": tmp_path / "a", "b": second}, watches, tmp_path)
+
+
+def two(base: Base, folder: Path, *experts: dict[str, Any], **config: Any) -> dict[str, Path]:
+    """Two saved mixtures of two experts each."""
+    folders: dict[str, Path] = {}
+    for name, settings in zip("ab", experts, strict=True):
+        place = folder / name
+        found = {e: save_expert(place / e, base(), seed=10 * ord(name) + i, **settings) for i, e in enumerate("xy")}
+        mixture(found, base=base(), **config).save_pretrained(place / "mixture")
+        folders[name] = place / "mixture"
+    return folders
+
+
+def test_on_blocks_of_a_mixture_of_experts_model(tmp_path: Path) -> None:
+    one = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]}
+    folders = two(qwen3_moe, tmp_path, one, {"target_parameters": ["experts.down_proj"], "target_modules": ["v_proj"]})
+    check(qwen3_moe, folders, {n: WATCHES[n] for n in ("scalings", "greedy")}, tmp_path)
+
+
+def bart() -> Any:
+    sides = {f"{side}_{part}": n for side in ("encoder", "decoder") for part, n in (("layers", 2), ("ffn_dim", 96))}
+    heads = {
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "eos_token_id": None,
+        "forced_eos_token_id": None,
+    }
+    sizes = {"vocab_size": 96, "d_model": 64, "pad_token_id": 0, "decoder_start_token_id": 1}
+    return build(hf.BartForConditionalGeneration, **sizes, **sides, **heads)
+
+
+def translated(model: Any) -> Any:
+    encoded = {"input_ids": tokens(2, 7), "decoder_input_ids": tokens(2, 5, seed=3)}
+    logits = model(**encoded).logits.detach()
+    return (
+        logits,
+        model.get_latest_scalings(),
+        model.generate(tokens(2, 7), max_new_tokens=NEW, do_sample=False, num_beams=2),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Passing a tuple")
+def test_on_an_encoder_and_a_decoder_of_which_one_mixture_adapts_one(tmp_path: Path) -> None:
+    settings = [{"target_modules": ["q_proj", "fc1"]}, {"target_modules": r".*decoder.*(v_proj|fc2)"}]
+    settings = [{**each, "task_type": "SEQ_2_SEQ_LM"} for each in settings]
+    folders = two(bart, tmp_path, *settings)
+    check(bart, folders, {"translated": translated}, tmp_path)
+
+
+def test_on_a_base_model_without_a_head_that_is_its_own_backbone(tmp_path: Path) -> None:
+    def base() -> Any:
+        return llama().model
+
+    def hidden(model: Any) -> Any:
+        return model(tokens()).last_hidden_state.detach(), model.get_latest_scalings()
+
+    one = {"target_modules": ["q_proj", "up_proj"], "task_type": "FEATURE_EXTRACTION"}
+    folders = two(base, tmp_path, one, {**one, "target_modules": ["o_proj", "embed_tokens"]})
+    check(base, folders, {"hidden": hidden}, tmp_path)
+
+
+def expert_with_weights(folder: Path, seed: int, base: Base, scale: float) -> str:
+    """An expert that was saved with an embedding and a head that have changed in some rows."""
+    model: Any = get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        for weight in {id(w): w for w in (model.get_input_embeddings().weight, model.lm_head.weight)}.values():
+            weight.requires_grad_(True)[5 + seed : 9 + seed] *= scale
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:The base model's .* differs")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_with_weights_of_its_own(tied: bool, both: bool, experts: Any, tmp_path: Path) -> None:
+    """A mixture whose experts bring embeddings and a head has these alone; neither sees the other's."""
+
+    def base() -> Any:
+        return llama(tie_word_embeddings=tied)
+
+    folders = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    own = {"e": expert_with_weights(tmp_path / "e", 0, base, 1.5)}
+    other = {"f": expert_with_weights(tmp_path / "f", 2, base, 1.25)} if both else experts("llama")
+    mixture(own, base=base()).save_pretrained(folders["a"])
+    mixture(other, base=base()).save_pretrained(folders["b"])
+    watches = {n: WATCHES[n] for n in ("scalings", "greedy", "disabled")}
+    for order in (["a", "b"], ["b", "a"]):
+        model = check(base, {name: folders[name] for name in order}, watches, tmp_path / order[0])
+        model.use_mixture(order[1])
+        assert torch.equal(logits_of(model.unload()), logits_of(base()))
+
+
+THREADS, ROUNDS = 6, 3
+
+
+@pytest.fixture
+def _eager_switching() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_eager_switching")
+def test_threads_use_theirs_at_once(first: Path, tmp_path: Path) -> None:
+    second = write(tmp_path, "llama", {**SPARSE, "layerwise_scalings": True}, target_modules=["v_proj", "lm_head"])
+    model: Any = PeftModel.from_pretrained(llama(), first, "a")
+    model.load_mixture(second, "b")
+    work = [greedy, fixed, disabled]
+    jobs = [("ab"[i % 2], work[i % 3]) for i in range(THREADS)]
+    alone: list[Any] = []
+    for name, watch in jobs:
+        with model.use_mixture(name):
+            alone.append(watch(model))
+    start = threading.Barrier(THREADS)
+
+    def run(job: tuple[str, Watch]) -> list[Any]:
+        name, watch = job
+        start.wait()
+        if watch is greedy:  # as a setter
+            model.use_mixture(name)
+            return [watch(model) for _ in range(ROUNDS)]
+        found: list[Any] = []
+        for _ in range(ROUNDS):
+            with model.use_mixture(name):
+                found.append(watch(model))
+        return found
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(run, jobs))
+    for expected, several in zip(alone, found, strict=True):
+        assert all(same(one, expected) for one in several)
+    assert model.active_adapter == "a"
+
+
+def test_each_alone_is_far_from_the_other(first: Path, tmp_path: Path) -> None:
+    """So that the laws above tell them apart."""
+    second = write(tmp_path, "llama", {}, target_modules=["v_proj"])
+    one, other = (logits_of(PeftModel.from_pretrained(llama(), folder)) for folder in (first, second))
+    assert far(one, other)
+    assert far(one, logits_of(llama()))

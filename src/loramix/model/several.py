@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loramix.errors import UnsupportedOperationError
+from loramix.experts.base_layers import is_quantised
 from loramix.experts.offload import is_away
 from loramix.model.own_weights import replaced_parameters
 from loramix.passes.specialise import rebind_forward, specialise
@@ -265,29 +266,45 @@ def drop(model: nn.Module, name: str) -> None:
 def base_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The base model without experts, in modules of its own, around the same weights.
 
-    Copied are weights that the mixture in use has replaced, and buffers of a floating dtype, which modules write into.
+    Copied are weights that the mixture in use has replaced, and buffers such as a batch norm's, which its module writes.
 
     Raises:
         UnsupportedOperationError: weights of the base model that train, or that are offloaded.
     """
     state: AdaptedState = cast(Any, model)._loramix
     alone = _alone(model)
-    memo: dict[int, Any] = {id(model): model}
-    if isinstance(state, MixtureState):
-        memo[id(state.log)] = state.log
-    own = {id(parameter) for parameter in replaced_parameters(alone, state)}
-    for module in alone.modules():
-        if is_away(module):
-            raise _refused_weights("weights that are offloaded", "load all mixtures, and offload the model then")
-        constant = [*module.parameters(recurse=False), *(b for b in module.buffers(False) if not b.is_floating_point())]
-        constant += [value for value in vars(module).values() if isinstance(value, PreTrainedConfig)]
-        memo.update((id(each), each) for each in constant if id(each) not in own)
+    replaced = {id(parameter) for parameter in replaced_parameters(alone, state)}
+    constant = [tensor for tensor in _constant(alone) if id(tensor) not in replaced]
+    kept: list[object] = [model, *(v for part in alone.modules() for v in vars(part).values() if _is_config(v))]
+    kept += [state.log] if isinstance(state, MixtureState) else []
+    memo: dict[Any, Any] = {id(each): each for each in (*constant, *kept)}
+    # Some layers hold their weight a second time, in an object of their own.
+    plain = [each.untyped_storage() for each in constant if type(each) in (Tensor, nn.Parameter)]
+    memo["torch"] = {storage._cdata: storage for storage in plain}
     copied = copy.deepcopy(alone, memo)
     copied._loramix.thawed = []
     copied.unload()
     if any(parameter.requires_grad for parameter in copied.parameters()):
         raise _refused_weights("weights that require gradients", "freeze them, or load it on a base model of its own")
     return copied
+
+
+def _constant(model: nn.Module) -> Iterator[Tensor]:
+    """The parameters, and the buffers that are no module's memory.
+
+    Raises:
+        UnsupportedOperationError: they are offloaded.
+    """
+    for module in model.modules():
+        if is_away(module):
+            raise _refused_weights("weights that are offloaded", "load all mixtures, and offload the model then")
+        yield from module.parameters(recurse=False)
+        weights = is_quantised(module)
+        yield from (each for each in module.buffers(recurse=False) if weights or not each.is_floating_point())
+
+
+def _is_config(value: object) -> bool:
+    return isinstance(value, PreTrainedConfig)
 
 
 def _alone(model: PreTrainedModel) -> Any:
