@@ -54,6 +54,40 @@ def test_a_forward_and_a_decode_step_are_one_graph(layerwise: bool, experts: Cal
     assert done.returncode == 0, done.stderr
 
 
+SEVERAL = """
+import sys
+from pathlib import Path
+
+import torch
+from torch.testing import assert_close
+
+from loramix import PeftModel, XLoraConfig, get_peft_model
+from support.tiny import HIDDEN, llama, tokens
+
+
+place, *folders = sys.argv[1:]
+for name, chosen in (("a", folders), ("b", folders[1:])):
+    adapters = {str(number): folder for number, folder in enumerate(chosen)}
+    config = XLoraConfig(hidden_size=HIDDEN, adapters=adapters, layerwise_scalings=name == "b")
+    get_peft_model(llama(), config).save_pretrained(Path(place) / name)
+model = PeftModel.from_pretrained(llama(), Path(place) / "a", "a")
+model.load_mixture(Path(place) / "b", "b")
+compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+with torch.no_grad():
+    for name in "abab":
+        with model.use_mixture(name):
+            found = compiled(tokens(), use_cache=False).logits
+        alone = PeftModel.from_pretrained(llama(), Path(place) / name)
+        assert_close(found, alone(tokens(), use_cache=False).logits)
+"""
+
+
+def test_each_of_several_mixtures_is_one_graph(experts: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SEVERAL, str(tmp_path), *experts("llama").values()]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 BLOCKS = """
 import sys
 

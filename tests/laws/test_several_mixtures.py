@@ -198,6 +198,7 @@ def write(folder: Path, architecture: str, config: dict[str, Any], **experts: An
     return folder / "mixture"
 
 
+@pytest.mark.filterwarnings("ignore:lockstep=.* has no effect")
 @pytest.mark.parametrize("kind", OTHERS)
 def test_of_any_router_and_gating(kind: str, first: Path, tmp_path: Path) -> None:
     second = write(tmp_path, "llama", OTHERS[kind], target_modules=["v_proj", "down_proj"])

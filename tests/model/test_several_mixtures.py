@@ -9,8 +9,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -306,6 +308,43 @@ def test_weights_of_the_base_model_that_train_are_not_shared(folders: dict[str, 
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
 
 
+def test_offloaded_weights_are_not_shared_and_are_offloaded_afterwards(
+    folders: dict[str, Path], expected: dict[str, Tensor]
+) -> None:
+    model: Any = PeftModel.from_pretrained(accelerate.cpu_offload(llama()), folders["a"], "a")
+    with pytest.raises(errors.UnsupportedOperationError, match="offloaded"):
+        model.load_mixture(folders["b"], "b")
+    assert uses(model, expected["a"])
+    model = both(folders)
+    accelerate.cpu_offload(model)
+    for name in "abab":
+        with model.use_mixture(name):
+            assert uses(model, expected[name])
+
+
+class Twice(nn.Linear):
+    """A layer that holds its weight a second time, in an object of its own, as those of bitsandbytes."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight, self.state = linear.weight, SimpleNamespace(weight=linear.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.state.weight)
+
+
+def test_a_weight_that_a_layer_holds_twice_is_shared(folders: dict[str, Path], expected: dict[str, Tensor]) -> None:
+    base: Any = llama()
+    base.set_submodule("model.layers.0.mlp.up_proj", Twice(base.get_submodule("model.layers.0.mlp.up_proj")))
+    model: Any = PeftModel.from_pretrained(base, folders["a"], "a")
+    model.load_mixture(folders["b"], "b")
+    held = model.get_submodule("model.layers.0.mlp.up_proj.base_layer").state.weight
+    with model.use_mixture("b"):
+        other = model.get_submodule("model.layers.0.mlp.up_proj").state.weight
+        assert other.data_ptr() == held.data_ptr()
+        assert uses(model, expected["b"])
+
+
 def storages(model: Any) -> dict[int, int]:
     """The bytes of the tensors of all mixtures, each storage once."""
     found: dict[int, int] = {}
@@ -324,8 +363,9 @@ def test_the_base_model_is_in_memory_once(folders: dict[str, Path]) -> None:
     one, other = (alone(folders[name]) for name in "ab")
     weights = sum(p.nbytes for p in llama().parameters())
     model = both(folders)
-    found, small = sum(storages(model).values()), 2048  # the numbers of ranks, layers and rotary frequencies
-    assert 0 <= found - weights - own_bytes(one) - own_bytes(other) < small + 8 * 64
+    found = sum(storages(model).values())
+    beside = found - weights - own_bytes(one) - own_bytes(other)  # rotary frequencies, and the numbers of rank columns
+    assert 0 <= beside < weights / 100
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert sum(storages(copied).values()) == found
     assert sum(storages(model.to(torch.float64)).values()) <= 2 * found

@@ -6,6 +6,7 @@ A release may drop any of them. Then the test of that name fails here, before an
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ NAMES = {  # name -> the file that leans on it
     "_has_any_global_hook": "layers/stack.py",
     "_modules": "layers/layer.py",
     "_parameters": "layers/linear.py",
+    "_buffers": "model/several.py",
+    "_non_persistent_buffers_set": "model/several.py",
+    "_replicate_for_data_parallel": "model/several.py",
+    "_cdata": "model/several.py",
     "_dynamo_marked_constant": "layers/fused.py",
     "_disable_dynamo": "layers/layer.py",
 }
@@ -208,6 +213,33 @@ def test_modules_and_parameters() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     assert model._modules == {"0": model[0]}
     assert model[0]._parameters == {"weight": model[0].weight, "bias": model[0].bias}
+
+
+def test_buffers_and_non_persistent_buffers_set() -> None:
+    """All that a module keeps of what it is made of, beside its modules and parameters."""
+    module = nn.Module()
+    module.register_buffer("one", torch.ones(1))
+    module.register_buffer("other", torch.ones(1), persistent=False)
+    assert list(module._buffers) == ["one", "other"]
+    assert module._non_persistent_buffers_set == {"other"}
+    empty = {"_modules", "_parameters", "_buffers"}
+    assert {
+        name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hook" not in name
+    } == empty
+
+
+def test_replicate_for_data_parallel() -> None:
+    """`nn.DataParallel` copies a module by it."""
+    assert nn.Linear(2, 2)._replicate_for_data_parallel()._is_replica
+
+
+def test_cdata() -> None:
+    """What a deep copy of a tensor asks for in the memo: the number of its storage."""
+    tensor = torch.ones(2)
+    storage = tensor.untyped_storage()
+    copied = copy.deepcopy(tensor, {"torch": {storage._cdata: storage}})
+    assert copied is not tensor
+    assert copied.data_ptr() == tensor.data_ptr()
 
 
 def test_dynamo_marked_constant() -> None:

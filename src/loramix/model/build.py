@@ -53,35 +53,17 @@ _Config = TypeVar("_Config", bound=PeftConfig)
 class LoadingMethods(XLoraMethods):
     """The methods of a mixture, with the one that loads another beside it."""
 
-    def load_mixture(
-        self,
-        model_id: str | PathLike[str],
-        name: str,
-        is_trainable: bool = False,
-        config: PeftConfig | PeftsConfig | None = None,
-        *,
-        adapters: Mapping[str, str] | None = None,
-        base_weights_of: str | None = None,
-        drop_unsupported: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        **hub: Any,
-    ) -> None:
+    def load_mixture(self, model_id: str | PathLike[str], name: str, **how: Any) -> None:
         """Load one more saved mixture onto the base model of this one; `use_mixture` chooses which of them runs.
 
-        All share the base model's weights. Only weights that came with the experts of a mixture, such as embeddings or
-        a head, are copied for it. In what it computes and saves, each is as it would be on a base model of its own. If
-        anything here fails, the model is left as it was.
+        All share the base model's weights. Only weights that came with a mixture's experts, such as embeddings or a
+        head, are copied for it. Each computes and saves what it would on a base model of its own. If anything here
+        fails, the model is left as it was.
 
         Args:
-            model_id: as for `PeftModel.from_pretrained`, like all but the next one.
+            model_id: a folder, or a Hub identifier.
             name: what it is called from now on.
-            is_trainable: whether what was trained trains on, while the mixture is in use.
-            config: a configuration to use instead of the saved one.
-            adapters: experts to use instead of the saved ones.
-            base_weights_of: the expert whose embeddings and head are used, where experts disagree.
-            drop_unsupported: whether what cannot be carried of an expert is left out, with a warning.
-            key_mapping: of the experts' paths.
-            **hub: revision, subfolder, token, ….
+            **how: as for `PeftModel.from_pretrained`: is_trainable, adapters, revision, ….
 
         Raises:
             ConfigurationError: the name is taken; or as `PeftModel.from_pretrained`.
@@ -97,19 +79,7 @@ class LoadingMethods(XLoraMethods):
                 remedy="choose another name, or call unload_mixture(…) first",
             )
         model = self.get_base_model()
-        other = _load(
-            base_copy(model),
-            model_id,
-            name,
-            is_trainable,
-            config,
-            adapters=adapters,
-            base_weights_of=base_weights_of,
-            drop_unsupported=drop_unsupported,
-            key_mapping=key_mapping,
-            options=_options(hub),
-            shared=True,
-        )
+        other = PeftModel.from_pretrained(base_copy(model), model_id, name, **how)
         cast(Any, other)._loramix.thawed = self._loramix.thawed
         let_through(other, model)
         add(model, name, other)
@@ -150,7 +120,7 @@ class PeftModel(_Peft):
         Args:
             model: the base model; it becomes the result. Experts that it carries are taken out first, with a warning.
             model_id: a folder, or a Hub identifier.
-            adapter_name: kept for PEFT's sake; "default".
+            adapter_name: what the mixture is called among several (`load_mixture`), and the key of `peft_config`.
             is_trainable: whether what was trained trains on; otherwise nothing requires gradients.
             config: a configuration to use instead of the saved one: of the same kind, for the same tensors; it may be
                 one of PEFT's. Experts that it names otherwise than the saved one count as `adapters`.
@@ -170,18 +140,29 @@ class PeftModel(_Peft):
             ConfigurationError: settings that cannot work.
             ModelError: a base model that cannot carry a mixture.
         """
-        return _load(
-            model,
-            model_id,
-            adapter_name,
-            is_trainable,
-            config,
-            adapters=adapters,
-            base_weights_of=base_weights_of,
-            drop_unsupported=drop_unsupported,
-            key_mapping=key_mapping,
-            options=_options(hub),
-        )
+        options = _options(hub)
+        config = copy.deepcopy(as_own(config))
+        location = Location(model_id, options)
+        supported = functools.partial(_supported, model, base_weights_of=base_weights_of, drop=drop_unsupported)
+        with replacing(model):
+            check_plain(model)
+            unpack(model)
+            if kind_at(location) == "expert":
+                lora = _of_kind(config, LoraConfig, model_id)
+                if adapters is not None:
+                    raise ConfigurationError(
+                        "adapters= replaces the experts of a mixture.",
+                        received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
+                        remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
+                    )
+                (adapter,) = supported([read_expert(location, adapter_name, lora).mapped(key_mapping or {})])
+                return _build_lora(model, adapter, base_weights_of, trainable=is_trainable)
+            saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
+            saved.config.inference_mode = not is_trainable
+            own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
+            experts = supported([expert.mapped(key_mapping or {}) for expert in saved.experts])
+            result = _build_mixture(model, adapter_name, saved.config, experts, saved, own, trainable=is_trainable)
+        return result if is_trainable else result.eval()
 
 
 class XLoraModel(PeftModel, _XLora):
@@ -226,7 +207,7 @@ def get_peft_model(
             is left as it was if anything here fails.
         peft_config: an `XLoraConfig`, or a `LoraConfig` to train a new expert with; or one of PEFT's, which is read by
             its fields. The model keeps a copy.
-        adapter_name: kept for PEFT's sake.
+        adapter_name: as for `PeftModel.from_pretrained`; the name of a new expert.
         mixed: likewise; False.
         base_weights_of: the expert whose embeddings and head are used where the experts were saved with different
             ones: all experts of a mixture share them.
@@ -272,45 +253,6 @@ def _supported(
     if not drop:
         return experts
     return without_unsupported(model, [on_base(model, expert) for expert in experts], base_weights_of)
-
-
-def _load(
-    model: PreTrainedModel,
-    model_id: str | PathLike[str],
-    name: str,
-    is_trainable: bool,
-    config: PeftConfig | PeftsConfig | None,
-    *,
-    adapters: Mapping[str, str] | None,
-    base_weights_of: str | None,
-    drop_unsupported: bool,
-    key_mapping: Mapping[str, str] | None,
-    options: HubOptions,
-    shared: bool = False,
-) -> PeftModel:
-    """As `PeftModel.from_pretrained`; `shared` says whether others use the base model's weights."""
-    config = copy.deepcopy(as_own(config))
-    location = Location(model_id, options)
-    supported = functools.partial(_supported, model, base_weights_of=base_weights_of, drop=drop_unsupported)
-    with replacing(model):
-        check_plain(model)
-        unpack(model)
-        if kind_at(location) == "expert":
-            lora = _of_kind(config, LoraConfig, model_id)
-            if adapters is not None:
-                raise ConfigurationError(
-                    "adapters= replaces the experts of a mixture.",
-                    received=f"adapters={adapters!r} for {str(model_id)!r}, which is one expert",
-                    remedy="leave adapters= out, or build a mixture with get_peft_model(base, XLoraConfig(…))",
-                )
-            (adapter,) = supported([read_expert(location, name, lora).mapped(key_mapping or {})])
-            return _build_lora(model, adapter, base_weights_of, trainable=is_trainable, shared=shared)
-        saved = read_mixture(location, adapters, _of_kind(config, XLoraConfig, model_id))
-        saved.config.inference_mode = not is_trainable
-        own = functools.partial(own_rows, chosen=base_weights_of, given=saved.base_weights)
-        experts = supported([expert.mapped(key_mapping or {}) for expert in saved.experts])
-        result = _build_mixture(model, name, saved.config, experts, saved, own, trainable=is_trainable, shared=shared)
-    return result if is_trainable else result.eval()
 
 
 def _options(hub: Mapping[str, Any]) -> HubOptions:
@@ -367,7 +309,6 @@ def _build_mixture(
     find_own: Callable[[PreTrainedModel, Sequence[Adapter]], list[OwnRows]],
     *,
     trainable: bool,
-    shared: bool = False,
 ) -> PeftModel:
     hidden_size = hidden_size_of(model)
     kind = checked_router(config, len(experts), hidden_size)
@@ -402,7 +343,7 @@ def _build_mixture(
     state = MixtureState(config, experts, layers, router, hidden_size, uses)
     state.name, state.head = name, None if head is None else head.path
     _set_apart(layers, state, uses)
-    _commit(model, backbones, layers, state, LoadingMethods, find_own(model, experts), shared=shared)
+    _commit(model, backbones, layers, state, LoadingMethods, find_own(model, experts))
     _set_trainable(layers, trainable and config.use_trainable_adapters)
     return cast(XLoraModel, model)
 
@@ -412,9 +353,7 @@ def _set_apart(layers: Mapping[str, XLoraLayer], state: AdaptedState, uses: Base
         layers[path].apart = state.apart
 
 
-def _build_lora(
-    model: PreTrainedModel, adapter: Adapter, base_weights_of: str | None, *, trainable: bool, shared: bool = False
-) -> PeftModel:
+def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str | None, *, trainable: bool) -> PeftModel:
     adapter = on_base(model, adapter)
     adapter.config.inference_mode = not trainable
     sites = plan(model, [adapter])
@@ -426,7 +365,7 @@ def _build_lora(
     state = AdaptedState(adapter.config, [adapter], layers)
     state.name, state.head = adapter.name, None if head is None else head.path
     _set_apart(layers, state, uses)
-    _commit(model, backbones, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of), shared=shared)
+    _commit(model, backbones, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of))
     _set_trainable(layers, trainable)
     return cast(PeftModel, model if trainable else model.eval())
 
@@ -438,14 +377,12 @@ def _commit(
     state: AdaptedState,
     methods: type,
     own: Sequence[OwnRows],
-    *,
-    shared: bool,
 ) -> None:
     """Change the model. All checks have been made: nothing in here may fail."""
     state.thawed = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     route_checkpoints(model)
-    put_rows(model, state, own, shared=shared)
+    put_rows(model, state, own)
     for path, layer in layers.items():
         if f"{path}.weight" in state.replaced:
             layer.stack.settle(layer.base_layer)

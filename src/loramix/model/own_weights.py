@@ -18,20 +18,19 @@ from loramix.experts.base_weights import OwnRows, embedding_paths, is_declared
 from loramix.layers.layer import STACK
 from loramix.passes.state import AdaptedState, MixtureState, ReplacedRows
 
+SHARED = "_loramix_shared"
+"""An attribute of a base model whose weights others use as well."""
+
 
 @torch.no_grad()
-def put_rows(model: nn.Module, state: AdaptedState, own: Sequence[OwnRows], *, shared: bool = False) -> None:
+def put_rows(model: nn.Module, state: AdaptedState, own: Sequence[OwnRows]) -> None:
     """Write the rows into the base model, before its layers are replaced; the state keeps what they were.
 
-    Args:
-        model: the base model.
-        state: the mixture's.
-        own: the rows.
-        shared: whether others use the base model's weights: then the model gets its own of these.
+    Where others use the base model's weights, it gets its own of these.
     """
     for name, rows, values in own:
         weight = model.get_parameter(name)
-        if shared:
+        if SHARED in vars(model):
             weight = _own_copy(model, weight)
         state.replaced[name] = ReplacedRows(rows, weight.detach()[rows])
         weight.data[rows] = values.to(weight)

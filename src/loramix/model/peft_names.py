@@ -14,7 +14,7 @@ _PROMPTS = "experts alone: a mixture learns no prompts"
 REFUSED: Mapping[str, str] = {
     "add_adapter": _BUILD,
     "add_weighted_adapter": "fix_routing([0.5, …]), then save_fixed(folder) to write the sum as one adapter",
-    "delete_adapter": "unload(), or build the mixture anew without the expert",
+    "delete_adapter": "unload(), unload_mixture(name), or build the mixture anew without the expert",
     "disable_adapters": "disable_adapter_layers(), or the context manager disable_adapter()",
     "enable_adapters": "enable_adapter_layers()",
     "get_adapter_state_dict": "save_pretrained(folder)",
@@ -24,10 +24,11 @@ REFUSED: Mapping[str, str] = {
     "get_prompt": _PROMPTS,
     "get_prompt_embedding_to_save": _PROMPTS,
     "inject_adapter": _BUILD,
-    "load_adapter": "PeftModel.from_pretrained(base, checkpoint, adapters={…}) to replace experts",
+    "load_adapter": "PeftModel.from_pretrained(base, checkpoint, adapters={…}) to replace experts, or "
+    "load_mixture(folder, name) for another mixture",
     "merge_adapter": "merge_and_unload(), inside fixed_scalings([…]) for a mixture",
     "prepare_model_for_gradient_checkpointing": "gradient_checkpointing_enable(), which needs no more than this",
-    "set_adapter": _FIXED,
+    "set_adapter": f"{_FIXED}, or use_mixture(name) for another mixture",
     "set_requires_grad": "XLoraConfig(use_trainable_adapters=True) when the mixture is built",
     "subtract_mutated_init": "save_pretrained(folder)",
     "supports_lora_conversion": "save_fixed(folder), which writes fixed scalings as one LoRA adapter",

@@ -21,12 +21,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from loramix.errors import UnsupportedOperationError
 from loramix.experts.base_layers import is_quantised
 from loramix.experts.offload import is_away
-from loramix.model.own_weights import replaced_parameters
+from loramix.model.own_weights import SHARED, replaced_parameters
 from loramix.passes.specialise import rebind_forward, specialise
 from loramix.passes.state import AdaptedState, MixtureState
 
 Members = dict[str, Any]
 _MIXTURES = "_loramix_mixtures"
+_OWN = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training", "_loramix")
+"""The attributes of a model that each of its mixtures has."""
 
 
 class Mixtures:
@@ -35,7 +37,7 @@ class Mixtures:
     A copied or unpickled model starts with the one that was in use in the thread that copied it.
 
     Args:
-        members: what is a mixture's own of the model's attributes, by the mixture's name.
+        members: each mixture's own of the model's attributes, by its name.
         first: the mixture that a thread uses until it chooses another.
     """
 
@@ -98,7 +100,7 @@ class _Thread(threading.local):
 class _OfTheMixtureInUse:
     """An attribute of a model that each mixture has its own of."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
 
     def __get__(self, model: Any, owner: type) -> Any:
@@ -109,17 +111,10 @@ class _OfTheMixtureInUse:
 
 
 class SeveralMixtures:
-    """The first base of the class of a model with several mixtures.
+    """The first base of the class of a model with several mixtures: its attributes `_OWN` are the mixture's in use.
 
-    Such a model also keeps these attributes of one mixture in its `__dict__`, where torch looks whether they exist.
+    In its `__dict__`, where torch looks whether they exist, are those of one of them.
     """
-
-    _modules: Any = _OfTheMixtureInUse()
-    _parameters: Any = _OfTheMixtureInUse()
-    _buffers: Any = _OfTheMixtureInUse()
-    _non_persistent_buffers_set: Any = _OfTheMixtureInUse()
-    training: Any = _OfTheMixtureInUse()
-    _loramix: Any = _OfTheMixtureInUse()
 
     def __getattr__(self, name: str) -> Any:
         if _MIXTURES in self.__dict__:
@@ -169,7 +164,8 @@ class SeveralMixtures:
         return super().__getstate__() | self.__dict__[_MIXTURES].current  # pyright: ignore
 
 
-_OWN = [name for name, value in vars(SeveralMixtures).items() if isinstance(value, _OfTheMixtureInUse)]
+for _name in _OWN:
+    setattr(SeveralMixtures, _name, _OfTheMixtureInUse(_name))
 
 
 def _places(mixtures: Mixtures) -> dict[int, list[tuple[dict[str, Any], str]]]:
@@ -266,7 +262,7 @@ def drop(model: nn.Module, name: str) -> None:
 def base_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The base model without experts, in modules of its own, around the same weights.
 
-    Copied are weights that the mixture in use has replaced, and buffers such as a batch norm's, which its module writes.
+    Copied are weights that the mixture in use has replaced, and buffers such as a batch norm's, which modules write.
 
     Raises:
         UnsupportedOperationError: weights of the base model that train, or that are offloaded.
@@ -280,10 +276,11 @@ def base_copy(model: PreTrainedModel) -> PreTrainedModel:
     memo: dict[Any, Any] = {id(each): each for each in (*constant, *kept)}
     # Some layers hold their weight a second time, in an object of their own.
     plain = [each.untyped_storage() for each in constant if type(each) in (Tensor, nn.Parameter)]
-    memo["torch"] = {storage._cdata: storage for storage in plain}
+    memo["torch"] = {storage._cdata: storage for storage in plain}  # pyright: ignore[reportPrivateUsage]
     copied = copy.deepcopy(alone, memo)
     copied._loramix.thawed = []
     copied.unload()
+    vars(copied)[SHARED] = True
     if any(parameter.requires_grad for parameter in copied.parameters()):
         raise _refused_weights("weights that require gradients", "freeze them, or load it on a base model of its own")
     return copied
