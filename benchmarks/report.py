@@ -30,6 +30,7 @@ TITLES = {
     "record": "Recording the routing",
     "training": "Training step",
     "memory": "Memory",
+    "mixtures": "Several mixtures on one base model",
     "start": "Import and load",
     "load": "Load from files",
 }
@@ -142,6 +143,11 @@ Each limit is (base + X) / base, where X is what a mixture must hold in addition
   in chunks of 64 slots, an overhead for short texts.
 
 PEFT keeps no cache. Its `generate` is represented by its last step, over the whole text: a lower bound of its peak.
+
+""",
+    "mixtures": """The parameters and buffers of all mixtures that are loaded, each storage once, to those of the base
+model alone. The limit is (base + N · 4 · ΣR(in + out)) / base for N mixtures: the base model once, and everyone's
+experts. "loramix, a base each" is N models. The forwards choose the other of two mixtures each time.
 
 """,
     "load": """`AutoModelForCausalLM.from_pretrained` alone, compared with the same followed by

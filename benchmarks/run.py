@@ -30,6 +30,7 @@ from benchmarks import (
     load,
     lockstep,
     memory,
+    mixtures,
     prefill,
     ranks,
     record,
@@ -61,6 +62,7 @@ WORKS: dict[str, Callable[[Models, int], list[Measurement]]] = {
     "record": record.measure,
     "training": training.measure,
     "memory": memory.measure,
+    "mixtures": mixtures.measure,
     "start": start.measure,
     "load": load.measure,
 }
@@ -82,6 +84,7 @@ ROUNDS = {
     "record": 21,
     "training": 9,
     "memory": 1,
+    "mixtures": 25,
     "start": 7,
     "load": 7,
 }

@@ -412,6 +412,31 @@ def test_a_thread_whose_mixture_was_dropped_gets_an_error(
         assert pool.submit(uses, model, expected["a"]).result()
 
 
+def test_loading_while_others_run(folders: dict[str, Path], expected: dict[str, Tensor]) -> None:
+    model: Any = PeftModel.from_pretrained(llama(), folders["a"], "a")
+    names = ["b", "c", "d"]
+
+    def run(name: str) -> bool:
+        if name == "a":
+            return all(uses(model, expected["a"]) for _ in range(15))
+        model.load_mixture(folders["b"], name)
+        with model.use_mixture(name):
+            return uses(model, expected["b"])
+
+    with ThreadPoolExecutor(5) as pool:
+        assert all(pool.map(run, ["a", *names, "a"]))
+    assert sorted(model.mixtures) == ["a", *names]
+
+
+def test_on_a_model_that_accelerate_has_put_on_devices(folders: dict[str, Path], expected: dict[str, Tensor]) -> None:
+    base = accelerate.dispatch_model(llama(), {"": "cpu"}, force_hooks=True)
+    model: Any = PeftModel.from_pretrained(base, folders["a"], "a")
+    model.load_mixture(folders["b"], "b")
+    for name in "aba":
+        with model.use_mixture(name):
+            assert uses(model, expected[name])
+
+
 def test_a_third(folders: dict[str, Path], expected: dict[str, Tensor]) -> None:
     model = both(folders)
     model.use_mixture("b")

@@ -45,7 +45,7 @@ class XLoraLayer(nn.Module):
 
     Args:
         base_layer: the layer that is adapted; called as it is.
-        *stacks: the experts, one stack for each mixture on the layer; what they add is summed.
+        *stacks: the experts; what several stacks add is summed.
 
     Raises:
         RoutingError (the forward): outside the passes of the model, or with scalings of other tokens.

@@ -38,7 +38,7 @@ from loramix.model.checks import check_blocks, check_head, check_plain, check_wi
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.replacing import replacing
-from loramix.model.several import add, base_copy
+from loramix.model.several import add, base_copy, refuse_taken
 from loramix.model.through_base_model import PartMethods, ThroughBaseModel, let_through
 from loramix.model.xlora_methods import XLoraMethods
 from loramix.passes.call import Role
@@ -72,13 +72,8 @@ class LoadingMethods(XLoraMethods):
             CheckpointError, AdapterError, ModelError: as `PeftModel.from_pretrained`.
         """
         self._check_free(f"load_mixture({name!r})")
-        if not name or name in self.mixtures:
-            raise ConfigurationError(
-                "Each mixture of a model has a name of its own.",
-                received=f"name={name!r}, beside {', '.join(map(repr, self.mixtures))}",
-                remedy="choose another name, or call unload_mixture(…) first",
-            )
         model = self.get_base_model()
+        refuse_taken(model, name)
         other = PeftModel.from_pretrained(base_copy(model), model_id, name, **how)
         cast(Any, other)._loramix.thawed = self._loramix.thawed
         let_through(other, model)

@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loramix.errors import UnsupportedOperationError
+from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.experts.base_layers import is_quantised
 from loramix.experts.offload import is_away
 from loramix.model.own_weights import SHARED, replaced_parameters
@@ -124,14 +124,13 @@ class SeveralMixtures:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) or name in self._modules:
-            self._modules[name] = value
-        elif isinstance(value, nn.Parameter) or name in self._parameters:
-            self._parameters[name] = value
-        elif name in self._buffers:
-            self._buffers[name] = value
-        else:
+        kinds = {nn.Parameter: self._parameters, nn.Buffer: self._buffers, nn.Module: self._modules}
+        own = next((own for kind, own in kinds.items() if isinstance(value, kind) or name in own), None)
+        if own is None:
             object.__setattr__(self, name, value)
+        else:
+            self.__dict__.pop(name, None)
+            own[name] = value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Of all mixtures; what they share stays shared."""
@@ -185,9 +184,29 @@ def _holders(members: Members) -> Iterator[dict[str, Any]]:
         yield from (own["_parameters"], own["_buffers"])
 
 
+_changing = threading.Lock()
+
+
 def mixtures_of(model: nn.Module) -> Mixtures | None:
     """The mixtures of a model that has had several; None of any other."""
     return model.__dict__.get(_MIXTURES)
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """The names of a model's mixtures."""
+    mixtures = mixtures_of(model)
+    return [cast(Any, model)._loramix.name] if mixtures is None else list(mixtures.members)
+
+
+def refuse_taken(model: nn.Module, name: str) -> None:
+    """Raises ConfigurationError: no name for another mixture of the model."""
+    names = names_of(model)
+    if not name or name in names:
+        raise ConfigurationError(
+            "Each mixture of a model has a name of its own.",
+            received=f"name={name!r}, beside {', '.join(map(repr, names))}",
+            remedy="choose another name, or call unload_mixture(…) first",
+        )
 
 
 def tensors_of_others(model: nn.Module) -> Iterator[Tensor]:
@@ -217,6 +236,7 @@ def add(model: PreTrainedModel, name: str, other: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedOperationError: other is no mixture, or its passes run in another part of the base model.
+        ConfigurationError: as `refuse_taken`.
     """
     kind = _class_without(model)
     if type(other) is not kind:
@@ -229,15 +249,17 @@ def add(model: PreTrainedModel, name: str, other: PreTrainedModel) -> None:
             if is_mixture
             else 'build a mixture of it, with router="static", and save that',
         )
-    members, mixtures = _members(other), mixtures_of(model)
-    if mixtures is not None:
-        mixtures.members = {**mixtures.members, name: members}
-        return
-    first: str = cast(Any, model)._loramix.name
-    vars(model)[_MIXTURES] = Mixtures({first: _members(model), name: members}, first)
-    made_of = kind._loramix_made_of
-    model.__class__ = specialise(made_of[0], SeveralMixtures, *made_of[1], **_options(made_of))
-    rebind_forward(model)
+    with _changing:
+        refuse_taken(model, name)
+        members, mixtures = _members(other), mixtures_of(model)
+        if mixtures is not None:
+            mixtures.members = {**mixtures.members, name: members}
+            return
+        first: str = cast(Any, model)._loramix.name
+        vars(model)[_MIXTURES] = Mixtures({first: _members(model), name: members}, first)
+        made_of = kind._loramix_made_of
+        model.__class__ = specialise(made_of[0], SeveralMixtures, *made_of[1], **_options(made_of))
+        rebind_forward(model)
 
 
 def use(model: nn.Module, name: str) -> AbstractContextManager[None]:
@@ -253,10 +275,11 @@ def drop(model: nn.Module, name: str) -> None:
     """Drop a mixture that is not in use in this thread."""
     mixtures = mixtures_of(model)
     assert mixtures is not None
-    mixtures.members = {other: members for other, members in mixtures.members.items() if other != name}
-    if mixtures.first == name:
-        mixtures.first = mixtures.in_use
-        vars(model).update(mixtures.current)
+    with _changing:
+        mixtures.members = {other: members for other, members in mixtures.members.items() if other != name}
+        if mixtures.first == name:
+            mixtures.first = mixtures.in_use
+            vars(model).update(mixtures.current)
 
 
 def base_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -271,7 +294,8 @@ def base_copy(model: PreTrainedModel) -> PreTrainedModel:
     alone = _alone(model)
     replaced = {id(parameter) for parameter in replaced_parameters(alone, state)}
     constant = [tensor for tensor in _constant(alone) if id(tensor) not in replaced]
-    kept: list[object] = [model, *(v for part in alone.modules() for v in vars(part).values() if _is_config(v))]
+    kept: list[object] = [model, *(value for name, value in vars(alone).items() if name not in _OWN)]
+    kept += [each for part in alone.modules() for each in vars(part).values() if isinstance(each, PreTrainedConfig)]
     kept += [state.log] if isinstance(state, MixtureState) else []
     memo: dict[Any, Any] = {id(each): each for each in (*constant, *kept)}
     # Some layers hold their weight a second time, in an object of their own.
@@ -298,10 +322,6 @@ def _constant(model: nn.Module) -> Iterator[Tensor]:
         yield from module.parameters(recurse=False)
         weights = is_quantised(module)
         yield from (each for each in module.buffers(recurse=False) if weights or not each.is_floating_point())
-
-
-def _is_config(value: object) -> bool:
-    return isinstance(value, PreTrainedConfig)
 
 
 def _alone(model: PreTrainedModel) -> Any:

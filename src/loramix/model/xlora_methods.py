@@ -17,7 +17,7 @@ from loramix.errors import ConfigurationError, RoutingError, UnsupportedOperatio
 from loramix.layers.slot import is_running, overriding
 from loramix.model.fixed_routing import FixedMethods
 from loramix.model.generation import LockstepMethods
-from loramix.model.several import drop, mixtures_of, use
+from loramix.model.several import drop, mixtures_of, names_of, use
 from loramix.routers.router import Router
 
 
@@ -105,8 +105,7 @@ class XLoraMethods(LockstepMethods, FixedMethods):
     @property
     def mixtures(self) -> list[str]:
         """The names of the mixtures on this base model; `load_mixture` adds one."""
-        mixtures = mixtures_of(self.get_base_model())
-        return [self._loramix.name] if mixtures is None else list(mixtures.members)
+        return names_of(self.get_base_model())
 
     def use_mixture(self, name: str) -> AbstractContextManager[None]:
         """Use another of the mixtures, in this thread: from now on, or, in a `with` statement, inside it.
