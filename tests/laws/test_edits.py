@@ -117,6 +117,10 @@ def test_a_cold_expert_changes_nothing_and_no_logit(kind: str, gating: str, expe
         with pytest.raises(ConfigurationError, match="by a softmax"):
             saved(experts("llama"), tmp_path / "0", kind, **settings)
         return
+    if kind == "evidence" and gating in ("hard", "logits"):
+        with pytest.raises(ConfigurationError, match="Evidence adds up"):
+            saved(experts("llama"), tmp_path / "0", kind, **settings)
+        return
     start = saved(experts("llama"), tmp_path / "0", kind, **settings)
     new = load_adapter("new", experts("llama")["math"])
     if kind.startswith("test-") or kind == "prototypes":  # kinds without anything like a bias, or with a scale for it

@@ -64,7 +64,7 @@ def reorder(router: Any, order: list[int]) -> None:
                 parameter.copy_(rows(parameter))
         elif router.kind == "static":
             router.logits.copy_(router.logits[:, order])
-        elif router.kind == "prototypes":
+        elif router.kind == "prototypes" or router.kind == "evidence":
             for parameter in (router.weight, router.bias):
                 parameter.copy_(rows(parameter))
         elif router.kind == "linear":
@@ -84,7 +84,7 @@ def reorder(router: Any, order: list[int]) -> None:
 
 
 def test_all_kinds_are_here() -> None:
-    kinds = {"classifier", "prototypes", "static", "linear", "arrow", "norm", "test-plain", "test-energy"}
+    kinds = {"classifier", "prototypes", "evidence", "static", "linear", "arrow", "norm", "test-plain", "test-energy"}
     assert kinds <= KINDS.keys()
 
 
@@ -111,6 +111,7 @@ def test_the_passes_are_those_of_its_family(kind: str, experts: Experts) -> None
         read
         == {
             "hidden state": [False, False],
+            "input embeddings": [False],
             "low-rank activation": [True],
             "nothing": [False],  # and so, on a GPU, two launches a layer
         }[KINDS[kind].reads]

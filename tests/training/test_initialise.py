@@ -145,6 +145,26 @@ def test_text_without_labels_gets_those_of_the_experts_that_predict_it_best(expe
     assert torch.equal(found.weight, expected.weight)
 
 
+@pytest.mark.parametrize("method", ["prompts", "labels", "text"])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_evidence_starts_from_what_tokens_say(layerwise: bool, method: Any, experts: Any) -> None:
+    config = XLoraConfig(adapters=experts("llama"), router="evidence", layerwise_scalings=layerwise)
+    model = get_peft_model(llama(), config).eval()
+    source = {"tokenizer": Words(), "prompts": prompts()} if method == "prompts" else {"batches": batches()}
+    init_router(model, method, **source)
+    led = []
+    for texts in prompts().values():
+        model(Words()(texts[-1])["input_ids"])
+        scalings = model.get_latest_scalings()
+        assert torch.equal(scalings, scalings[:, :, :1].expand_as(scalings))
+        led.append(scalings.mean((0, 1, 2)).argmax())
+    if method != "text":  # whose labels are the experts', not ours
+        assert led == [0, 1, 2]
+    init_router(model, "zeros")
+    model(tokens())
+    assert_close(model.get_latest_scalings(), torch.full_like(model.get_latest_scalings(), 1 / 3))
+
+
 @pytest.mark.parametrize("method", ["zeros", "prompts", "labels"])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_prototypes_start_where_a_classifier_starts(layerwise: bool, method: Any, experts: Any) -> None:

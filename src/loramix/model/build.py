@@ -34,7 +34,15 @@ from loramix.formats.mixture import MixtureCheckpoint
 from loramix.layers.inject import adapt, find_backbones, head_site, plan, put_on, refuse_meta, router_sizes
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.tokens import BaseUses, check_uses
-from loramix.model.checks import check_blocks, check_head, check_plain, check_widths, checked_router, given_scalings
+from loramix.model.checks import (
+    check_blocks,
+    check_embeddings,
+    check_head,
+    check_plain,
+    check_widths,
+    checked_router,
+    given_scalings,
+)
 from loramix.model.own_weights import put_rows
 from loramix.model.peft_methods import ADAPTER_NAME, PeftMethods
 from loramix.model.replacing import replacing
@@ -45,7 +53,7 @@ from loramix.passes.call import Role
 from loramix.passes.checkpointing import route_checkpoints
 from loramix.passes.specialise import rebind_forward, specialise
 from loramix.passes.state import AdaptedState, MixtureState
-from loramix.routers.router import HiddenStateRouter
+from loramix.routers.router import HiddenStateRouter, TextRouter
 
 _Config = TypeVar("_Config", bound=PeftConfig)
 
@@ -324,12 +332,14 @@ def _build_mixture(
     if head is not None:
         check_head(head, names, kind)
     check_blocks(sites, names, kind)
-    routed = issubclass(kind, HiddenStateRouter)
+    routed = issubclass(kind, HiddenStateRouter | TextRouter)
     uses = check_uses(model, backbones, sites, names, routed=routed, given=given)
     if uses.told and not uses.seeing_encoder:
         backbones = Backbones(backbones.main)
     if routed:
         check_widths(backbones, hidden_size)
+    if issubclass(kind, TextRouter):
+        check_embeddings(model, backbones, hidden_size)
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     if saved is None or replaced:
         router.follow([layer.stack.parts for layer in layers.values()])

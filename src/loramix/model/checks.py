@@ -17,6 +17,7 @@ from loramix.experts.dry_run import hidden_size_of
 from loramix.layers.inject import Site
 from loramix.layers.layer import XLoraLayer
 from loramix.passes.checkpointing import route_checkpoints
+from loramix.passes.text_pass import embedding_of
 from loramix.routers.gating import gating_of
 from loramix.routers.router import Router, router_class
 
@@ -114,6 +115,28 @@ def check_widths(backbones: Backbones, hidden_size: int) -> None:
             "The router reads the last hidden states of all backbones, which are of one width.",
             received=f"widths of {', '.join(map(str, widths))}, and hidden_size={hidden_size}",
             remedy='mix with router="static", or adapt only one of the two',
+        )
+
+
+def check_embeddings(model: PreTrainedModel, backbones: Backbones, hidden_size: int) -> None:
+    """Raises ModelError: a base model whose router cannot read a text as embeddings of the router's width."""
+    remedy = 'mix with router="classifier", or with one of another kind'
+    if backbones.encoder is not None:
+        raise ModelError(
+            "A router of text reads one text, as input embeddings.",
+            received=f"a {type(model).__name__}, whose encoder and decoder read a text each",
+            remedy=remedy,
+        )
+    try:
+        width = getattr(embedding_of(backbones.main), "embedding_dim", None)
+    except (AttributeError, NotImplementedError):
+        width = None
+    if width != hidden_size:
+        raise ModelError(
+            "A router of text reads input embeddings of the width of the hidden states.",
+            received=f"{'no embedding of tokens' if width is None else f'embeddings of the width {width}'} in "
+            f"{type(backbones.main).__name__}, whose hidden states have the width {hidden_size}",
+            remedy=remedy,
         )
 
 

@@ -63,9 +63,9 @@ class LockstepMethods(MixtureMethods):
         settings = given or self.get_base_model().generation_config
         choice = _choice(settings, parse(lockstep))
         state = self._loramix
-        if state.uses.kept.is_any and state.needs_scaling_pass and state.single_pass() is None:
+        if state.uses.kept.is_any and (state.needs_scaling_pass or state.reads_text) and state.single_pass() is None:
             if kwargs.get("use_cache", getattr(settings, "use_cache", None)) is not False:
-                _warn_once("the base model keeps state outside the cache, which two passes would share", "use_cache")
+                _warn_once("the base model keeps state outside the cache", "use_cache")
             kwargs["use_cache"] = False
         with new_request(choice, self._loramix, cache_in(kwargs)) as call:
             try:
@@ -91,8 +91,15 @@ class LockstepMethods(MixtureMethods):
         """transformers' continuous batching (`generate_batch`), for a single pass: it pages one cache only.
 
         Raises:
-            UnsupportedOperationError: a mixture that routes each token: each of its two passes needs a cache.
+            UnsupportedOperationError: a mixture that routes each token: each of its two passes needs a cache, or its
+                router keeps something beside the cache.
         """
+        if self._loramix.reads_text and self._loramix.single_pass() is None:
+            raise UnsupportedOperationError(
+                "Continuous batching pages keys and values, and a router of text keeps something else of each text.",
+                received="generate_batch, or a continuous batching manager, on such a mixture",
+                remedy='call generate with a left-padded batch, use router="linear", or fix the routing first',
+            )
         if self._loramix.needs_scaling_pass and self._loramix.single_pass() is None:
             raise UnsupportedOperationError(
                 "Continuous batching pages one cache, and a mixture that routes each token has two.",

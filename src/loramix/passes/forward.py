@@ -5,6 +5,7 @@ backbone and head separately gets the mixture too (docs/architecture.md, decisio
 
     disabled, fixed, overridden, one plain expert   one pass, with a routing that is given      `single_pass`
     a router that reads hidden states               a scaling pass, then the mixture pass       `two_passes`
+    a router that reads the text                    one pass, the scalings made before it       `text_pass`
     a router that reads a layer's activation        one pass, the scalings made in the layers   `one_pass`
 
 An encoder and a decoder each run their own; `encoder_decoder` is what the one hands to the other.
@@ -24,6 +25,7 @@ from loramix.passes.call import BackboneCall, ForwardSignature, Role
 from loramix.passes.hooks import EXPERT_IDS, given_expert_ids
 from loramix.passes.one_pass import one_pass
 from loramix.passes.state import AdaptedState, MixtureState
+from loramix.passes.text_pass import text_pass
 from loramix.passes.two_pass import two_passes
 
 
@@ -48,7 +50,8 @@ def mixture_forward(forward: Callable[..., Any], role: Role) -> Callable[..., An
         given = state.single_pass()
         if given is None and isinstance(state, MixtureState):
             call = BackboneCall(self, role, forward, signature, arguments, expert_ids)
-            out = two_passes(state, call) if state.needs_scaling_pass else one_pass(state, call)
+            passes = two_passes if state.needs_scaling_pass else text_pass if state.reads_text else one_pass
+            out = passes(state, call)
         else:
             assert given is not None
             refuse_two_pass_cache(arguments.get(signature.cache))

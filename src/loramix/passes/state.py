@@ -29,7 +29,7 @@ from loramix.layers.tokens import BaseUses, refuse_ambiguous
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.scalings_log import ScalingsLog
 from loramix.routers.gating import Gating, gating_of
-from loramix.routers.router import ConstantRouter, HiddenStateRouter, LayerRouter, Router
+from loramix.routers.router import ConstantRouter, HiddenStateRouter, LayerRouter, Router, TextRouter
 
 
 class RoutedPass(NamedTuple):
@@ -170,6 +170,11 @@ class MixtureState(AdaptedState):
         return isinstance(self.router, HiddenStateRouter)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether the router keeps, beside the cache, what it knows of the text so far."""
+        return isinstance(self.router, TextRouter)
+
+    @property
     def has_encoder(self) -> bool:
         """Whether scalings are made of an encoder's tokens as well as of its decoder's."""
         return bool(self.uses.seeing_encoder)
@@ -245,10 +250,10 @@ class MixtureState(AdaptedState):
     def route(
         self, hidden: Float[Tensor, "B S H"], inputs: Mapping[str, Any], training: bool, of_encoder: bool = False
     ) -> RoutedPass:
-        """The scalings of a mixture pass, from the last hidden states of its scaling pass.
+        """The scalings of a mixture pass, from the last hidden states of its scaling pass, or from what it read.
 
         Args:
-            hidden: the last hidden states.
+            hidden: the last hidden states, or summaries of the text.
             inputs: the arguments of the forward, as hooks see them.
             training: whether the model is in training mode.
             of_encoder: whether the tokens are those of an encoder that stands before a decoder.
@@ -260,7 +265,7 @@ class MixtureState(AdaptedState):
         self.check_settings()
         if not self.uses.told:
             refuse_ambiguous(hidden.shape[:2], inputs)
-        assert isinstance(self.router, HiddenStateRouter)
+        assert isinstance(self.router, HiddenStateRouter | TextRouter)
         refuse_training(self.router)
         logits = self.changed_logits(with_weights(self.router, self.router.distinct, hidden), training)
         output = self.gated(logits, inputs, training, of_encoder)

@@ -41,7 +41,7 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
             than its encoder's.
         CacheError: a cache that this mixture did not fill; any, if the base model keeps state elsewhere.
     """
-    _refuse_shared_state(state, call)
+    refuse_shared_state(state, call)
     encoded = taken(call, state.owner) if call.role == "decoder" else None
     cache = None if call.cache is None else TwoPassCache.adopt(call.cache, state.owner)
     if cache is None:
@@ -51,7 +51,7 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
     first = _scaling_pass(state, call, cache, encoded)
     second = state.route(first.hidden, call.hook_inputs, call.training, call.role == "encoder")
     cached = _cached_scalings(state, cache, second.routing.scalings)
-    routing = _by_tokens(state, call, second.routing, cached)
+    routing = by_tokens(state, call, second.routing, cached)
     if encoded is not None:
         routing = RoutingByStream(routing, state.routing(encoded.scalings), state.uses.seeing_encoder)
     out = routed(routing, call.run)
@@ -70,8 +70,8 @@ def two_passes(state: MixtureState, call: BackboneCall) -> Any:
     return call.returned(out)
 
 
-def _refuse_shared_state(state: MixtureState, call: BackboneCall) -> None:
-    """Use no cache where the base model keeps state outside it, which the two passes would share."""
+def refuse_shared_state(state: MixtureState, call: BackboneCall) -> None:
+    """Use no cache where the base model keeps state outside it: two passes would share it, and it has no followers."""
     kept = state.uses.kept
     if not kept.is_any or call.role == "encoder":
         return
@@ -82,7 +82,7 @@ def _refuse_shared_state(state: MixtureState, call: BackboneCall) -> None:
     what = asked[0] if asked else "use_cache=True"
     where = "its modules" if kept.in_modules else ", ".join(kept.fields)
     raise CacheError(
-        "With a cache, each of a mixture's two passes goes on from its own: a base model keeps nothing elsewhere.",
+        "A mixture goes on from a cache where the base model keeps nothing elsewhere.",
         received=f"{what} for a {type(call.model).__name__}, which keeps state in {where}",
         remedy="pass use_cache=False and the whole text; generate does so by itself",
     )
@@ -105,7 +105,7 @@ def _cached_scalings(
     return scalings if past is None or not past.shape[1] else torch.cat([past, scalings], 1)
 
 
-def _by_tokens(state: MixtureState, call: BackboneCall, routing: TensorRouting, cached: Tensor | None) -> Routing:
+def by_tokens(state: MixtureState, call: BackboneCall, routing: TensorRouting, cached: Tensor | None) -> Routing:
     """The routing of the mixture pass, in which some layers see other tokens: those kept for the head, or cached.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from loramix._registry import import_modules
 from loramix.routers.arrow import ArrowRouter
 from loramix.routers.classifier import XLoraClassifier
+from loramix.routers.evidence import EvidenceRouter
 from loramix.routers.gating import Gating, gating_of, register_gating
 from loramix.routers.linear import LinearRouter
 from loramix.routers.norm import NormRouter
@@ -17,6 +18,7 @@ from loramix.routers.router import (
     LayerRouter,
     Router,
     RouterSizes,
+    TextRouter,
     register_router,
     router_class,
     router_kinds,
@@ -28,6 +30,7 @@ import_modules(__name__, __path__)
 __all__ = [
     "ArrowRouter",
     "ConstantRouter",
+    "EvidenceRouter",
     "Gating",
     "HiddenStateRouter",
     "LayerRouter",
@@ -36,6 +39,7 @@ __all__ = [
     "Router",
     "RouterSizes",
     "StaticRouter",
+    "TextRouter",
     "XLoraClassifier",
     "gating_of",
     "register_gating",

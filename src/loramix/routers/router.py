@@ -1,11 +1,13 @@
 """What makes logits: the contract of routers, and the registry of their kinds (docs/architecture.md, "A router").
 
 A mixture is experts, a router and a gating. The router makes logits, the gating makes scalings of them, and the layers
-mix the experts by the scalings. There are two families:
+mix the experts by the scalings. There are three families:
 
 - A `HiddenStateRouter` reads the last hidden state of a scaling pass: two passes, and two caches in generation.
 - A `LayerRouter` reads what a layer computes anyway, its low-rank activation h = A x, or nothing at all: one pass, with
   the base model's own cache.
+
+- A `TextRouter` reads the input embeddings of the text so far: one pass, with the logits known before it begins.
 
 B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts. R: total rank of a layer.
 """
@@ -17,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from loramix._registry import Registry
@@ -28,7 +30,7 @@ from loramix.routers.gating import Gating
 from loramix.routers.precision import keep_dtype
 from loramix.routers.start import ClosedForm, LinearRouter, Method, Moments
 
-Reads = Literal["hidden state", "low-rank activation", "nothing"]
+Reads = Literal["hidden state", "input embeddings", "low-rank activation", "nothing"]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -114,8 +116,8 @@ class Router(nn.Module, ABC):
         """Start from labelled tokens, in closed form; called where `check_start` raised nothing.
 
         Args:
-            moments: of what the router reads: of the hidden states, one; of low-rank activations, one a layer; of
-                nothing, one without features.
+            moments: of what the router reads: of the hidden states or input embeddings, one; of low-rank activations,
+                one a layer; of nothing, one without features.
             method: how.
             gating: what makes scalings of the logits.
 
@@ -238,6 +240,44 @@ class HiddenStateRouter(Router):
         raise NotImplementedError
 
 
+class TextRouter(Router):
+    """A router that reads the input embeddings of the text so far, in one pass.
+
+    It makes a summary of the text at each token, which goes on from that of the token before. The summaries lie beside
+    the base model's cache.
+    """
+
+    reads = "input embeddings"
+
+    @abstractmethod
+    def read(
+        self,
+        embeddings: Float[Tensor, "B S H"],
+        real: Bool[Tensor, "B S"],
+        first: Bool[Tensor, "B S"],
+        before: Float[Tensor, "B F"] | None,
+    ) -> Float[Tensor, "B S F"]:
+        """The summary of the text up to each token.
+
+        Args:
+            embeddings: of the tokens, as they enter the base model.
+            real: False at padding, which changes nothing.
+            first: the first tokens of further texts in a row: what stands before them does not count.
+            before: the summary at the token before; None at the beginning.
+
+        Raises:
+            ConfigurationError: embeddings of another width.
+        """
+
+    @abstractmethod
+    def distinct(self, read: Float[Tensor, "B S F"]) -> Float[Tensor, "B S distinct E"]:
+        """Logits from summaries; the third dimension is L, or 1 where all layers share them."""
+
+    @classmethod
+    def check(cls, config: XLoraConfig) -> None:
+        _refuse_scaling_pass(cls, config)
+
+
 class LayerRouter(Router):
     """A router that makes its logits inside each layer, in one pass.
 
@@ -257,12 +297,16 @@ class LayerRouter(Router):
 
     @classmethod
     def check(cls, config: XLoraConfig) -> None:
-        if config.scaling_pass_value != 0.0:
-            raise ConfigurationError(
-                f"scaling_pass_value belongs to a scaling pass, and router={cls.kind!r} needs none.",
-                received=f"scaling_pass_value={config.scaling_pass_value!r}",
-                remedy="leave scaling_pass_value out",
-            )
+        _refuse_scaling_pass(cls, config)
+
+
+def _refuse_scaling_pass(kind: type[Router], config: XLoraConfig) -> None:
+    if config.scaling_pass_value != 0.0:
+        raise ConfigurationError(
+            f"scaling_pass_value belongs to a scaling pass, and router={kind.kind!r} needs none.",
+            received=f"scaling_pass_value={config.scaling_pass_value!r}",
+            remedy="leave scaling_pass_value out",
+        )
 
 
 class ConstantRouter(LayerRouter):

@@ -76,12 +76,45 @@ class Moments:
         """The linear map, with the scale that fits the gating: 1 where logits are the scalings themselves."""
         weight, bias = self._discriminant() if method == "prompts" else self._regression()
         weight, bias = weight.float(), bias.float()
-        features, experts = (torch.cat(parts)[:_SAMPLE] for parts in zip(*self._sample, strict=True))
+        features, experts = self._kept()
         logits = features @ weight.T + bias
         accuracy = float((logits.argmax(-1) == experts).float().mean())
         temperature = gating.temperature if gating.softmax else 1.0
         scale = temperature * best_scale(logits, experts) if gating.normalised else 1.0
         return LinearRouter(weight, bias, scale, accuracy)
+
+    def fit_logistic(self, gating: Gating) -> LinearRouter:
+        """The linear map whose softmax predicts the experts best, each expert's tokens weighted as one.
+
+            minimise  Σ_n c_n · cross-entropy(W x_n + b, e_n) + λ ‖W‖² σ² / F,  with σ the deviation of x
+
+        Source: multinomial logistic regression with a ridge penalty (le Cessie and van Houwelingen, 1992).
+        """
+        features, experts = self._kept()
+        mean, deviation = features.mean(0), features.std().clamp_min(1e-12)
+        inputs = (features - mean) / deviation
+        weights = 1 / torch.bincount(experts, minlength=len(self.cross)).clamp_min(1)
+        both = torch.zeros(len(self.cross), features.shape[1] + 1, requires_grad=True)
+        optimizer = torch.optim.LBFGS([both], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            logits = inputs @ both[:, :-1].T + both[:, -1]
+            found = nn.functional.cross_entropy(logits, experts, weight=weights)
+            found = found + _PENALTY * both[:, :-1].square().sum() / features.shape[1]
+            found.backward()
+            return found
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        weight = both.detach()[:, :-1] / deviation
+        bias = both.detach()[:, -1] - weight @ mean
+        accuracy = float(((features @ weight.T + bias).argmax(-1) == experts).float().mean())
+        return LinearRouter(weight, bias, gating.temperature if gating.softmax else 1.0, accuracy)
+
+    def _kept(self) -> tuple[Float[Tensor, "N F"], Int[Tensor, " N"]]:
+        features, experts = (torch.cat(parts)[:_SAMPLE] for parts in zip(*self._sample, strict=True))
+        return features, experts
 
     def _discriminant(self) -> tuple[Tensor, Tensor]:
         """w_e = Σ⁻¹ μ_e, b_e = −½ μ_eᵀ Σ⁻¹ μ_e, with Σ the covariance within the experts' texts, shrunk.
@@ -109,6 +142,7 @@ class Moments:
 _SAMPLE = 20_000
 _SHRINKAGE = 0.1
 _RIDGE = 1e-3
+_PENALTY, _STEPS = 0.1, 100
 _SMOOTHING = 0.1  # without it the router could saturate, and would have no gradient
 
 

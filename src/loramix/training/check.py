@@ -26,7 +26,7 @@ from loramix.files.hub import from_anywhere
 from loramix.layers.inject import find_backbones, plan
 from loramix.layers.tokens import check_uses
 from loramix.model.checks import given_scalings
-from loramix.routers import HiddenStateRouter, router_class
+from loramix.routers import HiddenStateRouter, TextRouter, router_class
 from loramix.routers.start import Method
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base
@@ -76,7 +76,7 @@ def check(settings: TrainSettings) -> CheckedRun:
             received=f"router={kind.kind!r}, which is made from the experts",
             remedy='use it untrained: get_peft_model(base, XLoraConfig(…)); or train router="linear"',
         )
-    routed = issubclass(kind, HiddenStateRouter)
+    routed = issubclass(kind, HiddenStateRouter | TextRouter)
     names, given = list(config.adapters), given_scalings(config, sites)
     backbones = find_backbones(base, [site for site in sites if site.path not in given], names)
     check_uses(base, backbones, sites, names, routed=routed, given=given)

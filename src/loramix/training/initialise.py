@@ -20,6 +20,7 @@ from loramix.evaluation.losses import token_nats
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
 from loramix.passes.state import evaluating, observing, state_of
+from loramix.passes.text_pass import embedding_of
 from loramix.routers.linear import LinearRouter as LayerLinearRouter
 from loramix.routers.norm import NormRouter
 from loramix.routers.start import LinearRouter, Method, Moments
@@ -123,7 +124,7 @@ def hidden_states(model: XLoraModel, batch: Mapping[str, Tensor]) -> Float[Tenso
 
 
 def _features(model: XLoraModel, batch: Mapping[str, Tensor]) -> list[Float[Tensor, "B S F"]]:
-    """What the router reads of a batch: the hidden states, or nothing.
+    """What the router reads of a batch: the hidden states, the input embeddings, or nothing.
 
     Raises:
         UnsupportedOperationError: it reads something else.
@@ -131,6 +132,9 @@ def _features(model: XLoraModel, batch: Mapping[str, Tensor]) -> list[Float[Tens
     reads = model.router.reads
     if reads == "hidden state":
         return [hidden_states(model, batch)]
+    if reads == "input embeddings":
+        with torch.no_grad():
+            return [embedding_of(model)(inputs_of(model, batch)["input_ids"])]
     if reads == "nothing":
         return [torch.zeros(*batch["input_ids"].shape, 0)]
     raise UnsupportedOperationError(

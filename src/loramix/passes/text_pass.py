@@ -1,0 +1,220 @@
+"""One pass whose scalings are known before it begins, from the input embeddings of the text so far.
+
+What the router makes of each token goes on from the token before, and so lies beside the base model's cache.
+
+B, S: batch, sequence. T: tokens in the cache. H: hidden size. F: width of a summary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from loramix.errors import CacheError, RoutingError
+from loramix.experts.offload import with_weights
+from loramix.layers.layer import XLoraLayer
+from loramix.layers.slot import routed
+from loramix.passes.cache import follow, refuse_two_pass_cache
+from loramix.passes.call import BackboneCall
+from loramix.passes.hooks import CacheFollower, join_losses
+from loramix.passes.state import MixtureState
+from loramix.passes.two_pass import by_tokens, refuse_shared_state
+from loramix.routers.router import TextRouter
+
+
+def text_pass(state: MixtureState, call: BackboneCall) -> Any:
+    """A forward of a mixture whose router reads the input embeddings of the text so far.
+
+    Raises:
+        CacheError: a cache of two passes, or one that this mixture did not fill; any, if the base model keeps state
+            elsewhere.
+        RoutingError: no text, or a mask that does not tell which tokens are padding.
+    """
+    refuse_shared_state(state, call)
+    refuse_two_pass_cache(call.cache)
+    router = state.router
+    assert isinstance(router, TextRouter)
+    summaries = None if call.cache is None else _summaries_in(call.cache, state.owner)
+    embeddings = _embeddings(call)
+    past = 0 if summaries is None else summaries.length
+    real = _real_tokens(call.arguments.get("attention_mask"), embeddings.shape[:2], past)
+    first = _first_tokens(call.arguments.get("position_ids"), real)
+    before = None if summaries is None else summaries.last
+    embeddings, real, first = (each.to(_device_of(router, embeddings)) for each in (embeddings, real, first))
+    read = with_weights(router, router.read, embeddings, real, first, before)
+    made = state.route(read, call.hook_inputs, call.training)
+    if summaries is not None:
+        summaries.add(read.detach())
+    cached = None
+    if state.uses.seeing_cached:
+        gating, every = state.gating, read if summaries is None else summaries.rows
+        cached = gating.select(gating.activate(with_weights(router, router.distinct, every)))
+    out = routed(by_tokens(state, call, made.routing, cached), call.run)
+    join_losses(out, made.losses)
+    new = None if call.cache is not None else out.get(call.signature.cache)
+    if isinstance(new, Cache):
+        followed = follow(new)
+        followed.followers = (*followed.followers, Summaries(state.owner, read.detach()))
+        for hook in state.hooks:
+            hook.cached(followed)
+    return call.returned(out)
+
+
+class Summaries(CacheFollower):
+    """The router's summary at each token of a cache.
+
+    Args:
+        owner: the mixture that filled the cache.
+        rows: (B, T, F), the summaries; None while the cache is empty.
+    """
+
+    def __init__(self, owner: str, rows: Float[Tensor, "B T F"] | None = None) -> None:
+        self.owner = owner
+        self._rows = rows
+
+    @property
+    def rows(self) -> Float[Tensor, "B T F"]:
+        """Those of all tokens; asked for when there are some."""
+        assert self._rows is not None
+        return self._rows
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return 0 if self._rows is None else self._rows.shape[1]
+
+    @property
+    def last(self) -> Float[Tensor, "B F"] | None:
+        """That of the last token; None while the cache is empty."""
+        return self._rows[:, -1] if self._rows is not None and self._rows.shape[1] else None
+
+    def add(self, rows: Float[Tensor, "B S F"]) -> None:
+        """So many tokens more."""
+        self._rows = rows if not self.length else torch.cat([self.rows, rows], 1)
+
+    def reordered(self, rows: Tensor) -> None:
+        if self._rows is not None:
+            self._rows = self._rows[rows.to(self._rows.device)]
+
+    def repeated(self, times: int) -> None:
+        if self._rows is not None:
+            self._rows = self._rows.repeat_interleave(times, 0)
+
+    def cropped(self, tokens: int) -> None:
+        if self._rows is not None:
+            self._rows = self._rows[:, : self.length - tokens]
+
+    def emptied(self) -> None:
+        self._rows = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Summaries:
+        return Summaries(self.owner, copy.deepcopy(self._rows, memo))
+
+
+def _summaries_in(cache: Any, owner: str) -> Summaries:
+    """The summaries of a cache's tokens; an empty cache gains them now.
+
+    Raises:
+        CacheError: no transformers `Cache`, one that this mixture did not fill, or one that holds other tokens.
+    """
+    if not isinstance(cache, Cache):
+        raise CacheError(
+            "What a router of text knows lies beside a cache of transformers' class Cache.",
+            received=f"a {type(cache).__name__}",
+            remedy="pass use_cache=False, or install a newer transformers: pip install -U transformers",
+        )
+    followed = follow(cache)
+    own = next((each for each in followed.followers if isinstance(each, Summaries)), None)
+    held = _held(followed)
+    if own is not None and not own.length and not held:
+        own.owner = owner
+    if own is None and not held:
+        own = Summaries(owner)
+        followed.followers = (*followed.followers, own)
+    if own is None or own.owner != owner or held not in (None, own.length):
+        raise CacheError(
+            "A mixture whose router reads the text continues only a cache that it filled itself.",
+            received="a cache that another model filled"
+            if own is None or own.owner != owner
+            else f"{held} tokens in the cache, {own.length} of which were routed",
+            remedy="pass an empty cache, or one that this mixture returned",
+        )
+    return own
+
+
+def _held(cache: Cache) -> int | None:
+    """The number of tokens in a cache; None where it is not told without waiting for a device, or not at all."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        found = cache.get_seq_length()
+    except ValueError:  # a cache of states only, such as Mamba's
+        return None if cache.has_previous_state() else 0
+    waits = isinstance(found, Tensor) and found.device.type != "cpu"
+    return None if waits else int(found)
+
+
+def embedding_of(model: Any) -> nn.Module:
+    """The base model's own input embedding, without experts."""
+    found = model.get_input_embeddings()
+    return found.base_layer if isinstance(found, XLoraLayer) else found
+
+
+def _embeddings(call: BackboneCall) -> Float[Tensor, "B S H"]:
+    """The text as it enters the backbone.
+
+    Raises:
+        RoutingError: no text.
+    """
+    given, ids = call.arguments.get("inputs_embeds"), call.arguments.get("input_ids")
+    if isinstance(given, Tensor):
+        return given
+    if not isinstance(ids, Tensor):
+        raise RoutingError(
+            "A router of text reads input_ids or inputs_embeds.",
+            received=f"a forward of {type(call.model).__name__} without either",
+            remedy='use router="static" or router="linear"',
+        )
+    return embedding_of(call.model)(ids)
+
+
+def _device_of(router: nn.Module, like: Tensor) -> torch.device:
+    parameter = next(router.parameters())
+    return like.device if parameter.is_meta else parameter.device
+
+
+def _real_tokens(mask: Any, tokens: torch.Size, past: int) -> Bool[Tensor, "B S"]:
+    """Which tokens are no padding: by a mask of tokens, or by one of pairs, in which nobody attends to padding.
+
+    Raises:
+        RoutingError: another kind of mask.
+    """
+    if isinstance(mask, Mapping):  # one for each kind of attention: the widest tells
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    length = tokens[1]
+    if mask is None:
+        return torch.ones(tokens, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise RoutingError(
+            "A router of text is told which tokens are padding.",
+            received=f"attention_mask of the type {type(mask).__name__}",
+            remedy='pass a mask (B, S) of zeros and ones, or use attn_implementation="sdpa"',
+        )
+    if mask.dim() == 4:
+        allowed = mask if mask.dtype == torch.bool else mask == 0
+        mask = allowed.any(1).any(1)
+    start = past if mask.shape[1] >= past + length else mask.shape[1] - length
+    return mask[:, start : start + length].bool().expand(tokens)
+
+
+def _first_tokens(positions: Any, real: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
+    """The tokens at position 0, where several texts are packed into a row."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return torch.zeros_like(real)
+    return (positions.to(real.device) == 0).expand(real.shape) & real
