@@ -60,6 +60,20 @@ def test_a_linear_student_comes_closer_than_the_mean_teacher(layerwise: bool, ex
     assert torch.equal(loaded.generate(tokens(), **greedy), model.generate(tokens(), use_cache=False, **greedy))
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_student_that_reads_the_text_comes_closer_than_a_constant(layerwise: bool, experts: Any) -> None:
+    settings = XLoraConfig(adapters=experts("llama"), router="evidence", layerwise_scalings=layerwise)
+    model: Any = get_peft_model(llama(), settings).eval()
+    with torch.no_grad():
+        model.router.weight.normal_(std=3.0)
+    found = distil_router(model, "evidence", texts(40), steps=1)
+    assert model.router.kind == model.active_peft_config.router == "evidence"
+    assert found.closed_form is not None
+    assert found.divergence < 0.7 * found.start
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert found.agreement > 0.6
+
+
 @pytest.mark.parametrize("kind", ["linear", "static"])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_constant_teacher_is_met_exactly(kind: Any, layerwise: bool, experts: Any) -> None:
@@ -100,7 +114,7 @@ def test_what_cannot_be_distilled_is_refused_and_nothing_changes(experts: Any) -
     model = teacher(experts)
     before = copy.deepcopy(model.router.state_dict())
     kind: Any = "classifier"
-    with pytest.raises(ConfigurationError, match='into "linear" or "static"'):
+    with pytest.raises(ConfigurationError, match="into one of evidence, linear, static"):
         distil_router(model, kind, texts())
     with pytest.raises(DataError, match="holds some out"):
         distil_router(model, "linear", texts(1))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Student(str, Enum):  # noqa: UP042 - typer shows its values
     """The routers that learn from another."""
 
+    EVIDENCE = "evidence"
     LINEAR = "linear"
     STATIC = "static"
 
@@ -49,7 +50,8 @@ def distil(
 ) -> None:
     """Give a mixture a router that needs one pass, which learns from the router that it has.
 
-    `linear` reads each layer's low-rank activation, `static` is the teacher's mean and can be merged.
+    `evidence` reads the input embeddings, `linear` each layer's low-rank activation; `static` is the teacher's mean and
+    can be merged.
     The experts stay as they are. What is printed is measured on the passages that are held out.
 
     [bold]Examples[/bold]

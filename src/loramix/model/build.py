@@ -339,7 +339,7 @@ def _build_mixture(
     if routed:
         check_widths(backbones, hidden_size)
     if issubclass(kind, TextRouter):
-        check_embeddings(model, backbones, hidden_size)
+        check_embeddings(backbones.main, hidden_size, has_encoder=backbones.encoder is not None)
     layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
     if saved is None or replaced:
         router.follow([layer.stack.parts for layer in layers.values()])

@@ -118,24 +118,24 @@ def check_widths(backbones: Backbones, hidden_size: int) -> None:
         )
 
 
-def check_embeddings(model: PreTrainedModel, backbones: Backbones, hidden_size: int) -> None:
+def check_embeddings(backbone: PreTrainedModel, hidden_size: int, *, has_encoder: bool) -> None:
     """Raises ModelError: a base model whose router cannot read a text as embeddings of the router's width."""
     remedy = 'mix with router="classifier", or with one of another kind'
-    if backbones.encoder is not None:
+    if has_encoder:
         raise ModelError(
             "A router of text reads one text, as input embeddings.",
-            received=f"a {type(model).__name__}, whose encoder and decoder read a text each",
+            received=f"a {type(backbone).__name__} with an encoder: encoder and decoder read a text each",
             remedy=remedy,
         )
     try:
-        width = getattr(embedding_of(backbones.main), "embedding_dim", None)
+        width = getattr(embedding_of(backbone), "embedding_dim", None)
     except (AttributeError, NotImplementedError):
         width = None
     if width != hidden_size:
         raise ModelError(
             "A router of text reads input embeddings of the width of the hidden states.",
             received=f"{'no embedding of tokens' if width is None else f'embeddings of the width {width}'} in "
-            f"{type(backbones.main).__name__}, whose hidden states have the width {hidden_size}",
+            f"{type(backbone).__name__}, whose hidden states have the width {hidden_size}",
             remedy=remedy,
         )
 

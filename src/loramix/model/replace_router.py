@@ -7,9 +7,10 @@ import copy
 from loramix.config.xlora import OF_THE_CLASSIFIER, XLoraConfig
 from loramix.errors import UnsupportedOperationError
 from loramix.model.build import XLoraModel
+from loramix.model.checks import check_embeddings
 from loramix.model.peft_methods import layers_of
 from loramix.passes.state import state_of
-from loramix.routers.router import Router, RouterSizes, router_class
+from loramix.routers.router import Router, RouterSizes, TextRouter, router_class
 
 
 def sizes_of_mixture(model: XLoraModel) -> RouterSizes:
@@ -26,6 +27,7 @@ def config_with_router(model: XLoraModel, kind: str) -> XLoraConfig:
     Raises:
         ConfigurationError: an unknown kind, or settings that mean nothing for it.
         UnsupportedOperationError: a mixture with layers that such a router cannot scale.
+        ModelError: a base model without input embeddings of the width of its hidden states, for a router of text.
     """
     state = state_of(model)
     config = copy.deepcopy(state.config)
@@ -35,6 +37,8 @@ def config_with_router(model: XLoraModel, kind: str) -> XLoraConfig:
     config.router = kind
     config.validate_for(len(state.names), state.hidden_size)
     found = router_class(config)
+    if issubclass(found, TextRouter):
+        check_embeddings(model.base_model, state.hidden_size, has_encoder=state.has_encoder)
     if found.reads == "low-rank activation" and (state.head is not None or state.blocks):
         place = state.head if state.head is not None else min(state.blocks)
         raise UnsupportedOperationError(

@@ -42,6 +42,7 @@ class EvidenceRouter(TextRouter):
     Attributes:
         weight: (E, H), or (L · E, H): W.
         bias: (E,), or (L · E,): b.
+        distinct_layers: 1, or L.
         memory: (1,): ln(λ / (1 − λ)).
 
     Source: loramix's own; naive Bayes with exponential forgetting, as in adaptive filters.
@@ -51,7 +52,7 @@ class EvidenceRouter(TextRouter):
 
     def __init__(self, hidden_size: int, distinct: int, experts: int) -> None:
         super().__init__()
-        self._distinct = distinct
+        self.distinct_layers = distinct
         self.weight = nn.Parameter(torch.zeros(distinct * experts, hidden_size))
         self.bias = nn.Parameter(torch.zeros(distinct * experts))
         self.memory = nn.Parameter(torch.full((1,), math.log(_KEPT / (1 - _KEPT))))
@@ -88,8 +89,8 @@ class EvidenceRouter(TextRouter):
     def start_from(self, moments: Sequence[Moments], method: ClosedForm, gating: Gating) -> LinearRouter:
         """Logistic regression onto the experts, whatever the method: its logits are what naive Bayes adds up."""
         found = moments[0].fit_logistic(gating)
-        self.weight.copy_((found.scale * found.weight).repeat(self._distinct, 1))
-        self.bias.copy_((found.scale * found.bias).repeat(self._distinct))
+        self.weight.copy_((found.scale * found.weight).repeat(self.distinct_layers, 1))
+        self.bias.copy_((found.scale * found.bias).repeat(self.distinct_layers))
         return found
 
     @classmethod
@@ -118,7 +119,7 @@ class EvidenceRouter(TextRouter):
             return accumulated(said, F.logsigmoid(self.memory), real, first, before)
 
     def distinct(self, read: Float[Tensor, "B S distinct_E"]) -> Float[Tensor, "B S distinct E"]:
-        return read.unflatten(-1, (self._distinct, -1))
+        return read.unflatten(-1, (self.distinct_layers, -1))
 
 
 def accumulated(

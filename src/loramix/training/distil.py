@@ -21,16 +21,20 @@ from torch import Tensor
 from loramix.config.checks import require_integer
 from loramix.errors import ConfigurationError, DataError, UnsupportedOperationError
 from loramix.experts.base_layers import device_of
+from loramix.layers.slot import override
 from loramix.model.build import XLoraModel
 from loramix.model.peft_methods import layers_of
 from loramix.model.replace_router import config_with_router, replace_router, sizes_of_mixture
 from loramix.passes.state import evaluating, require_routing, state_of
+from loramix.passes.text_pass import embedding_of
+from loramix.routers.evidence import EvidenceRouter
 from loramix.routers.linear import LinearRouter, normalised
 from loramix.routers.none import NoneGating
 from loramix.routers.static import StaticRouter
 from loramix.training.layer_start import Batch, LayerPass, Moments, Nats, inputs_of, real_tokens, uniform_scalings
 
-Student = LinearRouter | StaticRouter
+Student = EvidenceRouter | LinearRouter | StaticRouter
+STUDENTS = (EvidenceRouter.kind, LinearRouter.kind, StaticRouter.kind)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Distillation:
     Attributes:
         kind: the student's.
         start: D_o in nats a token of the mean teacher, which is where the student starts.
-        closed_form: D_o of the closed form; None for `static`, which has no other.
+        closed_form: D_o of what was fitted to the scalings alone; None for `static`, which has no other.
         divergence: D_o of the student.
         scalings: D_s of the student, the mean over tokens and layers.
         agreement: the share of tokens and layers in which the student's largest expert is the teacher's.
@@ -79,12 +83,13 @@ def distil_router(
 
     The student starts as the mean teacher: W = 0, and b the logarithm of the mean scalings, so that a constant teacher
     is met exactly. `static` is then done. `linear` is fitted by ridge regression onto the teacher's centred
-    log-scalings, and then by Adam, which minimises D_o + D_s / 50: scalings count as far as they change what is
-    predicted. Of all these the router with the least D_o on held-out batches is kept. Experts and gating stay.
+    log-scalings, `evidence` by Adam on D_s, which needs no forward of the model. Both then go on by Adam, which
+    minimises D_o + D_s / 50: scalings count as far as they change what is predicted. Of all these the router with the
+    least D_o on held-out batches is kept. Experts and gating stay.
 
     Args:
         model: the mixture, a causal language model; its router is the teacher.
-        kind: "linear" or "static".
+        kind: "evidence", "linear" or "static".
         batches: `input_ids` and, where there is padding, `attention_mask`; at least two. The last fifth is held out.
         steps: of Adam, each with one batch; 0 keeps the closed form.
         learning_rate: of Adam, at the first step; it falls to 0 as a cosine.
@@ -118,12 +123,18 @@ def distil_router(
         student.assign(start if config.layerwise_scalings else start[0])
         first = found = task.score(student)
     else:
-        student = LinearRouter.build(config, sizes).to(device_of(model))
-        with torch.no_grad():
-            student.bias.copy_(start)
+        if kind == "linear":
+            student = LinearRouter.build(config, sizes).to(device_of(model))
+            with torch.no_grad():
+                student.bias.copy_(start)
+        else:
+            student = EvidenceRouter.build(config, sizes).to(device_of(model))
         first = found = task.score(student)
         fitted = copy.deepcopy(student)
-        task.fit(fitted)
+        if isinstance(fitted, LinearRouter):
+            task.fit(fitted)
+        else:
+            task.fit_text(fitted)
         fit = task.score(fitted)
         closed_form = fit.divergence
         if fit.divergence < found.divergence:
@@ -143,9 +154,9 @@ def distil_router(
 
 def _check(model: XLoraModel, kind: str, batches: Sequence[Batch]) -> None:
     state = state_of(model)
-    if kind not in ("linear", "static"):
+    if kind not in STUDENTS:
         raise ConfigurationError(
-            'A router is distilled into "linear" or "static".', received=f"{kind!r}", remedy='Use "linear".'
+            f"A router is distilled into one of {', '.join(STUDENTS)}.", received=f"{kind!r}", remedy='Use "evidence".'
         )
     if not state.gating.softmax:
         raise ConfigurationError(
@@ -229,7 +240,7 @@ class _Task:
         """Ridge regression onto the centred logarithm of the teacher's scalings, some of the uniform ones mixed in."""
         stacks = [layer.stack for layer in layers_of(self.model.get_base_model()).values()]
         experts = len(self.state.names)
-        moments, passes = Moments([stack.rank for stack in stacks], experts), self._pass(student)
+        moments, passes = Moments([stack.rank for stack in stacks], experts), _LayerStudent(self.model, student)
         for batch in self.train:
             targets = ((1 - _MIXED_IN) * self.teach(batch).scalings + _MIXED_IN / experts).log()
             targets = targets - targets.mean(-1, keepdim=True)
@@ -245,19 +256,39 @@ class _Task:
             weight, bias = moments.solve(layer)
             student.assign(layer, temperature * weight, temperature * bias)
 
+    def fit_text(self, student: EvidenceRouter) -> None:
+        """Adam on D_s, from embeddings and the teacher's scalings."""
+        taught = [self.teach(batch).scalings for batch in self.train]
+        kind, distinct = _TextStudent(self.model, student), slice(None) if student.distinct_layers > 1 else slice(1)
+        optimizer, schedule = _adam(student.requires_grad_(True), self._deviation(), _FIT_RATE, _FIT_STEPS)
+        for step in range(_FIT_STEPS):
+            number = step % len(self.train)
+            real = real_tokens(self.train[number])
+            with torch.enable_grad():
+                q = self.state.gating.activate(kind.make(self.train[number]))
+                p = taught[number][:, :, distinct].to(q.device)
+                loss = _divergence(p.clamp_min(_SMALL).log(), q.clamp_min(_SMALL).log())[real.to(q.device)].mean()
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            schedule.step()
+
+    def _deviation(self) -> float:
+        """That of the embeddings, by which a router of text has other rates for W than for b."""
+        return float(embedded(self.model, self.train[0]).float().std().clamp_min(1e-6))
+
     def descend(self, student: Student, found: _Score, steps: int, learning_rate: float) -> tuple[Student, _Score]:
         """Adam on D_o + D_s / 50; the best of what is met on the way."""
         best, student = student, copy.deepcopy(student)
-        parameters = list(student.requires_grad_(True).parameters())
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        optimizer, schedule = _adam(student.requires_grad_(True), self._deviation(), learning_rate, steps)
+        parameters = list(student.parameters())
         passes = self._pass(student)
         for step in range(1, steps + 1):
             batch = self.train[step % len(self.train)]
             taught, real = self.teach(batch), real_tokens(batch)
             out = passes.run(batch, whole=True).logits.float().log_softmax(-1)
             real = real.to(out.device)
-            scalings, _ = self._compared(passes, student, taught, real)
+            scalings, _ = self._compared(passes, taught, real)
             loss = _divergence(taught.predicted, out)[real].mean() + scalings / 50
             gradients = torch.autograd.grad(loss, parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -281,7 +312,7 @@ class _Task:
             taught, real = self.teach(batch), real_tokens(batch)
             logits = passes.run(batch, whole=True).logits
             real = real.to(logits.device)
-            scalings, agreement = self._compared(passes, student, taught, real)
+            scalings, agreement = self._compared(passes, taught, real)
             outputs = _divergence(taught.predicted, logits.float().log_softmax(-1))[real].mean()
             sums += int(real.sum()) * torch.stack([outputs, scalings, agreement]).double().cpu()
             count += int(real.sum())
@@ -298,21 +329,82 @@ class _Task:
             found.add(passes.run(batch, whole=True).logits, batch)
         return found.mean
 
-    def _pass(self, student: Student) -> LayerPass:
-        gating = self.state.gating
-        return LayerPass(self.model, lambda layer, h: gating.select(gating.activate(student.layer_logits(layer, h))))
+    def _pass(self, student: Student) -> _LayerStudent | _TextStudent:
+        if isinstance(student, EvidenceRouter):
+            return _TextStudent(self.model, student)
+        return _LayerStudent(self.model, student)
 
-    def _compared(self, passes: LayerPass, student: Student, taught: _Taught, real: Tensor) -> tuple[Tensor, Tensor]:
+    def _compared(self, passes: _LayerStudent | _TextStudent, taught: _Taught, real: Tensor) -> tuple[Tensor, Tensor]:
         """D_s and the agreement, the mean over tokens and layers, in the pass that the student has just made."""
         gating, divergences, agreements = self.state.gating, list[Tensor](), list[Tensor]()
         for layer in range(self.layers):
-            h = passes.activations(layer, real.shape)
-            if h is None:
+            logits = passes.logits(layer, real.shape)
+            if logits is None:
                 continue
-            p, q = taught.scalings[:, :, layer], gating.activate(student.layer_logits(layer, h))
+            p, q = taught.scalings[:, :, layer], gating.activate(logits)
             divergences.append(_divergence(p.clamp_min(_SMALL).log(), q.clamp_min(_SMALL).log())[real].mean())
             agreements.append((p.argmax(-1) == q.argmax(-1))[real].float().mean())
         return torch.stack(divergences).mean(), torch.stack(agreements).mean()
+
+
+class _LayerStudent(LayerPass):
+    """One pass with a layer router."""
+
+    def __init__(self, model: XLoraModel, student: LinearRouter | StaticRouter) -> None:
+        gating = state_of(model).gating
+        super().__init__(model, lambda layer, h: gating.select(gating.activate(student.layer_logits(layer, h))))
+        self._student = student
+
+    def logits(self, layer: int, tokens: torch.Size) -> Float[Tensor, "B S E"] | None:
+        """Those of the last pass, by text; None for a layer that did not run, or saw other tokens."""
+        h = self.activations(layer, tokens)
+        return None if h is None else self._student.layer_logits(layer, h)
+
+
+class _TextStudent:
+    """One pass with a router of text."""
+
+    def __init__(self, model: XLoraModel, student: EvidenceRouter) -> None:
+        self._model, self._student, self._state = model, student, state_of(model)
+        self._made: Tensor | None = None
+
+    def make(self, batch: Batch) -> Float[Tensor, "B S distinct E"]:
+        """The logits of a batch."""
+        x = embedded(self._model, batch)
+        real = real_tokens(batch).to(x.device)
+        return self._student.distinct(self._student.read(x, real, torch.zeros_like(real), None))
+
+    def run(self, batch: Batch, *, whole: bool = False) -> Any:
+        """The forward of the backbone, or of the whole model; in evaluation mode."""
+        gating, self._made = self._state.gating, self.make(batch)
+        routing = self._state.routing(gating.select(gating.activate(self._made)))
+        with evaluating(self._model), override(self._state, lambda: routing):
+            called = self._model if whole else self._model.base_model
+            return called(**inputs_of(self._model, batch), use_cache=False)
+
+    def logits(self, layer: int, tokens: torch.Size) -> Float[Tensor, "B S E"] | None:
+        """Those of the last pass."""
+        assert self._made is not None
+        return self._made[:, :, layer if self._made.shape[2] > 1 else 0]
+
+
+def embedded(model: XLoraModel, batch: Batch) -> Float[Tensor, "B S H"]:
+    """The input embeddings of a batch."""
+    with torch.no_grad():
+        return embedding_of(model)(inputs_of(model, batch)["input_ids"])
+
+
+def _adam(
+    student: Student, deviation: float, rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam, its rate falling to 0 as a cosine; that of the weights of embeddings is for embeddings of deviation 1."""
+    by_width = isinstance(student, EvidenceRouter)
+    groups = [
+        {"params": [parameter], "lr": rate / deviation if by_width and name == "weight" else rate}
+        for name, parameter in student.named_parameters()
+    ]
+    optimizer = torch.optim.Adam(groups)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
 
 
 def _divergence(p: Float[Tensor, "*tokens n"], q: Float[Tensor, "*tokens n"]) -> Float[Tensor, "*tokens"]:
@@ -326,3 +418,4 @@ _MIXED_IN = 0.05
 """Of the uniform scalings: logarithms of small scalings would outweigh all others."""
 _SMALL = 1e-9
 _LOOK = 25
+_FIT_STEPS, _FIT_RATE = 300, 5e-3
