@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from loramix import CacheError, ConfigurationError, ModelError, UnsupportedOperationError, XLoraConfig, get_peft_model
 from loramix.routers import EvidenceRouter, RouterSizes, gating_of
 from loramix.routers.evidence import accumulated
+from loramix.routers.linear import normalised
 from loramix.routers.start import Moments
 from support.tiny import build, llama, save_expert, tokens
 
@@ -169,7 +170,7 @@ def test_an_adapted_embedding_is_read_without_its_experts(tmp_path: Path) -> Non
     folders = {n: save_expert(tmp_path / n, llama(), seed=i, target_modules=targets) for i, n in enumerate("ab")}
     model = mixture(lambda _kind: folders)
     model(tokens())
-    embedded = F.embedding(tokens(), llama().get_input_embeddings().weight)
+    embedded = normalised(F.embedding(tokens(), llama().get_input_embeddings().weight))
     real = torch.ones(tokens().shape, dtype=torch.bool)
     expected = model.router.distinct(model.router.read(embedded, real, ~real, None)).softmax(-1)
     assert_close(model.get_latest_scalings(), expected.expand(-1, -1, len(model.adapted_modules), -1))

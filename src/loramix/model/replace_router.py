@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
+
+from transformers import PreTrainedModel
 
 from loramix.config.xlora import OF_THE_CLASSIFIER, XLoraConfig
 from loramix.errors import UnsupportedOperationError
@@ -38,7 +41,7 @@ def config_with_router(model: XLoraModel, kind: str) -> XLoraConfig:
     config.validate_for(len(state.names), state.hidden_size)
     found = router_class(config)
     if issubclass(found, TextRouter):
-        check_embeddings(model.base_model, state.hidden_size, has_encoder=state.has_encoder)
+        check_embeddings(cast(PreTrainedModel, model.base_model), state.hidden_size, has_encoder=state.has_encoder)
     if found.reads == "low-rank activation" and (state.head is not None or state.blocks):
         place = state.head if state.head is not None else min(state.blocks)
         raise UnsupportedOperationError(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -25,6 +25,7 @@ from loramix.passes.call import BackboneCall
 from loramix.passes.hooks import CacheFollower, join_losses
 from loramix.passes.state import MixtureState
 from loramix.passes.two_pass import by_tokens, refuse_shared_state
+from loramix.routers.linear import normalised
 from loramix.routers.router import TextRouter
 
 
@@ -166,22 +167,27 @@ def embedding_of(model: Any) -> nn.Module:
     return found.base_layer if isinstance(found, XLoraLayer) else found
 
 
+def embedded(model: Any, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S H"]:
+    """What a router of text reads of tokens: x / rms(x), x their embeddings."""
+    return normalised(embedding_of(model)(ids).float())
+
+
 def _embeddings(call: BackboneCall) -> Float[Tensor, "B S H"]:
-    """The text as it enters the backbone.
+    """What the router reads of the text that enters the backbone.
 
     Raises:
         RoutingError: no text.
     """
     given, ids = call.arguments.get("inputs_embeds"), call.arguments.get("input_ids")
     if isinstance(given, Tensor):
-        return given
+        return normalised(given.float())
     if not isinstance(ids, Tensor):
         raise RoutingError(
             "A router of text reads input_ids or inputs_embeds.",
             received=f"a forward of {type(call.model).__name__} without either",
             remedy='use router="static" or router="linear"',
         )
-    return embedding_of(call.model)(ids)
+    return embedded(call.model, ids)
 
 
 def _device_of(router: nn.Module, like: Tensor) -> torch.device:

@@ -25,11 +25,11 @@ from loramix.routers.start import ClosedForm, LinearRouter, Method, Moments
 class EvidenceRouter(TextRouter):
     """z_t = λ z_{t−1} + W x_t + b,  z_0 = 0
 
-    x_t is the embedding of token t as it enters the base model. W x + b is what one token says, by itself, of the
-    text's expert: the logarithm of p(x | expert), up to a constant. If a text's tokens were independent, their sum
-    would give the posterior over experts (naive Bayes). λ < 1 forgets, since a text can change its subject and its
-    tokens are not independent. The hidden states of a first pass know the context, so that each repeats what the ones
-    before have said, and their sum counts it many times; embeddings do not.
+    x_t is the embedding of token t as it enters the base model, divided by its rms. W x + b is what one token says, by
+    itself, of the text's expert: the logarithm of p(x | expert), up to a constant. If a text's tokens were independent,
+    their sum would give the posterior over experts (naive Bayes). λ < 1 forgets, since a text can change its subject and
+    its tokens are not independent. The hidden states of a first pass know the context, so that each repeats what the
+    ones before have said, and their sum counts it many times; embeddings do not.
 
     W and b are a logistic regression onto labels (`init_router`), distilled, or trained, and λ with them. Built, it is
     the uniform mixture: W = 0, b = 0.
@@ -115,7 +115,7 @@ class EvidenceRouter(TextRouter):
                 remedy=f"use the base model whose embeddings have the width {self.weight.shape[-1]}",
             )
         with torch.autocast(embeddings.device.type, enabled=False):
-            said = F.linear(embeddings.float(), self.weight, self.bias)
+            said = F.linear(embeddings, self.weight, self.bias)
             return accumulated(said, F.logsigmoid(self.memory), real, first, before)
 
     def distinct(self, read: Float[Tensor, "B S distinct_E"]) -> Float[Tensor, "B S distinct E"]:

@@ -260,7 +260,7 @@ class TextRouter(Router):
         """The summary of the text up to each token.
 
         Args:
-            embeddings: of the tokens, as they enter the base model.
+            embeddings: x / rms(x) of each token, x its embedding as it enters the base model, in float32.
             real: False at padding, which changes nothing.
             first: the first tokens of further texts in a row: what stands before them does not count.
             before: the summary at the token before; None at the beginning.

@@ -26,7 +26,7 @@ from loramix.model.build import XLoraModel
 from loramix.model.peft_methods import layers_of
 from loramix.model.replace_router import config_with_router, replace_router, sizes_of_mixture
 from loramix.passes.state import evaluating, require_routing, state_of
-from loramix.passes.text_pass import embedding_of
+from loramix.passes.text_pass import embedded
 from loramix.routers.evidence import EvidenceRouter
 from loramix.routers.linear import LinearRouter, normalised
 from loramix.routers.none import NoneGating
@@ -260,7 +260,7 @@ class _Task:
         """Adam on D_s, from embeddings and the teacher's scalings."""
         taught = [self.teach(batch).scalings for batch in self.train]
         kind, distinct = _TextStudent(self.model, student), slice(None) if student.distinct_layers > 1 else slice(1)
-        optimizer, schedule = _adam(student.requires_grad_(True), self._deviation(), _FIT_RATE, _FIT_STEPS)
+        optimizer, schedule = _adam(student.requires_grad_(True), _FIT_RATE, _FIT_STEPS)
         for step in range(_FIT_STEPS):
             number = step % len(self.train)
             real = real_tokens(self.train[number])
@@ -273,14 +273,10 @@ class _Task:
             optimizer.step()
             schedule.step()
 
-    def _deviation(self) -> float:
-        """That of the embeddings, by which a router of text has other rates for W than for b."""
-        return float(embedded(self.model, self.train[0]).float().std().clamp_min(1e-6))
-
     def descend(self, student: Student, found: _Score, steps: int, learning_rate: float) -> tuple[Student, _Score]:
         """Adam on D_o + D_s / 50; the best of what is met on the way."""
         best, student = student, copy.deepcopy(student)
-        optimizer, schedule = _adam(student.requires_grad_(True), self._deviation(), learning_rate, steps)
+        optimizer, schedule = _adam(student.requires_grad_(True), learning_rate, steps)
         parameters = list(student.parameters())
         passes = self._pass(student)
         for step in range(1, steps + 1):
@@ -370,7 +366,8 @@ class _TextStudent:
 
     def make(self, batch: Batch) -> Float[Tensor, "B S distinct E"]:
         """The logits of a batch."""
-        x = embedded(self._model, batch)
+        with torch.no_grad():
+            x = embedded(self._model, inputs_of(self._model, batch)["input_ids"])
         real = real_tokens(batch).to(x.device)
         return self._student.distinct(self._student.read(x, real, torch.zeros_like(real), None))
 
@@ -388,22 +385,11 @@ class _TextStudent:
         return self._made[:, :, layer if self._made.shape[2] > 1 else 0]
 
 
-def embedded(model: XLoraModel, batch: Batch) -> Float[Tensor, "B S H"]:
-    """The input embeddings of a batch."""
-    with torch.no_grad():
-        return embedding_of(model)(inputs_of(model, batch)["input_ids"])
-
-
 def _adam(
-    student: Student, deviation: float, rate: float, steps: int
+    student: Student, rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam, its rate falling to 0 as a cosine; that of the weights of embeddings is for embeddings of deviation 1."""
-    by_width = isinstance(student, EvidenceRouter)
-    groups = [
-        {"params": [parameter], "lr": rate / deviation if by_width and name == "weight" else rate}
-        for name, parameter in student.named_parameters()
-    ]
-    optimizer = torch.optim.Adam(groups)
+    """Adam, its rate falling to 0 as a cosine."""
+    optimizer = torch.optim.Adam(student.parameters(), lr=rate)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
 
 

@@ -20,7 +20,7 @@ from loramix.evaluation.losses import token_nats
 from loramix.model.build import XLoraModel
 from loramix.passes.hooks import EXPERT_IDS, RoutingHook
 from loramix.passes.state import evaluating, observing, state_of
-from loramix.passes.text_pass import embedding_of
+from loramix.passes.text_pass import embedded
 from loramix.routers.linear import LinearRouter as LayerLinearRouter
 from loramix.routers.norm import NormRouter
 from loramix.routers.start import LinearRouter, Method, Moments
@@ -134,7 +134,7 @@ def _features(model: XLoraModel, batch: Mapping[str, Tensor]) -> list[Float[Tens
         return [hidden_states(model, batch)]
     if reads == "input embeddings":
         with torch.no_grad():
-            return [embedding_of(model)(inputs_of(model, batch)["input_ids"])]
+            return [embedded(model, inputs_of(model, batch)["input_ids"])]
     if reads == "nothing":
         return [torch.zeros(*batch["input_ids"].shape, 0)]
     raise UnsupportedOperationError(
