@@ -27,9 +27,9 @@ class EvidenceRouter(TextRouter):
 
     x_t is the embedding of token t as it enters the base model, divided by its rms. W x + b is what one token says, by
     itself, of the text's expert: the logarithm of p(x | expert), up to a constant. If a text's tokens were independent,
-    their sum would give the posterior over experts (naive Bayes). λ < 1 forgets, since a text can change its subject and
-    its tokens are not independent. The hidden states of a first pass know the context, so that each repeats what the
-    ones before have said, and their sum counts it many times; embeddings do not.
+    their sum would give the posterior over experts (naive Bayes). λ < 1 forgets, since a text can change its subject
+    and its tokens are not independent. The hidden states of a first pass know the context, so that each repeats what
+    the ones before have said, and their sum counts it many times; embeddings do not.
 
     W and b are a logistic regression onto labels (`init_router`), distilled, or trained, and λ with them. Built, it is
     the uniform mixture: W = 0, b = 0.
