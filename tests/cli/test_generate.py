@@ -12,6 +12,8 @@ import torch
 from transformers import AutoTokenizer
 
 from loramix import AutoPeftModelForCausalLM
+from loramix.evaluation.passages import pad
+from loramix.model.prompt_choice import Responses, Similarity
 
 
 @pytest.fixture
@@ -85,6 +87,41 @@ def test_a_single_expert_has_no_routing_to_show(loramix, folders) -> None:
     done = loramix("generate", folders.experts["math"], "--prompt", "ab", "--show-experts", "--max-new-tokens", 1)
     assert done.code == 1
     assert done.err.startswith("UnsupportedOperationError: ")
+
+
+@pytest.mark.parametrize("by", ["mean", "responses", "examples"])
+def test_weights_are_chosen_once_by_the_prompt(by: str, loramix, folders, tmp_path) -> None:
+    texts = {"math": ["2 + 2 = 4", "1"], "code": ["def f(x):"]}
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps(texts))
+    words = ("generate", folders.mixture, "--prompt", "2 + 2", "--max-new-tokens", 6, "--json")
+    document = json.loads(loramix(*words, "--fix-routing", file if by == "examples" else by).out)
+    model = AutoPeftModelForCausalLM.from_pretrained(folders.mixture).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folders.base)
+    ids = tokenizer("2 + 2", return_tensors="pt")
+    if by == "mean":
+        model.fix_routing(prompt=ids)
+    elif by == "responses":
+        model.fix_routing(prompt=ids, by=Responses())
+    else:
+        padded = {name: pad([tokenizer(text)["input_ids"] for text in each]) for name, each in texts.items()}
+        examples = {name: {"input_ids": each, "attention_mask": real} for name, (each, real) in padded.items()}
+        model.fix_routing(prompt=ids, by=Similarity.to(model, examples))
+    expected = model.generate(**ids, max_new_tokens=6, do_sample=False)
+    assert document["text"] == tokenizer.decode(expected[0, 5:], skip_special_tokens=True)
+    found = torch.tensor([document["weights"][name] for name in ("math", "code")])
+    torch.testing.assert_close(found, model.fixed_routing.mean(0))
+
+
+def test_what_fixes_no_routing_is_told(loramix, folders, tmp_path) -> None:
+    words = ("generate", folders.mixture, "--prompt", "x", "--max-new-tokens", 1)
+    assert loramix(*words, "--fix-routing", "mean", "--show-experts").code == 2
+    done = loramix(*words, "--fix-routing", tmp_path / "nowhere.json")
+    assert (done.code, done.err.partition(":")[0]) == (1, "ConfigurationError")
+    done = loramix("generate", folders.experts["math"], "--prompt", "x", "--fix-routing", "mean")
+    assert (done.code, done.err.partition(":")[0]) == (1, "ConfigurationError")
+    done = loramix("generate", folders.mixture, "--prompt", "", "--fix-routing", "responses")
+    assert done.err.startswith("ConfigurationError: A prompt has at least one token.")
 
 
 def test_base_may_be_named(loramix, folders, tmp_path) -> None:

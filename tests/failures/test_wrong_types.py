@@ -22,6 +22,7 @@ import json, os, sys, warnings
 import numpy, torch
 import loramix
 from loramix import LoraConfig, PeftConfig, PeftModel, XLoraConfig, get_peft_model
+from loramix.model.prompt_choice import Responses, Similarity
 from support.tiny import llama
 
 warnings.simplefilter("ignore")
@@ -29,7 +30,7 @@ expert, other, folder = sys.argv[1:]
 os.chdir(folder)
 model = get_peft_model(llama(), XLoraConfig(hidden_size=64, adapters={"math": expert, "code": other}))
 model.save_pretrained("mixture")
-base = llama()
+base, ids = llama(), torch.tensor([[1, 2]])
 CASES = {
     "no configuration": lambda: get_peft_model(base, None),
     "a path for a configuration": lambda: get_peft_model(base, "mixture"),
@@ -51,6 +52,10 @@ CASES = {
     "a save to a null byte": lambda: model.save_pretrained("a" + chr(0)),
     "a text for scalings": lambda: model.fixed_scalings("abc"),
     "no scalings": lambda: model.fixed_scalings(None),
+    "a text for a choice by the prompt": lambda: model.fix_routing(prompt={"input_ids": ids}, by="responses"),
+    "another signal": lambda: Responses(signal="variance"),
+    "a part for the number of experts": lambda: Responses(top_k=0.5),
+    "a text for a temperature": lambda: Similarity(torch.eye(2), temperature="low"),
     "a temperature beyond float32": lambda: XLoraConfig(hidden_size=64, adapters={}, softmax_temperature=10**400),
     "a depth beyond any": lambda: XLoraConfig(hidden_size=64, adapters={}, xlora_depth=10**30),
 }
@@ -94,6 +99,10 @@ EXPECTED = {
     "a save to a null byte": "SaveError: The folder to save into must be named",
     "a text for scalings": "RoutingError: Fixed scalings hold one finite number",
     "no scalings": "RoutingError: Fixed scalings hold one finite number",
+    "a text for a choice by the prompt": "ConfigurationError: by chooses weights by a prompt",
+    "another signal": "ConfigurationError: An expert's signal is the norm of its answer",
+    "a part for the number of experts": "ConfigurationError: top_k must be a whole number",
+    "a text for a temperature": "ConfigurationError: temperature must be a finite number",
     "a temperature beyond float32": "ConfigurationError: softmax_temperature must be a finite number",
     "a depth beyond any": "ConfigurationError: xlora_depth must be a whole number",
 }

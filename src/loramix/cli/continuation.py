@@ -6,6 +6,7 @@ T: tokens of prompt and continuation together.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,10 +30,14 @@ from loramix.errors import (
     ConfigurationError,
     UnsupportedOperationError,
 )
+from loramix.evaluation.passages import pad
 from loramix.files.base_models import load_base, load_tokenizer, one_line
 from loramix.files.location import Location
 from loramix.formats.load import read_config
 from loramix.model.build import PeftModel, XLoraModel
+from loramix.model.prompt_choice import PromptChoice, Responses, Similarity
+from loramix.training.initialise import prompt_texts
+from loramix.training.settings import read_prompts
 
 _CPU = torch.device("cpu")
 
@@ -184,6 +189,43 @@ def continue_text(
         )
     tokens = streamer.tokens if isinstance(streamer, RoutingStreamer) else None
     return Continuation(opened, prompt, _row(written), ids.shape[1], tokens)
+
+
+def fix_by_prompt(opened: OpenModel, prompt: str, by: str) -> dict[str, float]:
+    """Fix a mixture's routing by a prompt.
+
+    Args:
+        opened: the mixture.
+        prompt: the text.
+        by: "mean", "responses", or a JSON file of expert name -> example texts.
+
+    Returns:
+        The weight of each expert; of layers with their own, the mean.
+
+    Raises:
+        ConfigurationError: a single expert, a prompt without tokens, or a file that is none of example texts.
+        DataError: a file without texts of each expert.
+    """
+    model = opened.as_mixture("Weights of experts are chosen in a mixture.")
+    choice: PromptChoice | None = None
+    if by == "responses":
+        choice = Responses()
+    elif by != "mean":
+        texts = prompt_texts(read_prompts(by), model.expert_names)
+        choice = Similarity.to(model, {name: _batch(opened, found) for name, found in texts.items()})
+    model.fix_routing(prompt=_batch(opened, [prompt]), by=choice)
+    assert model.fixed_routing is not None
+    return dict(zip(model.expert_names, model.fixed_routing.mean(0).tolist(), strict=True))
+
+
+def _batch(opened: OpenModel, texts: Sequence[str]) -> dict[str, Tensor]:
+    encoded = [opened.tokenizer(text)["input_ids"] for text in texts]
+    if not all(encoded):
+        raise ConfigurationError(
+            "A prompt has at least one token.", received=repr(texts), remedy="pass a text with --prompt"
+        )
+    ids, real = pad(encoded)
+    return {"input_ids": ids, "attention_mask": real}
 
 
 def _usable(device: str) -> torch.device:

@@ -42,6 +42,14 @@ def generate(
     device: Annotated[
         str, typer.Option(help="The torch device; `auto` chooses the accelerator if there is one.")
     ] = "auto",
+    fix_routing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BY",
+            help="Weigh the experts once, by the prompt, and decode in one pass: `mean` of its scalings, `responses` "
+            "of the experts, or similarity to the texts in a JSON file of expert name -> texts.",
+        ),
+    ] = None,
     show_experts: Annotated[
         bool, typer.Option("--show-experts", help="Colour each token by its leading expert.")
     ] = False,
@@ -59,14 +67,17 @@ def generate(
     """
     if not do_sample and (temperature, top_p, seed) != (None, None, None):
         raise typer.BadParameter("--temperature, --top-p and --seed belong to --do-sample")
+    if show_experts and fix_routing is not None:
+        raise typer.BadParameter("with --fix-routing, all tokens have the same experts: leave out --show-experts")
 
-    from loramix.cli.continuation import Sampling, continue_text, open_mixture
+    from loramix.cli.continuation import Sampling, continue_text, fix_by_prompt, open_mixture
 
     text = read_text(prompt)
     sampling = Sampling(temperature, top_p, seed) if do_sample else None
     with stdout_kept_for_json(as_json), warnings_as_lines():
         needed = "leave out --show-experts, or name a mixture" if show_experts else None
         opened = open_mixture(mixture, base=base, device=device, routed=needed)
+        weights = None if fix_routing is None else fix_by_prompt(opened, text, fix_routing)
         written = continue_text(opened, text, max_new_tokens, sampling, stream=not as_json, show_experts=show_experts)
     if as_json:
-        print_json(written.document())
+        print_json(written.document() | ({} if weights is None else {"weights": weights}))

@@ -23,6 +23,7 @@ from loramix.layers.routing import TensorRouting
 from loramix.layers.slot import override
 from loramix.model.own_weights import with_base_weights
 from loramix.model.peft_methods import MixtureMethods, layers_of
+from loramix.model.prompt_choice import PromptChoice
 from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.state import observing
 
@@ -61,6 +62,7 @@ class FixedMethods(MixtureMethods):
         scalings: Tensor | Sequence[float] | None = None,
         *,
         prompt: Mapping[str, Tensor] | None = None,
+        by: PromptChoice | None = None,
         after: int | None = None,
     ) -> None:
         """One pass per token with the same scalings for every token, in every thread, until `unfix_routing()`.
@@ -71,20 +73,29 @@ class FixedMethods(MixtureMethods):
         Args:
             scalings: (E,), the same for all layers, or (L, E).
             prompt: a model input (`input_ids`, `attention_mask`, …): fix the mean of its tokens' final scalings.
+            by: with a prompt: what chooses the weights by it instead, `Responses(…)` or `Similarity.to(…)`; of several
+                prompts, the mean of their weights.
             after: in each generation, route this many tokens after the prompt, then fix the mean of their final
                 scalings, separately for each row. Forwards outside `generate` still route each token. A cache that such
                 a generation returns holds the mixture pass alone, and can be continued with fixed scalings only.
 
         Raises:
-            ConfigurationError: none of the three, or several, or `after` below 1.
+            ConfigurationError: none of scalings, prompt and after, or several; `after` below 1; `by` without a prompt.
             UnsupportedOperationError: `after` for a router that needs no scaling pass.
             RoutingError: scalings of another shape.
+            LoramixError: what `by` raises.
         """
         if sum(given is not None for given in (scalings, prompt, after)) != 1 or (after is not None and after < 1):
             raise ConfigurationError(
                 "Routing is fixed by scalings, from a prompt, or after a number of tokens: by one of them.",
                 received=f"scalings={scalings!r}, prompt={prompt!r}, after={after!r}",
                 remedy="pass for example fix_routing([0.5, 0.5]), or fix_routing(after=32)",
+            )
+        if by is not None and (prompt is None or not callable(by)):
+            raise ConfigurationError(
+                "by chooses weights by a prompt.",
+                received=f"by={by!r}, prompt={prompt!r}",
+                remedy="pass fix_routing(prompt=inputs, by=Responses(…)), or by=Similarity.to(…)",
             )
         if after is not None and not self._loramix.needs_scaling_pass:
             raise UnsupportedOperationError(
@@ -93,7 +104,9 @@ class FixedMethods(MixtureMethods):
                 remedy="fix the routing by scalings or from a prompt",
             )
         fixed = None
-        if prompt is not None:
+        if prompt is not None and by is not None:
+            fixed = self._checked_scalings(by(self, prompt).mean(0))
+        elif prompt is not None:
             before = self._loramix.fixed
             self._loramix.fixed = None  # the prompt is routed
             try:
