@@ -9,38 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.generation import NEW, PADDING, generated, ids_with_padding, recomputed
+from support.generation import MODES, NEW, generated, recomputed
 from support.tiny import gemma3, llama, save_expert, tokens
 from support.versions import is_older
-
-MODES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "greedy": lambda _: {"input_ids": tokens()},
-    "sampling": lambda _: {"input_ids": tokens(), "do_sample": True, "temperature": 1.5, "top_k": 20},
-    "several sequences": lambda _: {"input_ids": tokens(), "do_sample": True, "num_return_sequences": 3},
-    "beams": lambda _: {"input_ids": tokens(), "num_beams": 3, "num_return_sequences": 2},
-    "sampled beams": lambda _: {"input_ids": tokens(), "num_beams": 3, "do_sample": True},
-    "left padding": lambda _: {"input_ids": ids_with_padding(), "attention_mask": PADDING},
-    "padded beams": lambda _: {"input_ids": ids_with_padding(), "attention_mask": PADDING, "num_beams": 2},
-    "one token": lambda _: {"input_ids": tokens(1, 1)},
-    "embeddings": lambda base: {"inputs_embeds": base.get_input_embeddings()(tokens())},
-    "padded embeddings": lambda base: {
-        "inputs_embeds": base.get_input_embeddings()(ids_with_padding()),
-        "attention_mask": PADDING,
-    },
-    "embeddings and ids": lambda base: {
-        "input_ids": tokens(),
-        "inputs_embeds": base.get_input_embeddings()(tokens()),
-    },
-    "static cache": lambda _: {"input_ids": tokens(), "cache_implementation": "static"},
-    "padded static cache": lambda _: {
-        "input_ids": ids_with_padding(),
-        "attention_mask": PADDING,
-        "cache_implementation": "static",
-    },
-    "static cache and beams": lambda _: {"input_ids": tokens(), "num_beams": 2, "cache_implementation": "static"},
-    "prefill in chunks": lambda _: {"input_ids": tokens(), "prefill_chunk_size": 4},
-    "prompt lookup": lambda _: {"input_ids": tokens(1).repeat(1, 2), "prompt_lookup_num_tokens": 3},
-}
 
 
 @pytest.mark.parametrize("mode", MODES)
