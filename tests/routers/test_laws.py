@@ -22,7 +22,7 @@ from loramix.passes.hooks import RouterOutput, RoutingHook
 from loramix.passes.state import attach
 from loramix.routers import Router, RouterSizes, router_kinds
 from support.routers import EnergyRouter, PlainRouter, Seen
-from support.tiny import llama, tokens
+from support.tiny import llama, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
 KINDS = {kind.kind: kind for kind in (*router_kinds(), PlainRouter, EnergyRouter)}
@@ -256,3 +256,19 @@ def test_fixed_scalings_take_its_place(kind: str, experts: Experts) -> None:
         alone = logits(model)
     code: Any = loramix.PeftModel.from_pretrained(llama(), experts("llama")["code"])
     assert_close(alone, logits(code), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.reads == "low-rank activation"])
+@pytest.mark.parametrize("regular", [True, False], ids=["equal ranks", "other ranks"])
+def test_the_logits_of_a_pass_are_those_of_each_layer(
+    kind: str, regular: bool, experts: Experts, tmp_path: Path
+) -> None:
+    same = {
+        name: save_expert(tmp_path / name, llama(), seed=i, target_modules=["q_proj"]) for i, name in enumerate("ab")
+    }
+    router = mixture(same if regular else experts("llama"), kind).router
+    found = router.for_pass()
+    layers = [8, 8] if regular else [9] * 14
+    for layer, ranks in enumerate(layers):
+        for low_rank in (torch.randn(2, 5, ranks), 1e-4 * torch.randn(3, ranks)):
+            assert_close(found(layer, low_rank), router.layer_logits(layer, low_rank), atol=1e-5, rtol=1e-5)

@@ -318,10 +318,18 @@ class LayerRouting:
         self._make = scalings
         self._weight = float(weight)
         self._last: tuple[Tensor, Tensor] | None = None  # an activation, and what was made of it
+        self._expansions: dict[int, Tensor] = {}  # by layout
 
     def columns(self, stack: Stack, low_rank: Tensor) -> Tensor:
         weighted = self._weighted(stack, low_rank)
-        return (weighted.index_select(-1, stack.expert_of_rank) * stack.rank_scale).to(low_rank)
+        if low_rank.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return (weighted.index_select(-1, stack.expert_of_rank) * stack.rank_scale).to(low_rank)
+        expansion = self._expansions.get(stack.layout)
+        if expansion is None:
+            chosen = F.one_hot(stack.expert_of_rank, weighted.shape[-1])
+            expansion = self._expansions[stack.layout] = chosen * stack.rank_scale.unsqueeze(-1)
+        made = F.linear(weighted, expansion)  # one entry a row: exact, and on a CPU faster than choosing columns
+        return made if made.dtype == low_rank.dtype else made.to(low_rank.dtype)
 
     def experts(self, stack: Stack, chosen: Tensor, low_rank: Tensor) -> Tensor:
         return self._weighted(stack, low_rank).index_select(-1, chosen)
@@ -335,6 +343,7 @@ class LayerRouting:
 
     def _weighted(self, stack: Stack, low_rank: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not low_rank:
-            made = self._make(stack.number, low_rank[..., : stack.rank])
+            read = low_rank if low_rank.shape[-1] == stack.rank else low_rank[..., : stack.rank]
+            made = self._make(stack.number, read)
             self._last = low_rank, made if self._weight == 1.0 else made * self._weight
         return self._last[1]

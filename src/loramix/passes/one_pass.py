@@ -68,18 +68,26 @@ class _LayerScalings:
     """
 
     def __init__(self, state: MixtureState, router: LayerRouter, training: bool, others: Collection[int]) -> None:
-        self._state, self._router, self._training, self._others = state, router, training, others
+        self._state, self._training, self._others = state, training, others
         self._gating = state.gating
+        self._layer_logits = with_weights(router, router.for_pass)
         self._logits: dict[int, Tensor] | None = {}
 
     def of(self, layer: int, low_rank: Tensor) -> Tensor:
         """(*tokens, E), from (*tokens, R). A block that is recomputed calls it again."""
-        with torch.autocast(low_rank.device.type, enabled=False):
-            logits = with_weights(self._router, self._router.layer_logits, layer, low_rank.float()).unsqueeze(-2)
-        logits = self._state.changed_logits(logits, self._training)
+        logits = self._made(layer, low_rank)
+        if self._state.hooks:
+            logits = self._state.changed_logits(logits.unsqueeze(-2), self._training).squeeze(-2)
         if self._logits is not None:
             self._logits[layer] = logits
-        return self._gating.select(self._gating.activate(logits)).squeeze(-2)
+        return self._gating.select(self._gating.activate(logits))
+
+    def _made(self, layer: int, low_rank: Tensor) -> Tensor:
+        device = low_rank.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._layer_logits(layer, low_rank.float())
+        with torch.autocast(device, enabled=False):
+            return self._layer_logits(layer, low_rank.float())
 
     def logits(self, tokens: torch.Size) -> Tensor:
         """(B, S, L, E), of all layers; NaN for a layer that did not run, or that saw other tokens.
@@ -88,6 +96,7 @@ class _LayerScalings:
             RoutingError: no layer ran.
         """
         made, self._logits = self._logits or {}, None
+        made = {layer: logits.unsqueeze(-2) for layer, logits in made.items()}
         if not made:
             raise RoutingError(
                 "An adapted layer is called in the forward of its model.",

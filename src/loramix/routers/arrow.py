@@ -5,6 +5,7 @@ L: adapted layers. E: experts. R: total rank of a layer; ΣR over the layers. r:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Self
 
@@ -39,7 +40,8 @@ class ArrowRouter(ExpertsRouter):
 
     def __init__(self, sizes: RouterSizes) -> None:
         super().__init__(sizes)
-        self._ends = (0, *accumulate(map(len, sizes.expert_of_rank)))
+        self._ranks = tuple(map(len, sizes.expert_of_rank))
+        self._ends = (0, *accumulate(self._ranks))
         self._expert_of_rank = sizes.expert_of_rank
         self.register_buffer("directions", torch.zeros(sizes.experts, self._ends[-1]))
 
@@ -55,8 +57,11 @@ class ArrowRouter(ExpertsRouter):
         return {"offset": (sizes.layers, sizes.experts), "directions": (sizes.experts, ranks)}
 
     def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
-        directions = self.directions[:, self._ends[layer] : self._ends[layer + 1]]
-        return F.linear(low_rank, directions).abs() + self.offset[layer]
+        return self.for_pass()(layer, low_rank)
+
+    def for_pass(self) -> Callable[[int, Tensor], Tensor]:
+        directions, offset = self.directions.split(self._ranks, dim=1), self.offset.unbind()
+        return lambda layer, low_rank: F.linear(low_rank, directions[layer]).abs() + offset[layer]
 
     def take(self, layer: int, expert: int, A: Float[Tensor, "r n"], B: Float[Tensor, "out r"]) -> None:
         first = self._ends[layer] + self._expert_of_rank[layer].index(expert)

@@ -55,7 +55,9 @@ class Gating:
 
     def activate(self, logits: Float[Tensor, "*tokens L E"]) -> Float[Tensor, "*tokens L E"]:
         """Step 1: what `get_latest_scalings()` and the scalings log show."""
-        return torch.softmax(logits / self.temperature, dim=-1) if self.softmax else logits
+        if not self.softmax:
+            return logits
+        return torch.softmax(logits if self.temperature == 1.0 else logits / self.temperature, dim=-1)
 
     def select(self, activated: Float[Tensor, "*tokens L E"]) -> Float[Tensor, "*tokens L E"]:
         """Steps 2 and 3. Entries are kept by index, never by value: a selected scaling of exactly 0 stays selected."""

@@ -5,6 +5,7 @@ L: adapted layers. E: experts. R: total rank of a layer; ΣR over the layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Self
 
@@ -42,7 +43,7 @@ class LinearRouter(LayerRouter):
 
     def __init__(self, ranks: tuple[int, ...], experts: int, start: float) -> None:
         super().__init__()
-        self._ends = (0, *accumulate(ranks))
+        self._ranks, self._ends = ranks, (0, *accumulate(ranks))
         self.weight = nn.Parameter(torch.zeros(experts, self._ends[-1]))
         self.bias = nn.Parameter(torch.full((len(ranks), experts), start))
 
@@ -67,6 +68,18 @@ class LinearRouter(LayerRouter):
     def layer_logits(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
         return F.linear(normalised(low_rank), self.layer_weight(layer), self.bias[layer])
 
+    def for_pass(self) -> Callable[[int, Tensor], Tensor]:
+        """The same, scaled after the product: √R (W h) / √(‖h‖² + R ε) + b."""
+        weight, bias = self.weight.split(self._ranks, dim=1), self.bias.unbind()
+        least = {ranks: self.weight.new_tensor((ranks * _EPSILON) ** 0.5) for ranks in {*self._ranks}}
+
+        def logits(layer: int, low_rank: Tensor) -> Tensor:
+            ranks = self._ranks[layer]
+            length = torch.hypot(torch.linalg.vector_norm(low_rank, dim=-1, keepdim=True), least[ranks])
+            return torch.addcdiv(bias[layer], F.linear(low_rank, weight[layer]), length, value=ranks**0.5)
+
+        return logits
+
     def layer_weight(self, layer: int) -> Float[Tensor, "E R"]:
         """W of one layer: a view."""
         return self.weight[:, self._ends[layer] : self._ends[layer + 1]]
@@ -76,6 +89,10 @@ class LinearRouter(LayerRouter):
         """Set W and b of one layer."""
         self.layer_weight(layer).copy_(weight)
         self.bias[layer].copy_(bias)
+
+
+_EPSILON = torch.finfo(torch.float32).eps
+"""What `F.rms_norm` adds to the mean of h²."""
 
 
 def normalised(low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens R"]:

@@ -5,7 +5,7 @@ L: adapted layers. E: experts. R: total rank of a layer. r: the largest rank of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -48,6 +48,8 @@ class NormRouter(ExpertsRouter):
         shape = sizes.layers, sizes.experts
         rank = _largest_rank(sizes)
         self._kept: set[int] = set()
+        every = tuple(expert for expert in range(sizes.experts) for _ in range(rank))
+        self._regular = [ranks == every for ranks in sizes.expert_of_rank]  # each expert with r ranks, in order
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("deviation", torch.ones(shape))
         self.register_buffer("factors", torch.zeros(*shape, rank, rank))
@@ -80,13 +82,29 @@ class NormRouter(ExpertsRouter):
         usual = (self.log_norms(layer, low_rank) - self.mean[layer]) / self.deviation[layer]
         return usual + self.offset[layer]
 
+    def for_pass(self) -> Callable[[int, Tensor], Tensor]:
+        """The same, as log ‖R_e h_e‖ · (1 / σ_e) + (offset_e − μ_e / σ_e)."""
+        factor, inverse = self.factors.transpose(-1, -2).unbind(), self.deviation.reciprocal()
+        slope, start = inverse.unsqueeze(-1).unbind(), (self.offset - self.mean * inverse).unsqueeze(-1).unbind()
+
+        def logits(layer: int, low_rank: Tensor) -> Tensor:
+            logs = self._logs(layer, low_rank.flatten(0, -2), factor[layer])
+            return torch.addcmul(start[layer], logs, slope[layer]).T.unflatten(0, low_rank.shape[:-1])
+
+        return logits
+
     def log_norms(self, layer: int, low_rank: Float[Tensor, "*tokens R"]) -> Float[Tensor, "*tokens E"]:
         """log ‖R_e h_e‖ of each expert."""
-        filled = torch.cat([low_rank, low_rank.new_zeros(*low_rank.shape[:-1], 1)], dim=-1)
-        columns = self.columns[layer]
-        h = filled.index_select(-1, columns.flatten()).unflatten(-1, columns.shape)
-        answers = torch.einsum("...er,eor->...eo", h, self.factors[layer])
-        return 0.5 * answers.square().sum(-1).clamp_min(_LEAST).log()
+        logs = self._logs(layer, low_rank.flatten(0, -2), self.factors[layer].transpose(-1, -2))
+        return logs.T.unflatten(0, low_rank.shape[:-1])
+
+    def _logs(self, layer: int, h: Float[Tensor, "N R"], factor: Float[Tensor, "E r r"]) -> Float[Tensor, "E N"]:
+        """log ‖R_e h_e‖, from the transposed factors."""
+        if not self._regular[layer]:
+            filled = torch.cat([h, h.new_zeros(len(h), 1)], dim=-1)
+            h = filled.index_select(-1, self.columns[layer].flatten())
+        answers = torch.bmm(h.view(len(h), len(factor), -1).transpose(0, 1), factor)
+        return torch.linalg.vector_norm(answers, dim=-1).clamp_min(_LEAST).log()
 
     @torch.no_grad()
     def assign(self, mean: Float[Tensor, "L E"], deviation: Float[Tensor, "L E"]) -> None:
@@ -119,8 +137,8 @@ class NormRouter(ExpertsRouter):
         self.factors[layer, expert, : up.shape[0], : up.shape[1]] = up.float()
 
 
-_LEAST = 1e-30
-"""Of a squared norm: the logarithm stays finite, for an expert that does not answer at all."""
+_LEAST = 1e-15
+"""Of a norm: the logarithm stays finite, for an expert that does not answer at all."""
 
 
 def _largest_rank(sizes: RouterSizes) -> int:

@@ -295,6 +295,10 @@ class LayerRouter(Router):
             low_rank: h = A x before any gate, without the columns of LoRA biases.
         """
 
+    def for_pass(self) -> Callable[[int, Tensor], Tensor]:
+        """`layer_logits` for the layers of one pass, with what does not depend on the text computed once."""
+        return self.layer_logits
+
     @classmethod
     def check(cls, config: XLoraConfig) -> None:
         _refuse_scaling_pass(cls, config)
