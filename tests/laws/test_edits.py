@@ -42,6 +42,8 @@ def saved(experts: Mapping[str, str], folder: Path, kind: str, **config: Any) ->
     with torch.no_grad():
         for parameter in model.router.parameters():
             parameter.add_(torch.randn_like(parameter))
+        if kind == "prototypes":
+            model.router.scale.abs_().add_(0.1)
     model.save_pretrained(folder)
     try:
         KINDS[kind].expert_axes(settings, 1)
@@ -123,7 +125,7 @@ def test_a_cold_expert_changes_nothing_and_no_logit(kind: str, gating: str, expe
         return
     start = saved(experts("llama"), tmp_path / "0", kind, **settings)
     new = load_adapter("new", experts("llama")["math"])
-    if kind.startswith("test-") or kind == "prototypes":  # kinds without anything like a bias, or with a scale for it
+    if kind.startswith("test-"):  # kinds without anything like a bias
         with pytest.raises(UnsupportedOperationError, match=rf"router='{kind}'[\s\S]*column="):
             add_expert(start, new)
         return
@@ -134,6 +136,13 @@ def test_a_cold_expert_changes_nothing_and_no_logit(kind: str, gating: str, expe
     assert_close(logits_of(other), logits_of(one), atol=1e-5, rtol=1e-5)
     assert other.get_latest_scalings()[..., 3].max() < 1e-8
     assert_close(made(other)[..., :3], made(one), atol=1e-5, rtol=1e-5)
+
+
+def test_prototypes_with_a_scale_that_turns_logits_round_have_no_cold_expert(experts: Experts, tmp_path: Path) -> None:
+    start = saved(experts("llama"), tmp_path / "0", "prototypes", layerwise_scalings=True)
+    start.router["scale"][1] = -0.5
+    with pytest.raises(UnsupportedOperationError, match=r"with a scale of -0.5[\s\S]*column="):
+        add_expert(start, load_adapter("new", experts("llama")["math"]))
 
 
 @every_router

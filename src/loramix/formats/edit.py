@@ -276,7 +276,8 @@ def _cold(mixture: MixtureCheckpoint, columns: Mapping[str, Tensor]) -> dict[str
             received=f"{gating}, in which every expert has one",
             remedy="give the expert's tensors (column=)",
         )
-    return router_class(mixture.config).cold_expert(mixture.config, columns, *cold)
+    rest = {name: tensor for name, tensor in mixture.router.items() if name not in columns}
+    return router_class(mixture.config).cold_expert(mixture.config, columns, rest, *cold)
 
 
 def _checked(column: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -138,7 +138,12 @@ class XLoraClassifier(HiddenStateRouter):
 
     @classmethod
     def cold_expert(
-        cls, config: XLoraConfig, columns: Mapping[str, Tensor], share: float, offset: float
+        cls,
+        config: XLoraConfig,
+        columns: Mapping[str, Tensor],
+        rest: Mapping[str, Tensor],
+        share: float,
+        offset: float,
     ) -> dict[str, Tensor]:
         if offset and not config.use_bias:
             raise UnsupportedOperationError(

@@ -5,6 +5,7 @@ B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loramix.config.xlora import XLoraConfig
-from loramix.errors import ConfigurationError
+from loramix.errors import ConfigurationError, UnsupportedOperationError
 from loramix.routers.gating import Gating, gating_of
 from loramix.routers.router import HiddenStateRouter, RouterSizes, Shapes, register_router
 from loramix.routers.start import LinearRouter, Method
@@ -70,6 +71,26 @@ class PrototypeRouter(HiddenStateRouter):
         self.weight.copy_(router.weight)
         self.bias.copy_(router.bias)
         self.scale.fill_(router.scale)
+
+    @classmethod
+    def cold_expert(
+        cls,
+        config: XLoraConfig,
+        columns: Mapping[str, Tensor],
+        rest: Mapping[str, Tensor],
+        share: float,
+        offset: float,
+    ) -> dict[str, Tensor]:
+        """Of layers with other scales, the one with the least decides: in the others the logit is lower still."""
+        least = float(rest["scale"].min())
+        if offset and least <= 0:
+            raise UnsupportedOperationError(
+                "A new expert of prototypes is kept low by its bias, where the scale of every layer is positive.",
+                received=f"router='prototypes' with a scale of {least:.3g}",
+                remedy="give the expert's tensors (column=), or fit the router again",
+            )
+        bias = share * columns["bias"].mean(-1) + (offset / least if offset else 0.0)
+        return {"weight": share * columns["weight"].mean(-1), "bias": bias}
 
     def distinct(self, hidden: Float[Tensor, "B S H"]) -> Float[Tensor, "B S distinct E"]:
         if hidden.shape[-1] != self.weight.shape[-1]:

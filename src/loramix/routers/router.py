@@ -171,13 +171,19 @@ class Router(nn.Module, ABC):
 
     @classmethod
     def cold_expert(
-        cls, config: XLoraConfig, columns: Mapping[str, Tensor], share: float, offset: float
+        cls,
+        config: XLoraConfig,
+        columns: Mapping[str, Tensor],
+        rest: Mapping[str, Tensor],
+        share: float,
+        offset: float,
     ) -> dict[str, Tensor]:
         """The tensors of a new expert with the logit share · (mean logit of the others) + offset, for every token.
 
         Args:
             config: the configuration.
             columns: the others' tensors, with the experts along the last axis (`expert_axes`).
+            rest: the tensors that hold no experts.
             share: 1 or 0.
             offset: what is added.
 

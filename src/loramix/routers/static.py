@@ -71,7 +71,12 @@ class StaticRouter(ConstantRouter):
 
     @classmethod
     def cold_expert(
-        cls, config: XLoraConfig, columns: Mapping[str, Tensor], share: float, offset: float
+        cls,
+        config: XLoraConfig,
+        columns: Mapping[str, Tensor],
+        rest: Mapping[str, Tensor],
+        share: float,
+        offset: float,
     ) -> dict[str, Tensor]:
         return {"logits": share * columns["logits"].mean(-1) + offset}
 
