@@ -68,6 +68,19 @@ def test_labels_are_ridge_regression_in_a_uniform_mixture(experts: Any) -> None:
     assert_close(model.router.bias[0].detach(), expected[:, -1], atol=1e-4, rtol=1e-3)
 
 
+def test_sorted_labels_give_the_scale_and_accuracy_of_all_tokens(experts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts come expert by expert; the sample that the scale is chosen by is of all of them."""
+    whole, model = mixture(experts), mixture(experts)
+    expected = init_router(whole, "labels", batches=batches())
+    monkeypatch.setattr("loramix.training.layer_start._SAMPLE", 170)
+    found = init_router(model, "labels", batches=batches())
+    assert isinstance(expected, LayerStart)
+    assert isinstance(found, LayerStart)
+    assert_close(torch.tensor(found.accuracy), torch.tensor(expected.accuracy), atol=0.15, rtol=0.0)
+    scales = (model.router.bias / whole.router.bias).log().abs()
+    assert scales.median() < 0.2
+
+
 @pytest.mark.parametrize("kind", ["linear", "static"])
 def test_zeros_are_uniform(kind: str, experts: Any) -> None:
     model = mixture(experts, kind)

@@ -34,13 +34,47 @@ class LinearRouter:
         weight: W.
         bias: b.
         scale: the factor that sets how sharp the softmax of z is.
-        accuracy: the share of the tokens it was made from whose expert has the largest logit.
+        accuracy: the share of the tokens it was made from whose expert has the largest logit; of many, of a sample.
     """
 
     weight: Float[Tensor, "E F"]
     bias: Float[Tensor, " E"]
     scale: float
     accuracy: float
+
+
+class Sample:
+    """Some of the labelled tokens, each as likely as any other whatever their order: those with the least random keys.
+
+    Args:
+        size: the most tokens.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._generator = torch.Generator().manual_seed(0)
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._bound = 1.0
+
+    def add(self, features: Float[Tensor, "N F"], experts: Int[Tensor, " N"]) -> None:
+        """Offer tokens, each with the number of its expert."""
+        keys = torch.rand(len(features), generator=self._generator)
+        kept = keys < self._bound
+        self._parts.append((keys[kept], features[kept], experts[kept]))
+        if sum(len(keys) for keys, _, _ in self._parts) > 5 * self._size // 4:
+            self._prune()
+
+    def tokens(self) -> tuple[Float[Tensor, "N F"], Int[Tensor, " N"]]:
+        """Those that are kept, and their experts."""
+        self._prune()
+        return self._parts[0][1:]
+
+    def _prune(self) -> None:
+        keys, features, experts = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        if len(keys) > self._size:
+            keys, least = keys.topk(self._size, largest=False)
+            features, experts, self._bound = features[least], experts[least], float(keys.max())
+        self._parts = [(keys, features, experts)]
 
 
 class Moments:
@@ -54,8 +88,7 @@ class Moments:
     def __init__(self, features: int, experts: int) -> None:
         self.second = torch.zeros(features + 1, features + 1, dtype=torch.float64)  # Σ x xᵀ, x with a 1 behind it
         self.cross = torch.zeros(experts, features + 1, dtype=torch.float64)  # Σ over each expert's tokens of x
-        self._sample: list[tuple[Tensor, Tensor]] = []
-        self._sampled = 0
+        self._sample = Sample(_SAMPLE)
 
     def add(self, features: Float[Tensor, "N F"], experts: Int[Tensor, " N"]) -> None:
         """Add tokens, each with the number of its expert."""
@@ -63,9 +96,7 @@ class Moments:
         self.second += wide.T @ wide
         chosen = torch.zeros(len(self.cross), len(features), dtype=torch.float64)
         self.cross += chosen.scatter(0, experts.unsqueeze(0), 1.0) @ wide
-        if self._sampled < _SAMPLE:
-            self._sample.append((features[:_SAMPLE], experts[:_SAMPLE]))
-            self._sampled += len(features)
+        self._sample.add(features, experts)
 
     @property
     def counts(self) -> Float[Tensor, " E"]:
@@ -76,7 +107,7 @@ class Moments:
         """The linear map, with the scale that fits the gating: 1 where logits are the scalings themselves."""
         weight, bias = self._discriminant() if method == "prompts" else self._regression()
         weight, bias = weight.float(), bias.float()
-        features, experts = self._kept()
+        features, experts = self._sample.tokens()
         logits = features @ weight.T + bias
         accuracy = float((logits.argmax(-1) == experts).float().mean())
         temperature = gating.temperature if gating.softmax else 1.0
@@ -90,7 +121,7 @@ class Moments:
 
         Source: multinomial logistic regression with a ridge penalty (le Cessie and van Houwelingen, 1992).
         """
-        features, experts = self._kept()
+        features, experts = self._sample.tokens()
         mean, deviation = features.mean(0), features.std().clamp_min(1e-12)
         inputs = (features - mean) / deviation
         weights = 1 / torch.bincount(experts, minlength=len(self.cross)).clamp_min(1)
@@ -111,10 +142,6 @@ class Moments:
         bias = both.detach()[:, -1] - weight @ mean
         accuracy = float(((features @ weight.T + bias).argmax(-1) == experts).float().mean())
         return LinearRouter(weight, bias, gating.temperature if gating.softmax else 1.0, accuracy)
-
-    def _kept(self) -> tuple[Float[Tensor, "N F"], Int[Tensor, " N"]]:
-        features, experts = (torch.cat(parts)[:_SAMPLE] for parts in zip(*self._sample, strict=True))
-        return features, experts
 
     def _discriminant(self) -> tuple[Tensor, Tensor]:
         """w_e = Σ⁻¹ μ_e, b_e = −½ μ_eᵀ Σ⁻¹ μ_e, with Σ the covariance within the experts' texts, shrunk.
@@ -140,6 +167,7 @@ class Moments:
 
 
 _SAMPLE = 20_000
+"""Tokens that are kept to choose the scale by."""
 _SHRINKAGE = 0.1
 _RIDGE = 1e-3
 _PENALTY, _STEPS = 0.1, 100

@@ -28,7 +28,7 @@ from loramix.passes.one_pass import by_text
 from loramix.passes.state import evaluating, state_of
 from loramix.routers.linear import LinearRouter, normalised
 from loramix.routers.norm import NormRouter
-from loramix.routers.start import best_scale
+from loramix.routers.start import Sample, best_scale
 from loramix.training.data import check_expert_ids
 from loramix.training.losses import IGNORED
 
@@ -40,7 +40,8 @@ class LayerStart:
     """What a linear router was fitted to.
 
     Attributes:
-        accuracy: for each layer the share of the tokens it was made from whose expert has the largest logit.
+        accuracy: for each layer the share of the tokens it was made from whose expert has the largest logit; of many,
+            of a sample.
     """
 
     accuracy: tuple[float, ...]
@@ -169,8 +170,7 @@ def fit_labels(model: XLoraModel, router: LinearRouter, batches: Iterable[Batch]
     state, names = state_of(model), model.expert_names
     ranks = [layer.stack.rank for layer in layers_of(model.get_base_model()).values()]
     moments, passes = Moments(ranks, len(names)), LayerPass(model, uniform_scalings(model))
-    samples: list[list[Tensor]] = [[] for _ in ranks]
-    labels: list[list[Tensor]] = [[] for _ in ranks]
+    samples = [Sample(_SAMPLE) for _ in ranks]
     for batch in batches:
         ids, known = labelled_tokens(batch, len(names))
         with torch.no_grad():
@@ -180,15 +180,13 @@ def fit_labels(model: XLoraModel, router: LinearRouter, batches: Iterable[Batch]
             if seen is not None:
                 h, e = normalised(seen).cpu()[known], ids[known]
                 moments.add(layer, h, F.one_hot(e, len(names)).float())
-                if sum(map(len, labels[layer])) < _SAMPLE:
-                    samples[layer].append(h[:: max(1, len(h) // 64)])
-                    labels[layer].append(e[:: max(1, len(e) // 64)])
+                samples[layer].add(h, e)
     _check_text(names, moments)
     gating, accuracy = state.gating, list[float]()
     temperature = gating.temperature if gating.softmax else 1.0
     for layer in range(len(ranks)):
         weight, bias = moments.solve(layer)
-        h, e = torch.cat(samples[layer]), torch.cat(labels[layer])
+        h, e = samples[layer].tokens()
         logits = h @ weight.T + bias
         scale = temperature * best_scale(logits, e) if gating.normalised else 1.0
         router.assign(layer, scale * weight, scale * bias)
