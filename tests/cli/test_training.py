@@ -20,7 +20,7 @@ Command = Callable[..., Outcome]
 @pytest.fixture
 def run_file(files: Files, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    content = files.settings(tmp_path / "run", data={"train": str(files.data), "eval": str(files.data)})
+    content = files.settings(tmp_path / "run", data={"train": str(files.data), "eval": str(files.held_out)})
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
@@ -53,10 +53,12 @@ def test_a_run_prints_its_evaluation_and_eval_prints_the_same(
     printed = json.loads(done.out)
     assert printed["mixture"] == str(tmp_path / "run" / "mixture")
     trained = printed["evaluation"]
-    evaluated = json.loads(loramix("eval", tmp_path / "run" / "mixture", "--data", files.data, "--json").out)
+    evaluated = json.loads(loramix("eval", tmp_path / "run" / "mixture", "--data", files.held_out, "--json").out)
     assert evaluated["rows"]["X-LoRA"]["all"]["loss"] == pytest.approx(trained["rows"]["X-LoRA"]["all"]["loss"])
     assert evaluated["rows"]["X-LoRA"]["all"]["tokens"] == trained["rows"]["X-LoRA"]["all"]["tokens"]
-    table = loramix("eval", tmp_path / "run" / "mixture", "--data", files.data, "--figure", "perplexity", "--limit", 1)
+    table = loramix(
+        "eval", tmp_path / "run" / "mixture", "--data", files.held_out, "--figure", "perplexity", "--limit", 1
+    )
     assert table.code == 0
     assert "Perplexity" in table.out
     assert all(

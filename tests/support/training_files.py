@@ -21,6 +21,7 @@ class Files:
     base: Path
     experts: dict[str, str]
     data: Path
+    held_out: Path
     root: Path
 
     def settings(self, output: Path, **changes: Any) -> dict[str, Any]:
@@ -63,4 +64,6 @@ def write_training_files(root: Path) -> Files:
         for i, name in enumerate(TEXTS)
     }
     rows = [{"text": f"{text} {i}", "expert": name} for i in range(4) for name, text in TEXTS.items()]
-    return Files(root / "base", experts, write_lines(root / "data.jsonl", rows), root)
+    others = [{"text": f"{text} {i}", "expert": name} for i in range(4, 6) for name, text in TEXTS.items()]
+    data, held_out = write_lines(root / "data.jsonl", rows), write_lines(root / "held-out.jsonl", others)
+    return Files(root / "base", experts, data, held_out, root)

@@ -74,7 +74,9 @@ def start(files: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
 
 def test_a_run_leaves_a_mixture_its_checkpoints_and_its_evaluation(files: Files, tmp_path: Path) -> None:
     done = run_training(
-        settings(files, tmp_path, data={"train": str(files.data), "eval": str(files.data)}, objectives={"z_loss": 0.1})
+        settings(
+            files, tmp_path, data={"train": str(files.data), "eval": str(files.held_out)}, objectives={"z_loss": 0.1}
+        )
     )
     model, evaluation = done.model, done.evaluation
     assert done.folder == tmp_path / "mixture"
@@ -123,7 +125,7 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(files: Files, tmp_p
 def test_the_best_mixture_is_the_one_that_is_kept(files: Files, tmp_path: Path) -> None:
     trainer = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
     trainer |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the worst one is not the last
-    data = {"train": str(files.data), "eval": str(files.data)}
+    data = {"train": str(files.data), "eval": str(files.held_out)}
     run_training(settings(files, tmp_path, data=data, trainer=trainer))
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert Path(state["best_model_checkpoint"]).name != "checkpoint-4"
@@ -141,7 +143,7 @@ def test_a_training_that_only_makes_the_router_worse_ends_with_its_start(
     chosen = settings(
         files,
         tmp_path,
-        data={"train": str(files.data), "eval": str(files.data)},
+        data={"train": str(files.data), "eval": str(files.held_out)},
         init={"method": "zeros"},
         objectives={"temperature": [1.0, 0.9]},
         trainer={"metric_for_best_model": "eval_loss", "greater_is_better": True},  # each step makes it smaller
@@ -158,7 +160,7 @@ def test_a_training_that_only_makes_the_router_worse_ends_with_its_start(
 
 
 def test_a_training_that_helps_ends_with_the_best_checkpoint(files: Files, tmp_path: Path) -> None:
-    data = {"train": str(files.data), "eval": str(files.data)}
+    data = {"train": str(files.data), "eval": str(files.held_out)}
     run_training(settings(files, tmp_path, data=data, init={"method": "zeros"}))
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     (start,) = json.loads((tmp_path / "start" / "metric.json").read_text()).values()

@@ -6,6 +6,7 @@ Paths, shapes, columns, arguments and memory: what would stop a run after hours 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from loramix.training.base_model import dtype_of, read_base
 from loramix.training.data import Row, read_rows
 from loramix.training.initialise import Start, prompt_texts
 from loramix.training.objectives import RouterObjectives
+from loramix.training.overlap import warn_of_overlap
 from loramix.training.plan import Plan, make_plan
 from loramix.training.settings import ExpertSettings, TrainSettings, check_keys, read_prompts
 
@@ -83,6 +85,7 @@ def check(settings: TrainSettings) -> CheckedRun:
     data = settings.data
     rows = read_rows(data.train, list(config.adapters), split=data.split, subset=data.subset)
     eval_rows = [] if data.eval is None else read_rows(data.eval, split=data.eval_split, subset=data.subset)
+    warn_of_overlap(eval_rows, rows)
     rows[0].as_text(tokenizer)
     _check_labels(settings, objectives, config, rows)
     prompts = None
@@ -193,6 +196,15 @@ def _check_labels(
             "Supervised routing, and a router from labels, need rows that name their expert.",
             received=f"{len(rows)} rows in {settings.data.train!r}, none with one",
             remedy='Add "expert" to the rows, or leave objectives.supervised and init.method: labels out.',
+        )
+    labels = sorted({row.expert for row in rows if row.expert is not None})
+    if objectives.supervised and len(labels) == 1 < len(config.adapters):
+        warnings.warn(
+            "Supervised routing learns from text of several experts.\n"
+            f"  received: labels of {labels[0]!r} alone in {settings.data.train!r}: the router will learn to take it "
+            "for every text\n"
+            "  remedy: add labelled rows of the other experts, or leave objectives.supervised out",
+            stacklevel=3,
         )
     if objectives.supervised and settings.trainer.get("packing"):
         raise ConfigurationError(
