@@ -46,6 +46,7 @@ def launch(
     launcher: list[str], files: Files, output: Path, batch: int, *, command: Sequence[str] = COMMAND, **changes: Any
 ) -> Any:
     """Run `loramix train --json` under a launcher, on texts of one length: a mean of means is then the mean of all."""
+    output.parent.mkdir(exist_ok=True)
     run = output.parent / f"{output.name}.yaml"
     texts = [json.loads(line) for line in files.data.read_text().splitlines()]
     rows = [row | {"text": f"{row['text']:<24}"} for row in texts]
@@ -114,6 +115,15 @@ def test_ddp_is_the_run_of_one_process(launcher: str, alone: Path, files: Files,
         "evaluation": json.loads((tmp_path / "run" / "evaluation.json").read_text()),
     }
     assert files_of(tmp_path / "run") == files_of(alone)
+
+
+@pytest.mark.parametrize("router", ["linear", "static"])
+def test_ddp_of_a_router_of_one_pass_is_the_run_of_one_process(router: str, files: Files, tmp_path: Path) -> None:
+    """The other kinds of one pass have nothing to train."""
+    for processes, batch in ((1, 2), (2, 1)):
+        launch(torchrun(processes), files, tmp_path / str(processes) / "run", batch, mixture={"router": router})
+    compare(tmp_path / "2" / "run", tmp_path / "1" / "run", files)
+    assert files_of(tmp_path / "2" / "run") == files_of(tmp_path / "1" / "run")
 
 
 @pytest.fixture
