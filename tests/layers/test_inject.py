@@ -40,7 +40,7 @@ def test_layers_are_numbered_in_the_order_of_the_models_modules() -> None:
     for experts in ([late, early], [early, late]):
         sites = plan(model, experts)
         assert [site.path for site in sites] == [Q.format(0), V.format(0), Q.format(1), V.format(1)]
-        layers = adapt(sites, [e.name for e in experts], precise=False, dtype=torch.float32)
+        layers = adapt(sites, [e.name for e in experts], training=(), dtype=torch.float32)
         stacks = {path: layer.stack for path, layer in layers.items()}
         assert [(path, stack.number) for path, stack in stacks.items()] == [(s.path, i) for i, s in enumerate(sites)]
         assert [s.members for s in stacks.values()] == [(experts.index(e),) for e in (early, early, late, late)]
@@ -50,14 +50,14 @@ def test_layers_have_one_layout_where_experts_ranks_and_scales_agree() -> None:
     model = llama()
     one = adapter("one", model, [Q.format(0), Q.format(1), V.format(0)], alpha_pattern={"v_proj": 3})
     two = adapter("two", model, [Q.format(0), Q.format(1)])
-    layers = adapt(plan(model, [one, two]), ["one", "two"], precise=False, dtype=torch.float32)
+    layers = adapt(plan(model, [one, two]), ["one", "two"], training=(), dtype=torch.float32)
     assert [layer.stack.layout for layer in layers.values()] == [0, 1, 0]
 
 
 def test_planning_and_building_leave_the_model_alone() -> None:
     model = llama()
     modules = list(model.named_modules())
-    adapt(plan(model, [adapter("one", model, [Q.format(0)])]), ["one"], precise=True, dtype=torch.float32)
+    adapt(plan(model, [adapter("one", model, [Q.format(0)])]), ["one"], training=[0], dtype=torch.float32)
     assert list(model.named_modules()) == modules
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast, no_type_check
 
-from loramix.config.base import PeftConfig, PeftType
+from loramix.config.base import PeftConfig, PeftType, as_own
 from loramix.config.checks import (
     require,
     require_finite,
@@ -16,6 +16,7 @@ from loramix.config.checks import (
     require_switch,
     warn,
 )
+from loramix.config.lora import LoraConfig
 from loramix.config.names import check_expert_names
 from loramix.errors import ConfigurationError
 
@@ -43,14 +44,16 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
 
     Args:
         hidden_size: H, the base model's hidden size; if it is left out, it is set when the model is built.
-        adapters: name -> local folder or Hub identifier, in the order of the experts.
+        adapters: name -> local folder or Hub identifier, in the order of the experts; or a `LoraConfig`: a new expert,
+            which adds nothing at its start and trains with the router. One of PEFT's is read by its fields.
         enable_softmax: softmax over all experts.
         enable_softmax_topk: softmax over the selected experts.
         layerwise_scalings: whether each adapted layer has its own scalings; otherwise all share them.
         xlora_depth: number of linear layers of the classifier, at least 1.
         xlora_size: width of the classifier's hidden layers, at least 1; used with depth > 1.
         xlora_dropout_p: the classifier's dropout probability, in [0, 1); used with depth > 1.
-        use_trainable_adapters: whether the experts are trained too.
+        use_trainable_adapters: whether the experts that exist are trained too; new ones train in any case. The model's
+            own configuration says True if all experts are new: saved and loaded, they train on together.
         softmax_temperature: temperature of the softmax over all experts, positive; lower is sharper.
         top_k_lora: number of experts selected for each token, from 1 to E; None selects all.
         scaling_pass_value: every expert's scaling in the scaling pass.
@@ -74,7 +77,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
     """
 
     hidden_size: int = _NOT_GIVEN
-    adapters: dict[str, str] = _NOT_GIVEN
+    adapters: dict[str, Any] = _NOT_GIVEN
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
     layerwise_scalings: bool = False
@@ -102,7 +105,7 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
                 warn("hidden_size was not given: the base model's is taken when the model is built, 4096 until then.")
         if missing_adapters:
             warn("adapters was not given: this mixture has no experts yet.")
-        self.adapters = {} if missing_adapters else as_adapters(self.adapters)
+        self.adapters = {} if missing_adapters else as_adapters(self.adapters, new=True)
         for name in _SWITCHES:  # null is off to PEFT, whatever the default
             setattr(self, name, False if getattr(self, name) is None else getattr(self, name))
         super().__post_init__()
@@ -121,6 +124,11 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
     def hidden_size_given(self) -> bool:
         """Whether the hidden size was given, so that it is not the default."""
         return not isinstance(self.hidden_size, _AssumedSize)
+
+    @property
+    def new_experts(self) -> dict[str, LoraConfig]:
+        """The experts that do not exist yet, by name."""
+        return {name: place for name, place in self.adapters.items() if isinstance(place, LoraConfig)}
 
     def validate(self) -> None:
         super().validate()
@@ -248,7 +256,8 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name; those that PEFT does not have only if they differ from the default."""
-        values = super().to_dict() | {"hidden_size": int(self.hidden_size)}
+        adapters = self.adapters | {name: new.to_dict() for name, new in self.new_experts.items()}
+        values = super().to_dict() | {"hidden_size": int(self.hidden_size), "adapters": adapters}
         return {name: value for name, value in values.items() if name not in _BEYOND_PEFT} | self._beyond_peft()
 
     @classmethod
@@ -269,6 +278,13 @@ class XLoraConfig(PeftConfig, reads=[PeftType.XLORA, PeftType.LORAMIX]):
         return {name: value for name, value in values.items() if value != _BEYOND_PEFT[name]}
 
     def _to_saved(self) -> dict[str, Any]:
+        new = self.new_experts
+        require(
+            not new,
+            "A saved configuration says where its experts are.",
+            received=f"{', '.join(map(repr, new))}, which are to be made",
+            remedy="Build the mixture with get_peft_model, and save that.",
+        )
         return self.to_dict() if self.hidden_size_given else self.to_dict() | {"hidden_size": None}
 
     def _warn_about_gating(self) -> None:
@@ -309,8 +325,12 @@ def _default(name: str) -> object:
     return XLoraConfig.__dataclass_fields__[name].default
 
 
-def as_adapters(adapters: object) -> dict[str, str]:
+def as_adapters(adapters: object, *, new: bool = False) -> dict[str, Any]:
     """A mapping from experts' names to folders or Hub ids, with paths as texts; the order stays.
+
+    Args:
+        adapters: the mapping.
+        new: whether it may hold configurations of new experts, which become `LoraConfig`s of loramix.
 
     Raises:
         ConfigurationError: not a mapping, or a value that is neither text nor path.
@@ -324,13 +344,22 @@ def as_adapters(adapters: object) -> dict[str, str]:
         )
     places = cast("Mapping[str, object]", adapters)
     check_expert_names(places)
-    return {name: _as_place(name, place) for name, place in places.items()}
+    return {name: _as_place(name, place, new) for name, place in places.items()}
 
 
-def _as_place(name: str, place: object) -> str:
+def _as_place(name: str, place: object, new: bool) -> str | LoraConfig:
+    place = as_own(place)
+    if isinstance(place, LoraConfig):
+        require(
+            new,
+            "Saved experts are replaced by experts that exist.",
+            received=f"adapters[{name!r}] is a LoraConfig, which is a new expert",
+            remedy="Build a mixture with new experts by get_peft_model(base, XLoraConfig(adapters={…})).",
+        )
+        return place
     if not isinstance(place, str | os.PathLike):
         raise ConfigurationError(
-            "adapters must map each name to a folder or a Hub id.",
+            f"adapters must map each name to a folder or a Hub id{', or to a LoraConfig' if new else ''}.",
             received=f"adapters[{name!r}]={place!r}",
             remedy=f'Write adapters={{"{name}": "path or Hub id", …}}.',
         )

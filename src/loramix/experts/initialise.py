@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loramix.config.lora import LoraConfig
+from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, UnsupportedAdapterError
 from loramix.experts.adapter import Adapter, BlockWeights, LoraWeights
 from loramix.experts.base_layers import dense_weight, expected_shapes, kind_of, refuse_module
 from loramix.experts.blocks import BlockMatrices, with_matrices
 from loramix.experts.features import refuse_unsupported
 from loramix.experts.targets import ALL_LINEAR, new_targets
+from loramix.files.hub import from_anywhere
 
 
 def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapter:
@@ -54,6 +56,40 @@ def new_adapter(name: str, model: PreTrainedModel, config: LoraConfig) -> Adapte
     expert = Adapter(name, config, {}, source="")
     expert.weights = {path: _new_weights(modules[path], expert.rank(path), config, initialise) for path in paths}
     return expert
+
+
+def new_member(model: PreTrainedModel, config: XLoraConfig, name: str) -> Adapter:
+    """A new expert of a mixture, as its configuration says; task and base model are the mixture's.
+
+    Args:
+        model: the base model, which may be without weights (on the meta device).
+        config: the mixture's, in which the expert's is completed.
+        name: the expert's.
+
+    Raises:
+        UnsupportedAdapterError, ConfigurationError: as `new_adapter`, naming the expert.
+    """
+    own = config.new_experts[name]
+    for field in ("task_type", "base_model_name_or_path", "revision"):
+        if getattr(own, field) is None:
+            setattr(own, field, getattr(config, field))
+    try:
+        return new_adapter(name, model, own)
+    except (ConfigurationError, UnsupportedAdapterError) as error:
+        if repr(name) in error.received:
+            raise
+        received = f"for the new expert {name!r}: {error.received}"
+        raise type(error)(error.rule, received=received, remedy=error.remedy) from error
+
+
+def settle_new(config: XLoraConfig) -> None:
+    """Make a mixture's configuration what is saved, once its new experts exist: each lies in the folder of its name.
+
+    Where all experts were new, `use_trainable_adapters` becomes True. Paths become absolute.
+    """
+    new = config.new_experts
+    config.use_trainable_adapters |= len(new) == len(config.adapters)
+    config.adapters = {n: n if n in new else from_anywhere(place) for n, place in config.adapters.items()}
 
 
 def _new_weights(

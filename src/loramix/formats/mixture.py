@@ -122,7 +122,7 @@ def _renamed(given: Any, names: Mapping[str, str]) -> Any:
     return given if given == UNIFORM else {names.get(name, name): value for name, value in given.items()}
 
 
-def _replaced(saved: Mapping[str, str], given: Mapping[str, str | os.PathLike[str]] | None) -> dict[str, str]:
+def _replaced(saved: Mapping[str, str], given: Mapping[str, object] | None) -> dict[str, str]:
     if given is None:
         return dict(saved)
     paths = {name: from_anywhere(place) for name, place in as_adapters(given).items()}

@@ -11,7 +11,7 @@ experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class BlockStack(LinearStack):
     """The experts of one parameter of a block: A as (N, R, in), B as (N, out, R). `mixed` calls `delta`."""
 
     adapts = "mixture-of-experts block"
+    rank_axes: ClassVar[dict[str, int]] = {"lora_A": 1, "lora_B": 2}
 
     def __init__(self, base_layer: BlockMatrices, *args: Any, **options: Any) -> None:
         self._exchanged = base_layer.exchanged
@@ -39,8 +40,8 @@ class BlockStack(LinearStack):
         return expected_shapes(base_layer, self.rank)
 
     def unstack(self, tensors: Mapping[str, Tensor]) -> dict[int, LoraWeights]:
-        downs = tensors["lora_A"].detach().split(self.ranks, dim=1)
-        ups = tensors["lora_B"].detach().split(self.ranks, dim=2)
+        downs = self._joined("lora_A", tensors).detach().split(self.ranks, dim=1)
+        ups = self._joined("lora_B", tensors).detach().split(self.ranks, dim=2)
         return {
             expert: BlockWeights(A, B, exchanged=self._exchanged)
             for expert, A, B in zip(self.members, downs, ups, strict=True)
@@ -55,8 +56,8 @@ class BlockStack(LinearStack):
         self, x: Float[Tensor, "n inputs"], number: int, columns: Float[Tensor, "*n R"], base_layer: nn.Module
     ) -> Float[Tensor, "n out"]:
         """What the experts add to the block's matrix of this number, for tokens with these columns."""
-        low_rank = self._dropped_down(x, self.lora_A[number], base_layer)
-        return F.linear(low_rank * columns, self.lora_B[number])
+        low_rank = self._dropped_down(x, self.whole("lora_A")[number], base_layer)
+        return F.linear(low_rank * columns, self.whole("lora_B")[number])
 
 
 Projection = Callable[[Tensor, int, Any], Tensor]

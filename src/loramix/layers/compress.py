@@ -86,8 +86,8 @@ def _side_by_side(path: str, stack: ExpertStack, routing: Routing) -> LoraWeight
             received=f"{path!r}: an expert with {'a bias' if stack.biased else 'DoRA'}",
             remedy="merge into plain weights with merge_and_unload()",
         )
-    up = stack.lora_B.float()
-    tensors = {"lora_A": stack.lora_A.float(), "lora_B": up * routing.columns(stack, up)}
+    up = stack.whole("lora_B").float()
+    tensors = {"lora_A": stack.whole("lora_A").float(), "lora_B": up * routing.columns(stack, up)}
     parts = list(stack.unstack(tensors).values())
     kept = [part for part in parts if bool(part.B.any())] or parts[:1]
     if isinstance(kept[0], BlockWeights):

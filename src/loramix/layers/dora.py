@@ -6,7 +6,7 @@ R: total rank of the layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class DoraStack(LinearStack):
         lora_magnitude: (experts with DoRA, out).
         dora: which parts have a magnitude.
     """
+
+    rank_axes: ClassVar[dict[str, int]] = {**LinearStack.rank_axes, "lora_magnitude": 0}
 
     def __init__(self, base_layer: nn.Module, experts: Sequence[LayerExpert], number: int, **options: Any) -> None:
         super().__init__(base_layer, experts, number, **options)
@@ -62,11 +64,11 @@ class DoraStack(LinearStack):
         bias = getattr(base_layer, "bias", None)
         unbiased = base_y if bias is None else base_y - bias
         gain = (scalings.to(ratio.dtype) @ (ratio - 1)).to(y.dtype) * unbiased
-        return y + gain + F.linear(gate(h, columns), self.lora_B * self._column_ratios(ratio)).to(y.dtype)
+        return y + gain + F.linear(gate(h, columns), self.whole("lora_B") * self._column_ratios(ratio)).to(y.dtype)
 
     def update_matrices(self, routing: Routing, base_layer: nn.Module) -> MergedMatrices:
         ratio = self._ratio(base_layer).float()
-        up = self.lora_B.float()
+        up = self.whole("lora_B").float()
         stretch = routing.experts(self, self.dora_experts, up).float() @ (ratio - 1)
         return MergedMatrices(up * routing.columns(self, up) * self._column_ratios(ratio), stretch)
 
@@ -74,10 +76,10 @@ class DoraStack(LinearStack):
         """m / n: (experts with DoRA, out). The norm follows experts that are trained."""
         if self.lora_A.requires_grad:
             self._norm_is_stale = True
-            return self.lora_magnitude / self._norms(base_layer)
+            return self.whole("lora_magnitude") / self._norms(base_layer)
         if self._norm_is_stale:
             self.settle(base_layer)
-        return self.lora_magnitude / self.dora_norm
+        return self.whole("lora_magnitude") / self.dora_norm
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -92,12 +94,16 @@ class DoraStack(LinearStack):
     def _norms(self, base_layer: nn.Module) -> Tensor:
         """n: (experts with DoRA, out)."""
         weight = dense_weight(base_layer)
-        downs, ups = self.lora_A.split(self.ranks), self.lora_B[:, : self.rank].split(self.ranks, dim=1)
+        down, up = self.whole("lora_A"), self.whole("lora_B")
+        downs, ups = down.split(self.ranks), up[:, : self.rank].split(self.ranks, dim=1)
         norms = [
             torch.linalg.vector_norm(weight + c * (ups[i].float() @ downs[i].float()), dim=1)
             for i, c in zip(self.dora, self._dora_scales, strict=True)
         ]
         return torch.stack(norms).to(self.lora_A.dtype)
 
+    def _parts_of_columns(self) -> dict[str, list[int]]:
+        return {**super()._parts_of_columns(), "lora_magnitude": list(self.dora)}
+
     def _magnitudes(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        return dict(zip(self.dora, tensors["lora_magnitude"].detach().unbind(0), strict=True))
+        return dict(zip(self.dora, self._joined("lora_magnitude", tensors).detach().unbind(0), strict=True))

@@ -6,7 +6,7 @@ V, D: entries and width of the embedding. R: total rank of the layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ class EmbeddingStack(ExpertStack):
 
     adapts = "embedding"
     is_embedding = True
+    rank_axes: ClassVar[dict[str, int]] = {"lora_A": 1, "lora_B": 1}
 
     def _unstack_A(self, stacked: Tensor) -> Sequence[Tensor]:
         return stacked.T.split(self.ranks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -255,13 +255,16 @@ def head_site(model: PreTrainedModel, sites: Sequence[Site]) -> Site | None:
     return next((site for site in sites if site.module is head and in_head(modules, site.path)), None)
 
 
-def adapt(sites: Sequence[Site], names: Sequence[str], *, precise: bool, dtype: torch.dtype) -> dict[str, XLoraLayer]:
+def adapt(
+    sites: Sequence[Site], names: Sequence[str], *, training: Collection[int], dtype: torch.dtype
+) -> dict[str, XLoraLayer]:
     """The adapted layers by their paths, ready to take their places; the base model is not touched.
 
     Args:
         sites: as `plan` gives them.
         names: the experts' names, for errors.
-        precise: whether the experts are float32 beside a base of any dtype, as experts that train are.
+        training: the numbers of the experts that train: they, and those in the same layers, are float32 beside a base
+            of any dtype.
         dtype: the base model's, for layers whose own weight is not of a floating dtype.
 
     Raises:
@@ -272,7 +275,8 @@ def adapt(sites: Sequence[Site], names: Sequence[str], *, precise: bool, dtype: 
     layers: dict[str, XLoraLayer] = {}
     layouts: dict[object, int] = {}
     for number, site in enumerate(sites):
-        own_dtype = torch.float32 if precise else _dtype(site.module, dtype)
+        trains = any(e.expert in training for e in site.experts)
+        own_dtype = torch.float32 if trains else _dtype(site.module, dtype)
         layer = new_layer(site.module, site.experts, number, dtype=own_dtype)
         layer.stack.layout = layouts.setdefault(layer.stack.arrangement, len(layouts))
         layers[site.path] = layer
@@ -281,6 +285,7 @@ def adapt(sites: Sequence[Site], names: Sequence[str], *, precise: bool, dtype: 
         if not all_finite(layer.stack.parameters()):
             for expert, weights in layer.stack.parts.items():
                 refuse_infinite(names[expert], {path: weights})
+        layer.stack.divide(training)
     return layers
 
 

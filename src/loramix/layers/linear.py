@@ -5,8 +5,6 @@ R: total rank of the layer.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,8 +23,7 @@ class LinearStack(ExpertStack):
     def add_to(self, y: Tensor, x: Tensor, routing: Routing, base_layer: nn.Module, base_y: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not self._is_plain(base_layer):
             return super().add_to(y, x, routing, base_layer, base_y)
-        parameters = cast("dict[str, Tensor]", self._parameters)  # as attributes they are looked for, each time
-        down, up = parameters["lora_A"], parameters["lora_B"]
+        down, up = self.whole("lora_A"), self.whole("lora_B")
         if x.is_cuda and usable(y, x, down, up):
             return self.add_fused(y, x, routing)
         if x.dtype != down.dtype:
@@ -48,9 +45,9 @@ class LinearStack(ExpertStack):
         """
         if not routing.reads_low_rank:
             columns = fit_tokens(routing.columns(self, x), x.shape[:-1], self.adapts)
-            return add_mixture(y, x, self.lora_A, columns, self.lora_B)
-        h = shrink(x, self.lora_A)
-        return expand(y, h.mul_(fit_tokens(routing.columns(self, h), h.shape[:-1], self.adapts)), self.lora_B)
+            return add_mixture(y, x, self.whole("lora_A"), columns, self.whole("lora_B"))
+        h = shrink(x, self.whole("lora_A"))
+        return expand(y, h.mul_(fit_tokens(routing.columns(self, h), h.shape[:-1], self.adapts)), self.whole("lora_B"))
 
     def _is_plain(self, base_layer: nn.Module) -> bool:
         """Whether the delta is two matrix products, without dropout or biases, and nothing else refers to y."""

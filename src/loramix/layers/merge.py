@@ -97,7 +97,7 @@ def _merged(path: str, layer: XLoraLayer, routing: Routing) -> MergedWeights:
 
 def _product(stack: ExpertStack, up: Float[Tensor, "*N out R"]) -> Float[Tensor, "*N out inputs"]:
     if isinstance(stack, BlockStack):
-        return up @ stack.lora_A.float()
+        return up @ stack.whole("lora_A").float()
     experts = stack.unstack(dict(stack.named_parameters(recurse=False))).values()
     down = torch.cat([weights.A.float().flatten(1) for weights in experts])
     return up @ down

@@ -45,14 +45,18 @@ def resizing(model: PreTrainedModel) -> Generator[None]:
 def _resize(layer: XLoraLayer, base_layer: nn.Module) -> None:
     stack, layer.base_layer = layer.stack, base_layer
     if stack.is_embedding:
-        stack.lora_A = _with_rows(stack.lora_A, cast(nn.Embedding, base_layer).num_embeddings)
+        for name in stack.places("lora_A"):
+            own = stack.get_parameter(name)
+            setattr(stack, name, _with_rows(own, cast(nn.Embedding, base_layer).num_embeddings))
         return
     before, size = len(stack.lora_B), linear_sizes(base_layer)[1]
-    stack.lora_B = _with_rows(stack.lora_B, size)
+    for name in stack.places("lora_B"):
+        setattr(stack, name, _with_rows(stack.get_parameter(name), size))
     if isinstance(stack, DoraStack):
-        own = stack.lora_magnitude
-        new = dense_weight(base_layer)[before:].norm(dim=1).to(own).expand(len(own), -1)
-        stack.lora_magnitude = _parameter(torch.cat([own[:, :size], new], 1), own)
+        for name in stack.places("lora_magnitude"):
+            own = stack.get_parameter(name)
+            new = dense_weight(base_layer)[before:].norm(dim=1).to(own).expand(len(own), -1)
+            setattr(stack, name, _parameter(torch.cat([own[:, :size], new], 1), own))
         stack.settle(base_layer)
 
 

@@ -11,7 +11,7 @@ R: total rank of the layer, the sum of its experts' ranks; each LoRA bias adds o
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
@@ -68,10 +68,15 @@ class ExpertStack(nn.Module):
         layout: the number of the arrangement; layers of a model with the same arrangement have the same number.
         lora_A: the down projections, stacked by rank.
         lora_B: the up projections, stacked by rank, then one column for each LoRA bias.
+
+    Where some parts train beside frozen ones (`divide`), these two hold those that train, and `frozen_A` and `frozen_B`
+    the others; `whole` has all of them in their order.
     """
 
     adapts: ClassVar[str]
     is_embedding: ClassVar[bool] = False
+    rank_axes: ClassVar[dict[str, int]] = {"lora_A": 0, "lora_B": 1}
+    """The axis of the parts in each of the matrices."""
 
     def __init__(
         self,
@@ -99,6 +104,8 @@ class ExpertStack(nn.Module):
         self.lora_A, self.lora_B = empty(*shape_A), empty(*shape_B)
         columns = [i for i, rank in enumerate(self.ranks) for _ in range(rank)] + list(self.biased)
         scales = [experts[i].scale for i in columns]
+        self._order: dict[str, tuple[int, ...]] = {}  # of a divided matrix: where each column is, frozen ones first
+        self._kept: tuple[str, ...] = ()  # parameters that do not train with the others
         self._buffer("index", torch.tensor([number], device=device))
         self._buffer("expert_of_rank", torch.tensor([self.members[i] for i in columns], device=device))
         self._buffer("rank_scale", torch.tensor(scales, dtype=torch.float32, device=device))
@@ -128,7 +135,7 @@ class ExpertStack(nn.Module):
         Raises:
             RoutingError: the scalings are those of other tokens.
         """
-        return self._up(y, self._gated(x, routing, base_layer), self.lora_B, base_layer)
+        return self._up(y, self._gated(x, routing, base_layer), self.whole("lora_B"), base_layer)
 
     def _gated(self, x: Tensor, routing: Routing, base_layer: nn.Module) -> Tensor:
         """The low-rank activation (*tokens, R), each column multiplied by g · s[e] · c_e of its expert."""
@@ -137,7 +144,7 @@ class ExpertStack(nn.Module):
 
     def _low_rank(self, x: Tensor, base_layer: nn.Module) -> Tensor:
         """h = A dropout(x), with a 1 for each LoRA bias: (*tokens, R)."""
-        h = self._tokens_last(self._dropped_down(x, self.lora_A, base_layer))
+        h = self._tokens_last(self._dropped_down(x, self.whole("lora_A"), base_layer))
         return torch.cat([h, h.new_ones(*h.shape[:-1], len(self.biased))], dim=-1) if self.biased else h
 
     def _dropped_down(self, x: Tensor, stacked: Tensor, base_layer: nn.Module) -> Tensor:
@@ -175,9 +182,63 @@ class ExpertStack(nn.Module):
         """One expert's B (out, r) in the shape that it has in a file: a view."""
         return B
 
+    def divide(self, training: Collection[int]) -> None:
+        """Let the parts of these experts train alone: the others get parameters of their own, which no optimizer sees.
+
+        Args:
+            training: numbers of experts; all of them, or none, divide nothing.
+        """
+        trains = [expert in training for expert in self.members]
+        if all(trains) or not any(trains):
+            return
+        for name, parts in self._parts_of_columns().items():
+            axis, matrix = self.rank_axes[name], cast(nn.Parameter, getattr(self, name))
+            new = [i for i, part in enumerate(parts) if trains[part]]
+            kept = [i for i, part in enumerate(parts) if not trains[part]]
+            if not new:
+                self._kept += (name,)
+            if not new or not kept:
+                continue
+            self._kept += (_frozen(name),)
+            for place, columns in ((name, new), (_frozen(name), kept)):
+                own = matrix.detach().index_select(axis, torch.tensor(columns, device=matrix.device))
+                self.register_parameter(place, nn.Parameter(own, requires_grad=matrix.requires_grad))
+            order = [*kept, *new]
+            self._order[name] = tuple(order.index(i) for i in range(len(order)))
+
+    def _parts_of_columns(self) -> dict[str, list[int]]:
+        """The part that each column belongs to, of each of the matrices."""
+        columns = [i for i, rank in enumerate(self.ranks) for _ in range(rank)]
+        return {"lora_A": columns, "lora_B": [*columns, *self.biased]}
+
+    def places(self, name: str) -> tuple[str, ...]:
+        """The parameters that hold a matrix: two, of a divided one."""
+        return (name, _frozen(name)) if name in self._order else (name,)
+
+    def whole(self, name: str) -> Tensor:
+        """A matrix of all parts, in their order; a divided one is joined, with gradients for those that train."""
+        parameters = cast("dict[str, Tensor]", self._parameters)  # as attributes they are looked for, each time
+        return parameters[name] if name not in self._order else self._joined(name, parameters)
+
+    def _joined(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        order, own, axis = self._order.get(name), tensors[name], self.rank_axes[name]
+        if order is None or own.shape[axis] == len(order):
+            return own
+        both = torch.cat([tensors[_frozen(name)].to(own), own], axis)
+        if order == tuple(range(len(order))):
+            return both
+        return both.index_select(axis, torch.tensor(order, device=own.device))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Whether the experts train; the frozen ones of a divided stack do not."""
+        super().requires_grad_(requires_grad)
+        for name in self._kept:
+            self.get_parameter(name).requires_grad_(False)
+        return self
+
     @property
     def parts(self) -> dict[int, LoraWeights]:
-        """Each expert's tensors as its file holds them, by expert number: views of the matrices."""
+        """Each expert's tensors as its file holds them, by expert number: views of the matrices, until `divide`."""
         return self.unstack(cast("dict[str, Tensor]", self._parameters))
 
     def settle(self, base_layer: nn.Module) -> None:
@@ -189,8 +250,8 @@ class ExpertStack(nn.Module):
         Args:
             tensors: this stack's parameters by name; of sharded parameters the whole tensors.
         """
-        downs = self._unstack_A(tensors["lora_A"].detach())
-        stacked = tensors["lora_B"].detach()
+        downs = self._unstack_A(self._joined("lora_A", tensors).detach())
+        stacked = self._joined("lora_B", tensors).detach()
         ups = stacked[:, : self.rank].split(self.ranks, dim=1)
         biases = dict(zip(self.biased, stacked[:, self.rank :].unbind(1), strict=True))
         magnitudes = self._magnitudes(tensors)
@@ -210,13 +271,14 @@ class ExpertStack(nn.Module):
             routing: one whose columns are (R,).
             base_layer: the adapted layer.
         """
-        up = self.lora_B.float()
+        up = self.whole("lora_B").float()
         return MergedMatrices(up * routing.columns(self, up), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Frozen matrices take the model's dtype; trainable matrices, gradients and scales stay float32."""
         kept = keep_dtype(fn)
         pinned = [self.rank_scale, *(parameter.grad for parameter in self.parameters(recurse=False))]
+        pinned += [self.get_parameter(name) for name in self._kept]  # they are joined with those that train
 
         def own(tensor: Tensor) -> Tensor:
             precise = tensor.requires_grad or any(tensor is other for other in pinned)
@@ -226,6 +288,10 @@ class ExpertStack(nn.Module):
 
     def extra_repr(self) -> str:
         return f"number={self.number}, experts={self.members}, ranks={self.ranks}"
+
+
+def _frozen(name: str) -> str:
+    return name.replace("lora", "frozen")
 
 
 class MergedMatrices(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, ABCMeta
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
@@ -25,9 +25,9 @@ from loramix.experts.base_model import Backbones, identifier_of
 from loramix.experts.base_weights import OwnRows, own_rows
 from loramix.experts.dropping import without_unsupported
 from loramix.experts.dry_run import hidden_size_of
-from loramix.experts.initialise import new_adapter
+from loramix.experts.initialise import new_adapter, new_member, settle_new
 from loramix.experts.on_base import on_base
-from loramix.files.hub import HubOptions, from_anywhere
+from loramix.files.hub import HubOptions
 from loramix.files.location import Location
 from loramix.formats.load import kind_at, read_expert, read_mixture
 from loramix.formats.mixture import MixtureCheckpoint
@@ -242,11 +242,16 @@ def get_peft_model(
         if isinstance(config, LoraConfig):
             return _build_lora(model, new_adapter(adapter_name, model, config), base_weights_of, trainable=True)
         checked_router(config, len(config.adapters), hidden_size_of(model))
-        config.adapters = {name: from_anywhere(place) for name, place in config.adapters.items()}
-        found = [read_expert(Location(source, options), name) for name, source in config.adapters.items()]
+        new = config.new_experts
+        found = [
+            new_member(model, config, name) if name in new else read_expert(Location(place, options), name)
+            for name, place in config.adapters.items()
+        ]
+        settle_new(config)
         experts = _supported(model, found, base_weights_of=base_weights_of, drop=drop_unsupported)
         own = functools.partial(own_rows, chosen=base_weights_of)
-        return _build_mixture(model, adapter_name, config, experts, None, own, trainable=not config.inference_mode)
+        trainable = not config.inference_mode
+        return _build_mixture(model, adapter_name, config, experts, None, own, trainable=trainable, new=new)
 
 
 def _supported(
@@ -312,6 +317,7 @@ def _build_mixture(
     find_own: Callable[[PreTrainedModel, Sequence[Adapter]], list[OwnRows]],
     *,
     trainable: bool,
+    new: Collection[str] = (),
 ) -> PeftModel:
     hidden_size = hidden_size_of(model)
     kind = checked_router(config, len(experts), hidden_size)
@@ -340,16 +346,18 @@ def _build_mixture(
         check_widths(backbones, hidden_size)
     if issubclass(kind, TextRouter):
         check_embeddings(backbones.main, hidden_size, has_encoder=backbones.encoder is not None)
-    layers = adapt(sites, names, precise=config.use_trainable_adapters, dtype=model.dtype)
+    training = [i for i, name in enumerate(names) if config.use_trainable_adapters or name in new]
+    layers = adapt(sites, names, training=training, dtype=model.dtype)
     if saved is None or replaced:
         router.follow([layer.stack.parts for layer in layers.values()])
     parts = [module for module in backbones.main.modules() if next(module.parameters(recurse=False), None) is not None]
     router.to(device_of(parts[-1]))  # where the last hidden state comes out
     state = MixtureState(config, experts, layers, router, hidden_size, uses)
     state.name, state.head = name, None if head is None else head.path
+    state.new = tuple(new)
     _set_apart(layers, state, uses)
     _commit(model, backbones, layers, state, LoadingMethods, find_own(model, experts))
-    _set_trainable(layers, trainable and config.use_trainable_adapters)
+    _set_trainable(layers, training if trainable else ())
     return cast(XLoraModel, model)
 
 
@@ -366,12 +374,12 @@ def _build_lora(model: PreTrainedModel, adapter: Adapter, base_weights_of: str |
     refuse_meta(sites)
     head = head_site(model, sites)
     uses = check_uses(model, backbones, sites, [adapter.name], routed=False)
-    layers = adapt(sites, [adapter.name], precise=True, dtype=model.dtype)
+    layers = adapt(sites, [adapter.name], training=[0], dtype=model.dtype)
     state = AdaptedState(adapter.config, [adapter], layers)
     state.name, state.head = adapter.name, None if head is None else head.path
     _set_apart(layers, state, uses)
     _commit(model, backbones, layers, state, PeftMethods, own_rows(model, [adapter], base_weights_of))
-    _set_trainable(layers, trainable)
+    _set_trainable(layers, [0] if trainable else ())
     return cast(PeftModel, model if trainable else model.eval())
 
 
@@ -412,6 +420,6 @@ def _role(part: PreTrainedModel, backbones: Backbones) -> Role:
     return "encoder" if part is backbones.encoder else "around"
 
 
-def _set_trainable(layers: Mapping[str, XLoraLayer], trainable: bool) -> None:
+def _set_trainable(layers: Mapping[str, XLoraLayer], training: Collection[int]) -> None:
     for layer in layers.values():
-        layer.stack.requires_grad_(trainable)
+        layer.stack.requires_grad_(any(expert in training for expert in layer.stack.members))

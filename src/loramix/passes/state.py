@@ -159,6 +159,7 @@ class MixtureState(AdaptedState):
         self.log = ScalingsLog()
         self.measurements: dict[object, Any] = {}  # of decoding, by batch, device and dtype; see `decoding.scheduler`
         self.report: Any = None  # of the last generation
+        self.new: tuple[str, ...] = ()  # experts that were made with the mixture, to train with its router
         self.fixed: Tensor | None = None  # the same final scalings for every token: (L or 1, E)
         self.fixed_after: int | None = None  # tokens of a generation after which each row's routing is fixed
         self.hooks: tuple[RoutingHook, ...] = ()

@@ -44,11 +44,12 @@ class ExpertsRouter(LayerRouter):
     @classmethod
     def check(cls, config: XLoraConfig) -> None:
         super().check(config)
-        if config.use_trainable_adapters:
+        if config.use_trainable_adapters or config.new_experts:
+            new = ", ".join(map(repr, config.new_experts))
             raise ConfigurationError(
                 f"router={cls.kind!r} is made from the experts, which do not train.",
-                received="use_trainable_adapters=True",
-                remedy='leave it out, or use router="linear"',
+                received=f"new experts: {new}" if new else "use_trainable_adapters=True",
+                remedy='leave it out, or use router="linear"' if not new else 'use router="linear"',
             )
         if not (config.enable_softmax or config.enable_softmax_topk):
             raise ConfigurationError(
