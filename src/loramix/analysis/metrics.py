@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _DEAD = 0.01
+LEAST = 0.1
+"""Of the mean importance of the experts: an expert with less is dead."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class RoutingMetrics:
     def dead_share(self) -> float:
         """The share of the experts that almost never lead."""
         return sum(share * len(self.load) < _DEAD for share in self.load) / len(self.load)
+
+    @property
+    def dead(self) -> tuple[int, ...]:
+        """The experts with less than `LEAST` of the mean importance, in absolute values; they may lead at times."""
+        sizes = [abs(value) for value in self.importance]
+        least = LEAST * sum(sizes) / len(sizes)
+        return tuple(expert for expert, size in enumerate(sizes) if size < least)
 
     @property
     def information(self) -> float:

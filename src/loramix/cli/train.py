@@ -1,4 +1,4 @@
-"""`loramix train`: train the router of a mixture, from files."""
+"""`loramix train`: train the router of a mixture, and new experts with it, from files."""
 
 from __future__ import annotations
 
@@ -47,13 +47,15 @@ def train(
         bool, typer.Option("--json", help="Print the plan or the evaluation as one JSON document.")
     ] = False,
 ) -> None:
-    """Train the router of a mixture, and evaluate it.
+    """Train the router of a mixture, and new experts with it; then evaluate the mixture.
 
     [bold]Examples[/bold]
 
     loramix train run.yaml --dry-run
 
     loramix train run.yaml --set trainer.max_steps=200 --set objectives.supervised=0.1
+
+    loramix train --base ./base --set experts.new=8 --set experts.r=8 --data train.jsonl --output run
 
     loramix train --base ./base --expert math=./math --expert code=./code --data train.jsonl --output run
     """
@@ -81,7 +83,7 @@ def train(
     if done is not None:
         if as_json:
             found = None if done.evaluation is None else done.evaluation.to_dict()
-            print_json({"mixture": str(done.folder), "evaluation": found})
+            print_json({"mixture": str(done.folder), "evaluation": found, "dead_experts": list(done.dead)})
             return
         if done.evaluation is not None:
             from loramix.cli.evaluation import show
@@ -99,6 +101,7 @@ def _show(plan: Plan) -> None:
     console = Console(highlight=False)
     facts = {
         "experts (E)": ", ".join(plan.experts),
+        **({"new experts": ", ".join(plan.new_experts)} if plan.new_experts else {}),
         "adapted layers (L)": str(plan.layers),
         "base model": f"{plan.base_parameters:,} parameters",
         "router": f"{plan.router_parameters:,} parameters",

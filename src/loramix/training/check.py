@@ -5,9 +5,10 @@ Paths, shapes, columns, arguments and memory: what would stop a run after hours 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,9 @@ from loramix import formats
 from loramix.config.lora import LoraConfig
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, DataError, SaveError
+from loramix.experts.adapter import Adapter
 from loramix.experts.dry_run import hidden_size_of
+from loramix.experts.initialise import new_member
 from loramix.experts.on_base import on_base
 from loramix.experts.targets import new_targets
 from loramix.files.base_models import without_weights
@@ -33,10 +36,13 @@ from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base
 from loramix.training.data import Row, read_rows
 from loramix.training.initialise import Start, prompt_texts
-from loramix.training.objectives import RouterObjectives
+from loramix.training.objectives import RouterObjectives, default_objectives
 from loramix.training.overlap import warn_of_overlap
 from loramix.training.plan import Plan, make_plan
-from loramix.training.settings import ExpertSettings, TrainSettings, check_keys, read_prompts
+from loramix.training.settings import ExpertSettings, TrainSettings, check_keys, expert_places, read_prompts
+
+NEW_EXPERT: Mapping[str, Any] = {"target_modules": "all-linear", "r": 8, "lora_alpha": 16}
+"""Fields of a new expert, unless a run says others."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,14 @@ def check(settings: TrainSettings) -> CheckedRun:
     Raises:
         LoramixError: what would stop the run, with what to change.
     """
-    objectives = _objectives(settings)
     base_config, tokenizer = read_base(settings.base, settings.revision)
     keeps = settings.data.eval is not None
     arguments = trainer_arguments(settings.output, settings.trainer, base_config, keeps_best=keeps)
     dtype = dtype_of(settings.dtype, base_config)
     base: PreTrainedModel = cast(Any, without_weights(base_config, causal=True)).to(dtype)
     config = _mixture_config(settings, base)
-    experts = [formats.load_adapter(name, place) for name, place in config.adapters.items()]
+    objectives = _objectives(settings, config, arguments)
+    experts = _experts(config, base)
     sites = plan(base, [on_base(base, replace(expert, base_weights={})) for expert in experts])
     config.validate_for(len(experts), hidden_size_of(base))
     kind = router_class(config)
@@ -123,6 +129,12 @@ def _start(settings: TrainSettings, config: XLoraConfig, rows: Sequence[Row]) ->
     """
     kind, experts = router_class(config), len(config.adapters)
     named: Start | None = settings.init.get("method")
+    if named == "text" and config.new_experts:
+        raise ConfigurationError(
+            "A router starts from text without labels where experts predict it differently.",
+            received=f"init.method: text, with new experts {', '.join(map(repr, config.new_experts))}",
+            remedy="Use another init.method, or leave it out.",
+        )
     if named is not None:
         if named != "random":
             kind.check_start(config, experts, named)
@@ -141,9 +153,18 @@ def _start(settings: TrainSettings, config: XLoraConfig, rows: Sequence[Row]) ->
     return "random"
 
 
-def _objectives(settings: TrainSettings) -> RouterObjectives:
+def _experts(config: XLoraConfig, base: PreTrainedModel) -> list[Adapter]:
+    """The experts; new ones without values, since what is drawn here is not what the run draws."""
+    own = copy.deepcopy(config)
+    with torch.device("meta"):
+        new = {name: new_member(base, own, name) for name in own.new_experts}
+    return [new.get(name) or formats.load_adapter(name, place) for name, place in config.adapters.items()]
+
+
+def _objectives(settings: TrainSettings, config: XLoraConfig, arguments: Any) -> RouterObjectives:
     check_keys(settings.objectives, [entry.name for entry in fields(RouterObjectives)], "objectives")
-    values = dict(settings.objectives)
+    default = default_objectives(list(config.new_experts), fp16=arguments.fp16)
+    values: dict[str, Any] = {"load_balance": default.load_balance, **settings.objectives}
     if isinstance(values.get("temperature"), list):
         values["temperature"] = tuple(values["temperature"])
     return RouterObjectives(**values)
@@ -177,7 +198,10 @@ def check_writable(folder: Path) -> None:
 def _mixture_config(settings: TrainSettings, base: PreTrainedModel) -> XLoraConfig:
     check_keys(settings.mixture, [entry.name for entry in fields(XLoraConfig)], "mixture")
     values: dict[str, Any] = {"task_type": "CAUSAL_LM", **settings.mixture}
-    adapters = {name: from_anywhere(str(place)) for name, place in settings.experts.items()}
+    adapters = {
+        name: LoraConfig(**{**NEW_EXPERT, **place}) if isinstance(place, dict) else from_anywhere(place)
+        for name, place in expert_places(settings.experts).items()
+    }
     return XLoraConfig(
         hidden_size=hidden_size_of(base),
         adapters=adapters,
@@ -241,13 +265,7 @@ def check_expert(settings: ExpertSettings) -> CheckedExpertRun:
     base_config, tokenizer = read_base(settings.base, settings.revision)
     arguments = trainer_arguments(f"{settings.output}/training", settings.trainer, base_config)
     dtype = dtype_of(settings.dtype, base_config)
-    values: dict[str, Any] = {
-        "target_modules": "all-linear",
-        "r": 8,
-        "lora_alpha": 16,
-        "task_type": "CAUSAL_LM",
-        **settings.lora,
-    }
+    values: dict[str, Any] = {**NEW_EXPERT, "task_type": "CAUSAL_LM", **settings.lora}
     check_keys(values, [entry.name for entry in fields(LoraConfig)], "lora")
     config = LoraConfig(base_model_name_or_path=from_anywhere(settings.base), revision=settings.revision, **values)
     new_targets(without_weights(base_config, causal=True), config)

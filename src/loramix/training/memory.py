@@ -27,6 +27,7 @@ class Sizes:
         base: parameters of the base model.
         root: of them, those outside its blocks: embeddings and head.
         experts: parameters of all experts.
+        new: of them, those of experts that are new, which train in any case.
         router: parameters of the classifier.
         ranks: ΣR over the adapted layers.
         hidden: H.
@@ -44,9 +45,12 @@ class Sizes:
     blocks: int
     vocabulary: int
     itemsize: int
+    new: int = 0
 
 
-def sizes_of(base: PreTrainedModel, config: XLoraConfig, router: RouterSizes, *, experts: int, ranks: int) -> Sizes:
+def sizes_of(
+    base: PreTrainedModel, config: XLoraConfig, router: RouterSizes, *, experts: int, ranks: int, new: int = 0
+) -> Sizes:
     """The sizes of a base model and a mixture.
 
     Args:
@@ -55,6 +59,7 @@ def sizes_of(base: PreTrainedModel, config: XLoraConfig, router: RouterSizes, *,
         router: what its router is built for.
         experts: parameters of all experts.
         ranks: ΣR over the adapted layers.
+        new: parameters of the experts that are new.
     """
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     root = {id(p): p.numel() for module in ends if module is not None for p in module.parameters()}
@@ -68,6 +73,7 @@ def sizes_of(base: PreTrainedModel, config: XLoraConfig, router: RouterSizes, *,
         blocks=blocks_of(base.config),
         vocabulary=vocabulary_of(base.config),
         itemsize=base.dtype.itemsize,
+        new=new,
     )
 
 
@@ -79,16 +85,17 @@ def training_memory(
     Args:
         sizes: those of base model and mixture.
         tokens: the number of tokens in the batch of this process.
-        experts_train: whether the experts train too.
+        experts_train: whether the experts that exist train too.
         checkpointing: whether activations are recomputed in backward, block by block.
         shards: processes among which FSDP2 divides the parameters; 1 for one process, and for each of DDP's.
     """
     width = sizes.hidden * sizes.itemsize
     blocks = width * (sizes.blocks + SAVED) if checkpointing else width * SAVED * sizes.blocks
     low_rank = sizes.ranks * sizes.itemsize // (sizes.blocks if checkpointing else 1)
+    trained = sizes.experts if experts_train else sizes.new
     memory = {
         "base model": sizes.base * sizes.itemsize // shards,
-        "experts": sizes.experts * (TRAINED if experts_train else sizes.itemsize) // shards,
+        "experts": (trained * TRAINED + (sizes.experts - trained) * sizes.itemsize) // shards,
         "router, its gradients and Adam's moments": sizes.router * TRAINED // shards,
         "activations of one batch (estimate)": tokens * (blocks + low_rank + LOGITS * sizes.vocabulary),
     }

@@ -9,8 +9,9 @@ them. The reported loss is the model's own; the values of the objectives are log
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast, no_type_check
@@ -20,15 +21,19 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from loramix.analysis.metrics import RoutingMeter
+from loramix.analysis.metrics import LEAST, RoutingMeter, RoutingMetrics
 from loramix.config.checks import require, require_finite
 from loramix.config.xlora import XLoraConfig
 from loramix.errors import ConfigurationError, TrainingError
 from loramix.passes.hooks import EXPERT_IDS, RouterOutput, RoutingHook
-from loramix.passes.state import attach
+from loramix.passes.state import attach, state_of
 from loramix.routers.gating import largest
 from loramix.training import losses
 from loramix.training.data import check_expert_ids
+
+LOAD_BALANCE = 0.01
+"""The weight of `load_balance` where experts are new, unless another is given (docs/training.md says how it was
+chosen)."""
 
 
 @no_type_check
@@ -93,12 +98,16 @@ class RouterObjective(RoutingHook):
     Args:
         objectives: the objectives.
         scale: the factor on the losses' gradients: 1 / n with n batches in an optimizer step.
+
+    Attributes:
+        metrics: the routing between the last two calls of `take`.
     """
 
     def __init__(self, objectives: RouterObjectives, scale: float = 1.0) -> None:
         self.objectives = objectives
         self.scale = scale
         self.meter = RoutingMeter()
+        self.metrics: RoutingMetrics | None = None
         self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def routed(self, output: RouterOutput) -> Tensor | None:
@@ -142,9 +151,9 @@ class RouterObjective(RoutingHook):
         """The mean of each loss, and the routing metrics, since the last call."""
         values = {name: float(torch.stack(parts).mean()) for name, parts in self._values.items()}
         self._values.clear()
-        metrics = self.meter.result()
+        self.metrics = self.meter.result()
         self.meter.clear()
-        return values | ({} if metrics is None else metrics.scalars())
+        return values | ({} if self.metrics is None else self.metrics.scalars())
 
 
 def _shares(output: RouterOutput) -> Tensor:
@@ -184,8 +193,14 @@ class RouterCallback(FiniteGradients):
     An objective is a mean over the batch of one process, and its gradient the mean over batches and processes:
     `entropy_floor` and `load_balance` bound the mean of each such batch.
 
+    Where experts are new, it warns of those that are dead when the training ends (`dead_experts`).
+
     Args:
-        objectives: the objectives; None only measures.
+        objectives: the objectives; None takes those that a model has by default: `load_balance`, with the weight
+            `LOAD_BALANCE`, where experts are new and there is no loss scaler; else none.
+
+    Attributes:
+        dead: the new mixture's dead experts by name, on the text since the last log, once the training has ended.
 
     Raises (while training):
         TrainingError: a gradient that is not finite, with the step and where the checkpoints are.
@@ -193,12 +208,16 @@ class RouterCallback(FiniteGradients):
     """
 
     def __init__(self, objectives: RouterObjectives | None = None) -> None:
+        self._given = objectives
         self.objectives = objectives or RouterObjectives()
+        self.dead: list[str] = []
         self._hook: RouterObjective | None = None
         self._detach: Callable[[], None] | None = None
         self._trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._given is None:
+            self.objectives = default_objectives(state_of(model).new, fp16=args.fp16)
         if args.fp16 and any(asdict(replace(self.objectives, least_entropy=0.0, temperature=None)).values()):
             raise ConfigurationError(
                 "Router objectives join the gradient past the loss scaler, which fp16 needs.",
@@ -227,9 +246,18 @@ class RouterCallback(FiniteGradients):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint and self.objectives.temperature is not None:
             restore_temperature(model, state.best_model_checkpoint)
+        if self._hook is not None and state_of(model).new:
+            metrics = self._hook.meter.result() or self._hook.metrics
+            self.dead = [] if metrics is None else [model.expert_names[expert] for expert in metrics.dead]
+            self.report()
         if self._detach is not None:
             self._detach()
         self._hook = self._detach = None
+
+    def report(self) -> None:
+        """Warn of dead experts."""
+        if self.dead:
+            warnings.warn(dead_experts(self.dead, "the last text of the training"), stacklevel=2)
 
     def first_of(self, trainer: Any) -> None:
         """Put this callback before those that report (TensorBoard, …), so that they log the metrics too.
@@ -241,6 +269,30 @@ class RouterCallback(FiniteGradients):
         if self in callbacks:
             callbacks.remove(self)
         callbacks.insert(0, self)
+
+
+def default_objectives(new: Sequence[str], *, fp16: bool = False) -> RouterObjectives:
+    """The objectives of a training where none are given.
+
+    Args:
+        new: the experts that are new.
+        fp16: whether there is a loss scaler, which no objective goes with.
+    """
+    return RouterObjectives(load_balance=LOAD_BALANCE if new and not fp16 else 0.0)
+
+
+def dead_experts(names: Sequence[str], text: str) -> str:
+    """What to say of dead experts, and what helps.
+
+    Args:
+        names: theirs.
+        text: what they were not used on.
+    """
+    return (
+        f"Dead experts, with a mean scaling below {LEAST} of the average on {text}: {', '.join(names)}. Train again "
+        f"with a larger load_balance (by default {LOAD_BALANCE}), with a larger top_k_lora or none, or with fewer "
+        "experts; or remove them with loramix edit."
+    )
 
 
 def restore_temperature(model: Any, folder: str | Path) -> None:

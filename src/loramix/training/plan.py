@@ -27,6 +27,7 @@ class Plan:
 
     Attributes:
         experts: the experts' names.
+        new_experts: of them, those that are new, and train.
         layers: L.
         router_parameters: the number of parameters of the router.
         base_parameters: the number of parameters of the base model.
@@ -41,6 +42,7 @@ class Plan:
     """
 
     experts: list[str]
+    new_experts: list[str]
     layers: int
     router_parameters: int
     base_parameters: int
@@ -82,12 +84,14 @@ def make_plan(
         eval_rows: the number of texts to evaluate with.
         start: how the router starts.
     """
+    new = config.new_experts
     weights = [module for expert in experts for module in expert.weights.values()]
     sizes = sizes_of(
         base,
         config,
         router_sizes(sites, config.hidden_size, len(experts)),
         experts=sum(module.num_parameters for module in weights),
+        new=sum(m.num_parameters for e in experts if e.name in new for m in e.weights.values()),
         ranks=sum(module.rank for module in weights),
     )
     sample = [pieces(row, tokenizer, arguments.max_length) for row in rows[:_SAMPLE]]
@@ -107,6 +111,7 @@ def make_plan(
         steps = int(-(-count // a_step) * arguments.num_train_epochs)
     return Plan(
         experts=list(config.adapters),
+        new_experts=list(new),
         layers=len(sites),
         router_parameters=sizes.router,
         base_parameters=sizes.base,

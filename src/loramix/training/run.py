@@ -20,12 +20,15 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
+from loramix.analysis.metrics import RoutingMeter
 from loramix.errors import ConfigurationError, LoramixError
-from loramix.evaluation.passages import cut_passages, pad, window_size
-from loramix.evaluation.scores import Evaluation, evaluate
+from loramix.evaluation.passages import Passage, cut_passages, pad, window_size
+from loramix.evaluation.scores import Evaluation, evaluate, measure
 from loramix.files.base_models import load_base, one_line
 from loramix.files.json_file import write_json
 from loramix.model.build import XLoraModel, get_peft_model
+from loramix.passes.hooks import RouterOutput, RoutingHook
+from loramix.passes.state import observing
 from loramix.training.check import CheckedRun, check, check_expert
 from loramix.training.checkpoints import (
     SETTINGS,
@@ -40,7 +43,13 @@ from loramix.training.data import ExpertLabels, Row
 from loramix.training.dataset import pieces, to_dataset
 from loramix.training.initialise import STARTS, init_router
 from loramix.training.keep_start import KeepStart
-from loramix.training.objectives import FiniteGradients, RouterCallback, restore_temperature
+from loramix.training.objectives import (
+    FiniteGradients,
+    RouterCallback,
+    dead_experts,
+    real_tokens,
+    restore_temperature,
+)
 from loramix.training.recall import ScalingPassCache
 from loramix.training.settings import ExpertSettings, TrainSettings
 
@@ -53,11 +62,14 @@ class TrainingResult:
         model: the trained mixture.
         folder: where it was saved.
         evaluation: its evaluation, where there is data for it; in the main process alone.
+        dead: in a mixture with new experts, those that are dead: on the text to evaluate with, else on the last text of
+            the training.
     """
 
     model: XLoraModel
     folder: Path
     evaluation: Evaluation | None
+    dead: Sequence[str] = ()
 
 
 _ROWS = 16
@@ -65,14 +77,14 @@ _ROWS = 16
 
 
 def run_training(settings: TrainSettings, *, resume: bool = True, tell: Callable[[str], object] = id) -> TrainingResult:
-    """Train the router of a mixture, from files to a saved mixture.
+    """Train the router of a mixture, and its new experts, from files to a saved mixture.
 
-    With text to evaluate with, the router that predicts it best is kept, its start included (`trainer_arguments`).
+    With text to evaluate with, the mixture that predicts it best is kept, its start included (`trainer_arguments`).
 
     Args:
         settings: the run's settings.
         resume: continue from the last complete checkpoint in the output folder, if there is one.
-        tell: called with a line about how the router starts.
+        tell: called with a line about how the router starts; about new experts; and about dead ones.
 
     Raises:
         LoramixError: what stops it; checkpoints that were saved stay.
@@ -86,9 +98,14 @@ def run_training(settings: TrainSettings, *, resume: bool = True, tell: Callable
     model = get_peft_model(load_base(settings.base, settings.revision, checked.dtype), checked.config)
     if last is None:
         tell(f"The router starts from {checked.start}: {STARTS[checked.start]}.")
+        if checked.plan.new_experts:
+            tell(
+                f"New experts train with it: {', '.join(checked.plan.new_experts)}; "
+                f"objectives.load_balance: {checked.objectives.load_balance}."
+            )
         _initialise(model, checked)
     tokenizer = with_padding(checked.tokenizer)
-    callback = RouterCallback(checked.objectives)
+    callback = _Callback(checked.objectives)
     packed = arguments.packing or arguments.padding_free
     trainer = build_trainer(
         model, arguments, tokenizer, checked.rows, checked.eval_rows, callback=callback, labels=not packed
@@ -120,13 +137,43 @@ def run_training(settings: TrainSettings, *, resume: bool = True, tell: Callable
         if keeps:
             keep.restore(model, trainer.args, asdict(trainer.state))
         trainer.save_model(str(folder))
-    evaluation = None
+    evaluation, dead, text = None, callback.dead, "the last text of the training"
     if checked.eval_rows and (trainer.is_world_process_zero() or trainer.is_fsdp_enabled):  # shards: all take part
         evaluation = evaluate_rows(model, tokenizer, checked.eval_rows)
-    if evaluation is None or not trainer.is_world_process_zero():
+        if checked.plan.new_experts:
+            dead, text = _dead(model, tokenizer, checked.eval_rows), "the text to evaluate with"
+    if not trainer.is_world_process_zero():
         return TrainingResult(model, folder, None)
-    write_json(output / "evaluation.json", evaluation.to_dict())
-    return TrainingResult(model, folder, evaluation)
+    if dead:
+        tell(dead_experts(dead, text))
+    if evaluation is not None:
+        write_json(output / "evaluation.json", {**evaluation.to_dict(), **({"dead_experts": dead} if dead else {})})
+    return TrainingResult(model, folder, evaluation, dead)
+
+
+def _dead(model: XLoraModel, tokenizer: Any, rows: Sequence[Row]) -> list[str]:
+    used = _Used()
+    with observing(model, used):
+        measure(model, _passages(model, tokenizer, rows))
+    metrics = used.meter.result()
+    return [] if metrics is None else [model.expert_names[expert] for expert in metrics.dead]
+
+
+class _Callback(RouterCallback):
+    """Leaves it to the run to tell of dead experts, which it may know from other text."""
+
+    def report(self) -> None:
+        pass
+
+
+class _Used(RoutingHook):
+    """Measures how much the experts are used."""
+
+    def __init__(self) -> None:
+        self.meter = RoutingMeter()
+
+    def routed(self, output: RouterOutput) -> None:
+        self.meter.add(output.final, real_tokens(output))
 
 
 def build_trainer(
@@ -247,10 +294,15 @@ def evaluate_rows(
     Raises:
         DataError: text without a token to predict, or a window that is longer than the base model's positions.
     """
+    return evaluate(model, _passages(model, tokenizer, rows, window, limit), progress=True)
+
+
+def _passages(
+    model: XLoraModel, tokenizer: Any, rows: Sequence[Row], window: int | None = None, limit: int | None = None
+) -> list[Passage]:
     size = window_size(model.config, window)
     texts = ((row.as_text(tokenizer), row.expert or "other") for row in rows)
-    passages = list(cut_passages(tokenizer, texts, window=size, limit=limit))
-    return evaluate(model, passages, progress=True)
+    return list(cut_passages(tokenizer, texts, window=size, limit=limit))
 
 
 def run_expert_training(settings: ExpertSettings, *, resume: bool = True) -> Path:

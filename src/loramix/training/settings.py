@@ -1,7 +1,7 @@
 """The settings of a training run: one YAML file, or the same from keyword arguments.
 
 base: meta-llama/Llama-3.2-1B            # folder or Hub id
-experts: {math: …, code: …}              # name -> folder or Hub id
+experts: {math: …, code: …}              # name -> folder or Hub id; new ones: see `expert_places`
 data: train.jsonl                        # see `loramix.training.data`
 output: runs/first
 mixture: {xlora_depth: 2, xlora_size: 256}        # fields of XLoraConfig
@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, cast, no_type_check
 
-from loramix.config.checks import require
+from loramix.config.checks import require, require_integer
+from loramix.config.lora import LoraConfig
 from loramix.errors import ConfigurationError
 
 _SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -49,11 +50,11 @@ class Data:
 @no_type_check
 @dataclass(frozen=True)
 class TrainSettings:
-    """A run that trains a router.
+    """A run that trains a router, and with it the experts that are new.
 
     Args:
         base: the base model, a folder or a Hub id.
-        experts: the experts, name -> folder or Hub id.
+        experts: the experts, name -> folder or Hub id, or as `expert_places` reads them.
         data: the text to train on and to evaluate with.
         output: the folder for checkpoints, the trained mixture and its evaluation.
         revision: the revision of the base model.
@@ -72,7 +73,7 @@ class TrainSettings:
     """
 
     base: str
-    experts: dict[str, str]
+    experts: dict[str, Any]
     data: Data
     output: str = "loramix-training"
     revision: str | None = None
@@ -190,6 +191,52 @@ class ExpertSettings:
 
     def __post_init__(self) -> None:
         _refuse_taken(self.trainer, self.lora)
+
+
+def expert_places(experts: Mapping[str, Any]) -> dict[str, str | dict[str, Any]]:
+    """The experts of a run by name: the folder or Hub id of each; of a new one the fields of its `LoraConfig`.
+
+    An expert is written as `math: path`, a new one as `law: {r: 8}`. `new: 8` stands for eight new ones, e0 to e7,
+    whose fields stand beside it: `experts: {math: path, new: 8, r: 8}`. Then names of fields are no names of experts;
+    `new` never is one.
+
+    Raises:
+        ConfigurationError: a count that is none, a value that is neither a place nor fields, a field that does not
+            exist, or two experts of a name.
+    """
+    known = [entry.name for entry in fields(LoraConfig)]
+    shared = {name: value for name, value in experts.items() if _NEW in experts and name in known}
+    found: dict[str, Any] = {}
+    for name, value in experts.items():
+        if name in shared:
+            continue
+        members = {name: value}
+        if name == _NEW:
+            require_integer("experts.new", value, at_least=1, remedy=_NEW_REMEDY)
+            members = {f"e{number}": dict(shared) for number in range(value)}
+        twice = found.keys() & members
+        require(
+            not twice,
+            "new makes experts e0, e1, …, and no other has such a name.",
+            received=f"{', '.join(sorted(twice))} beside new={experts.get(_NEW)!r}",
+            remedy="Rename the others.",
+        )
+        found |= members
+    for name, value in found.items():
+        require(
+            isinstance(value, str | Mapping),
+            "experts maps names to folders or Hub ids, or to the fields of a new expert's LoraConfig.",
+            received=f"experts.{name}={value!r}",
+            remedy=f"Write {name}: path, or {name}: {{r: 8}}; beside new: 8, fields such as r stand alone.",
+        )
+        if isinstance(value, Mapping):
+            check_keys(value, known, f"experts.{name}")
+            _refuse_taken(value)
+    return found
+
+
+_NEW = "new"
+_NEW_REMEDY = "Write new: 8 for eight new experts; an expert of that name needs another one."
 
 
 def _refuse_taken(*groups: Mapping[str, Any]) -> None:
