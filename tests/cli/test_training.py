@@ -66,6 +66,27 @@ def test_a_run_prints_its_evaluation_and_eval_prints_the_same(
     )
 
 
+def test_new_experts_are_made_from_a_file_or_from_options(loramix: Command, files: Files, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words to learn from, and more of them " * 8)
+    content = files.settings(tmp_path / "run", data={"train": str(text), "eval": str(text)})
+    path = tmp_path / "new.yaml"
+    path.write_text(yaml.safe_dump({**content, "experts": {"math": files.experts["math"], "new": 2, "r": 3}}))
+    dry = loramix("train", path, "--dry-run")
+    assert (dry.code, dry.err) == (0, "")
+    assert "new experts:            e0, e1" in dry.out
+    done = loramix("train", path, "--json", "--set", "trainer.max_steps=1")
+    assert done.code == 0
+    assert "New experts train with it: e0, e1; objectives.load_balance: 0.01." in done.err
+    printed = json.loads(done.out)
+    assert printed["dead_experts"] == []
+    described: dict[str, Any] = json.loads(loramix("info", Path(printed["mixture"]) / "e1", "--json").out)
+    assert described["experts"][0]["ranks"] == [3]
+    words = ("--base", files.base, "--data", text, "--output", tmp_path / "other", "--set", "experts.new=8")
+    options = json.loads(loramix("train", *words, "--set", "experts.r=2", "--dry-run", "--json").out)
+    assert options["new_experts"] == options["experts"] == [f"e{number}" for number in range(8)]
+
+
 def test_an_expert_is_trained(loramix: Command, files: Files, tmp_path: Path) -> None:
     words = (
         "--base",

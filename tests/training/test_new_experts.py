@@ -166,6 +166,21 @@ def test_load_balance_is_on_where_experts_are_new_and_can_be_left_out(files: Fil
     assert weight(dict(files.experts)) == 0.0
 
 
+def test_without_an_alpha_new_experts_begin_as_one_of_their_total_rank_would(files: Files, tmp_path: Path) -> None:
+    def alpha(experts: Any, mixture: Any) -> float:
+        chosen = settings(files, tmp_path / "out", experts, data=texts(tmp_path), mixture=mixture)
+        return check(chosen).config.new_experts["e0"].lora_alpha
+
+    four = {"new": 4, "r": 9}
+    assert alpha(four, {}) == alpha(four, {"router": "linear"}) == 2 * 9 * 4
+    assert alpha({"math": files.experts["math"], **four}, {}) == 2 * 9 * 5
+    assert alpha(four, SPARSE) == 2 * 9 * 2
+    assert alpha(four, {"top_k_lora": 2}) == 2 * 9 * 4
+    assert alpha(four, {"enable_softmax": False}) == 2 * 9 * 4
+    assert alpha({**four, "use_rslora": True}, {}) == 2 * 3 * 4
+    assert alpha({**four, "lora_alpha": 5}, {}) == 5
+
+
 def test_dead_experts_are_those_with_a_tenth_of_the_mean_scaling() -> None:
     def dead(*importance: float) -> tuple[int, ...]:
         return RoutingMetrics(importance, importance, 0.0, 0.0, 1).dead

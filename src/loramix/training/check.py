@@ -6,6 +6,7 @@ Paths, shapes, columns, arguments and memory: what would stop a run after hours 
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from loramix.layers.inject import find_backbones, plan
 from loramix.layers.tokens import check_uses
 from loramix.model.checks import given_scalings
 from loramix.routers import HiddenStateRouter, TextRouter, router_class
+from loramix.routers.gating import gating_of
 from loramix.routers.start import Method
 from loramix.training.arguments import trainer_arguments
 from loramix.training.base_model import dtype_of, read_base
@@ -42,7 +44,7 @@ from loramix.training.plan import Plan, make_plan
 from loramix.training.settings import ExpertSettings, TrainSettings, check_keys, expert_places, read_prompts
 
 NEW_EXPERT: Mapping[str, Any] = {"target_modules": "all-linear", "r": 8, "lora_alpha": 16}
-"""Fields of a new expert, unless a run says others."""
+"""Fields of a new expert that trains alone, unless a run says others."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,6 @@ def check(settings: TrainSettings) -> CheckedRun:
     objectives = _objectives(settings, config, arguments)
     experts = _experts(config, base)
     sites = plan(base, [on_base(base, replace(expert, base_weights={})) for expert in experts])
-    config.validate_for(len(experts), hidden_size_of(base))
     kind = router_class(config)
     if not kind.trains:
         raise ConfigurationError(
@@ -198,17 +199,36 @@ def check_writable(folder: Path) -> None:
 def _mixture_config(settings: TrainSettings, base: PreTrainedModel) -> XLoraConfig:
     check_keys(settings.mixture, [entry.name for entry in fields(XLoraConfig)], "mixture")
     values: dict[str, Any] = {"task_type": "CAUSAL_LM", **settings.mixture}
-    adapters = {
-        name: LoraConfig(**{**NEW_EXPERT, **place}) if isinstance(place, dict) else from_anywhere(place)
-        for name, place in expert_places(settings.experts).items()
-    }
-    return XLoraConfig(
+    places = expert_places(settings.experts)
+    config = XLoraConfig(
         hidden_size=hidden_size_of(base),
-        adapters=adapters,
+        adapters={n: LoraConfig() if isinstance(place, dict) else from_anywhere(place) for n, place in places.items()},
         base_model_name_or_path=from_anywhere(settings.base),
         revision=settings.revision,
         **values,
     )
+    config.validate_for(len(places), hidden_size_of(base))
+    for name in config.new_experts:
+        config.adapters[name] = _new_expert(config, cast("dict[str, Any]", places[name]))
+    return config
+
+
+def _new_expert(config: XLoraConfig, given: Mapping[str, Any]) -> LoraConfig:
+    """A new expert with these fields.
+
+    Without `lora_alpha`, c times its scaling in the uniform mixture is 2, as for an expert that trains alone: new
+    experts begin to learn as one of their total rank does.
+    """
+    own = LoraConfig(**{**NEW_EXPERT, **given})
+    gating, experts = gating_of(config), len(config.adapters)
+    if "lora_alpha" not in given:
+        scalings = gating.select(gating.activate(torch.full((1, 1, 1, experts), gating.uniform(experts))))
+        size = math.sqrt(own.r) if own.use_rslora else own.r
+        own.lora_alpha = _TWICE * size * round(1 / float(scalings.max()), 4)
+    return own
+
+
+_TWICE = 2
 
 
 def _check_labels(
