@@ -250,3 +250,4 @@ def test_text_that_names_other_experts_is_refused(files: Files, tmp_path: Path) 
         check(settings(files, tmp_path / "out"))
     named = {name: {"r": 2, "target_modules": ["q_proj"]} for name in files.experts}
     assert check(settings(files, tmp_path / "out", named)).plan.start == "labels"
+    assert check(settings(files, tmp_path / "out", data=texts(tmp_path))).plan.start == "random"

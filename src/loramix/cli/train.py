@@ -83,7 +83,8 @@ def train(
     if done is not None:
         if as_json:
             found = None if done.evaluation is None else done.evaluation.to_dict()
-            print_json({"mixture": str(done.folder), "evaluation": found, "dead_experts": list(done.dead)})
+            told = {} if done.dead is None else {"dead_experts": list(done.dead)}
+            print_json({"mixture": str(done.folder), "evaluation": found, **told})
             return
         if done.evaluation is not None:
             from loramix.cli.evaluation import show

@@ -104,7 +104,7 @@ class ExpertStack(nn.Module):
         self.lora_A, self.lora_B = empty(*shape_A), empty(*shape_B)
         columns = [i for i, rank in enumerate(self.ranks) for _ in range(rank)] + list(self.biased)
         scales = [experts[i].scale for i in columns]
-        self._order: dict[str, tuple[int, ...]] = {}  # of a divided matrix: where each column is, frozen ones first
+        self._columns: dict[str, int] = {}  # of a divided matrix, all of them
         self._kept: tuple[str, ...] = ()  # parameters that do not train with the others
         self._buffer("index", torch.tensor([number], device=device))
         self._buffer("expert_of_rank", torch.tensor([self.members[i] for i in columns], device=device))
@@ -203,8 +203,11 @@ class ExpertStack(nn.Module):
             for place, columns in ((name, new), (_frozen(name), kept)):
                 own = matrix.detach().index_select(axis, torch.tensor(columns, device=matrix.device))
                 self.register_parameter(place, nn.Parameter(own, requires_grad=matrix.requires_grad))
+            self._columns[name] = len(parts)
             order = [*kept, *new]
-            self._order[name] = tuple(order.index(i) for i in range(len(order)))
+            if order != sorted(order):
+                places = [order.index(i) for i in range(len(order))]
+                self._buffer(_order(name), torch.tensor(places, device=matrix.device))
 
     def _parts_of_columns(self) -> dict[str, list[int]]:
         """The part that each column belongs to, of each of the matrices."""
@@ -213,21 +216,20 @@ class ExpertStack(nn.Module):
 
     def places(self, name: str) -> tuple[str, ...]:
         """The parameters that hold a matrix: two, of a divided one."""
-        return (name, _frozen(name)) if name in self._order else (name,)
+        return (name, _frozen(name)) if name in self._columns else (name,)
 
     def whole(self, name: str) -> Tensor:
         """A matrix of all parts, in their order; a divided one is joined, with gradients for those that train."""
         parameters = cast("dict[str, Tensor]", self._parameters)  # as attributes they are looked for, each time
-        return parameters[name] if name not in self._order else self._joined(name, parameters)
+        return parameters[name] if name not in self._columns else self._joined(name, parameters)
 
     def _joined(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        order, own, axis = self._order.get(name), tensors[name], self.rank_axes[name]
-        if order is None or own.shape[axis] == len(order):
+        own, axis = tensors[name], self.rank_axes[name]
+        if name not in self._columns or own.shape[axis] == self._columns[name]:
             return own
         both = torch.cat([tensors[_frozen(name)].to(own), own], axis)
-        if order == tuple(range(len(order))):
-            return both
-        return both.index_select(axis, torch.tensor(order, device=own.device))
+        order = self._buffers.get(_order(name))
+        return both if order is None else both.index_select(axis, order.to(own.device))
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Whether the experts train; the frozen ones of a divided stack do not."""
@@ -292,6 +294,10 @@ class ExpertStack(nn.Module):
 
 def _frozen(name: str) -> str:
     return name.replace("lora", "frozen")
+
+
+def _order(name: str) -> str:
+    return name.replace("lora", "order")
 
 
 class MergedMatrices(NamedTuple):

@@ -95,7 +95,12 @@ class EvidenceRouter(TextRouter):
 
     @classmethod
     def cold_expert(
-        cls, config: XLoraConfig, columns: Mapping[str, Tensor], share: float, offset: float
+        cls,
+        config: XLoraConfig,
+        columns: Mapping[str, Tensor],
+        rest: Mapping[str, Tensor],
+        share: float,
+        offset: float,
     ) -> dict[str, Tensor]:
         """As for any kind at a text's first token; later tokens add to the offset, so that the logit is lower still."""
         weight, bias = (share * columns[name].mean(-1) for name in ("weight", "bias"))

@@ -140,7 +140,8 @@ def _start(settings: TrainSettings, config: XLoraConfig, rows: Sequence[Row]) ->
         if named != "random":
             kind.check_start(config, experts, named)
         return named
-    found: list[Method] = ["zeros"]
+    # With zeros, top-k gives all tokens to the same few new experts, which then alone learn.
+    found: list[Method] = [] if config.new_experts else ["zeros"]
     if "prompts" in settings.init:
         found.insert(0, "prompts")
     if {row.expert for row in rows} >= set(config.adapters):

@@ -93,9 +93,10 @@ def training_memory(
     blocks = width * (sizes.blocks + SAVED) if checkpointing else width * SAVED * sizes.blocks
     low_rank = sizes.ranks * sizes.itemsize // (sizes.blocks if checkpointing else 1)
     trained = sizes.experts if experts_train else sizes.new
+    beside = 4 if sizes.new else sizes.itemsize  # frozen experts are float32 beside those that train
     memory = {
         "base model": sizes.base * sizes.itemsize // shards,
-        "experts": (trained * TRAINED + (sizes.experts - trained) * sizes.itemsize) // shards,
+        "experts": (trained * TRAINED + (sizes.experts - trained) * beside) // shards,
         "router, its gradients and Adam's moments": sizes.router * TRAINED // shards,
         "activations of one batch (estimate)": tokens * (blocks + low_rank + LOGITS * sizes.vocabulary),
     }

@@ -62,14 +62,14 @@ class TrainingResult:
         model: the trained mixture.
         folder: where it was saved.
         evaluation: its evaluation, where there is data for it; in the main process alone.
-        dead: in a mixture with new experts, those that are dead: on the text to evaluate with, else on the last text of
-            the training.
+        dead: the dead experts of a mixture with new ones: on the text to evaluate with, else on the last text of the
+            training; None without new ones.
     """
 
     model: XLoraModel
     folder: Path
     evaluation: Evaluation | None
-    dead: Sequence[str] = ()
+    dead: Sequence[str] | None = None
 
 
 _ROWS = 16
@@ -137,17 +137,19 @@ def run_training(settings: TrainSettings, *, resume: bool = True, tell: Callable
         if keeps:
             keep.restore(model, trainer.args, asdict(trainer.state))
         trainer.save_model(str(folder))
-    evaluation, dead, text = None, callback.dead, "the last text of the training"
+    evaluation, text = None, "the last text of the training"
+    dead = callback.dead if checked.plan.new_experts else None
     if checked.eval_rows and (trainer.is_world_process_zero() or trainer.is_fsdp_enabled):  # shards: all take part
         evaluation = evaluate_rows(model, tokenizer, checked.eval_rows)
-        if checked.plan.new_experts:
+        if dead is not None:
             dead, text = _dead(model, tokenizer, checked.eval_rows), "the text to evaluate with"
     if not trainer.is_world_process_zero():
         return TrainingResult(model, folder, None)
     if dead:
         tell(dead_experts(dead, text))
+    told = {} if dead is None else {"dead_experts": dead}
     if evaluation is not None:
-        write_json(output / "evaluation.json", {**evaluation.to_dict(), **({"dead_experts": dead} if dead else {})})
+        write_json(output / "evaluation.json", evaluation.to_dict() | told)
     return TrainingResult(model, folder, evaluation, dead)
 
 
