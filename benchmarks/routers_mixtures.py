@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from loramix import LoraConfig, XLoraConfig, XLoraModel, get_peft_model
 from loramix.demo import bundle, corpus
@@ -87,28 +87,35 @@ def installed(folder: Path) -> Case:
     Args:
         folder: where the experts are kept; those that are there are not trained again.
     """
-    tokenizer = bundle.tokenizer()
-    texts = {"cpp": _cpp(), "python": _python(), "english": _english()}
-    parts = {name: _split(found) for name, found in texts.items()}
+    tokenizer, parts = bundle.tokenizer(), installed_text()
     train = {name: windows(tokenizer, kept, per_text=4) for name, (kept, _) in parts.items()}
     for name, rows in train.items():
         if not (folder / name / "adapter_config.json").is_file():
             _train_expert(rows, folder / name)
-    passages = {
-        name: [p for text in held for p in list(cut_passages(tokenizer, [(text, name)], window=WINDOW))[:2]]
-        for name, (_, held) in parts.items()
-    }
+    passages = {name: installed_passages(name, held) for name, (_, held) in parts.items()}
     heldout = {n: [p for p in found if len(p.groups) >= 64][:HELD_OUT] for n, found in passages.items()}
     used = STEPS * BATCH
     return Case(
         "installed",
         bundle.base,
-        {name: str(folder / name) for name in texts},
+        {name: str(folder / name) for name in parts},
         tokenizer,
         {name: (rows[used:] or rows)[:TRAIN] for name, rows in train.items()},
         heldout,
         _switching([found[HELD_OUT:] for found in passages.values()]),
     )
+
+
+def installed_text() -> dict[str, tuple[list[str], list[str]]]:
+    """Texts of C++, Python and English from installed packages: those to train on, and those that are held out."""
+    texts = {"cpp": _cpp(), "python": _python(), "english": _english()}
+    return {name: _split(found) for name, found in texts.items()}
+
+
+def installed_passages(name: str, held: Sequence[str]) -> list[Passage]:
+    """The first two windows of each of these texts."""
+    tokenizer = bundle.tokenizer()
+    return [p for text in held for p in list(cut_passages(tokenizer, [(text, name)], window=WINDOW))[:2]]
 
 
 def _switching(pools: Sequence[list[Passage]]) -> list[Passage]:
@@ -127,7 +134,14 @@ def _switching(pools: Sequence[list[Passage]]) -> list[Passage]:
 
 
 def train(
-    model: PreTrainedModel | XLoraModel, rows: Sequence[list[int]], *, rate: float, steps: int, batch: int, warmup: int
+    model: PreTrainedModel | XLoraModel,
+    rows: Sequence[list[int]],
+    *,
+    rate: float,
+    steps: int,
+    batch: int,
+    warmup: int,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train what requires gradients on the next token of these texts, on the CPU; the model stays in training mode."""
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +160,8 @@ def train(
             seed=0,
         )
         data = Windows(rows)
-        Trainer(cast(Any, model), arguments, train_dataset=data, data_collator=cast(Any, causal_batch)).train()
+        collator = cast(Any, causal_batch)
+        Trainer(cast(Any, model), arguments, train_dataset=data, data_collator=collator, callbacks=[*callbacks]).train()
 
 
 def _train_expert(rows: Sequence[list[int]], folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from benchmarks import demo, numerics, products, report
+from benchmarks import demo, from_nothing, numerics, products, report
 from benchmarks.limit import Weights
 from benchmarks.models import Models, build
 from benchmarks.plots import draw_scaling, panels
@@ -225,3 +225,10 @@ def test_a_difference_is_a_number_where_it_can_be_one() -> None:
     }
     infinite = dict.fromkeys(("nan", "tokens", "gone", "dtype", "new"), float("inf"))
     assert numerics.differences(before, now) == {"same": 0.0, "moved": 0.5, **infinite}
+
+
+def test_the_table_of_mixtures_from_nothing_is_what_was_measured() -> None:
+    docs = Path(from_nothing.DOCS)
+    page, result = (docs / "training.md").read_text(), json.loads((docs / "from_nothing.json").read_text())
+    assert from_nothing.table(result) in page
+    assert {from_nothing.ONE, *from_nothing.MIXTURES} <= {row["name"] for row in result["rows"]}
