@@ -77,6 +77,7 @@ docs: $(VENV)/.installed-dev ## redraw the pages that are made by a script
 	$(BIN)/python -m docs.make_speed
 	$(BIN)/python docs/make_memory.py
 	$(BIN)/python docs/make_formats.py
+	$(BIN)/python docs/make_routers.py
 	$(BIN)/python docs/make_routing.py
 	$(BIN)/python docs/make_notebook.py
 

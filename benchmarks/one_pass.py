@@ -1,6 +1,6 @@
 """One pass: what a forward and a decode step cost with each router that needs no scaling pass, by number of experts.
 
-    python -m benchmarks.one_pass --experts 4 8 16 64 --kinds static arrow norm linear
+    python -m benchmarks.one_pass --experts 4 8 16 64 --kinds static arrow norm linear evidence
 
 Ratios to the base model in CPU time on one thread, taken round by round. The limit counts multiplications: those of the
 base model, of the experts, and of the router, over the base model's. What is to be reached is 1.1 times the limit.
@@ -28,12 +28,17 @@ from loramix.timing import Contender, Measurement, describe_machine, interleave
 
 ROUTERS: dict[str, Callable[[Size], int]] = {
     "static": lambda size: 0,
-    "arrow": lambda size: size.experts * size.rank,
-    "norm": lambda size: size.experts * size.rank**2,
-    "linear": lambda size: size.experts**2 * size.rank,
+    "evidence": lambda size: size.experts * size.hidden,
+    "arrow": lambda size: _layers(size) * size.experts * size.rank,
+    "norm": lambda size: _layers(size) * size.experts * size.rank**2,
+    "linear": lambda size: _layers(size) * size.experts**2 * size.rank,
 }
-"""Multiplications of each router in a layer, for one token: R, Σ r² and E · R."""
+"""Multiplications of each router for one token: E · H once, or R, Σ r² and E · R in each layer."""
 TARGET = 1.1
+
+
+def _layers(size: Size) -> int:
+    return 7 * size.blocks
 
 
 def weights_of_one_pass(model: Any) -> Weights:
@@ -56,7 +61,6 @@ def measure(size: Size, kinds: Sequence[str], rounds: int, folder: Path) -> list
         models[kind] = get_peft_model(llama(size), config).eval()
     prompt = torch.randint(size.vocabulary, (1, size.prompt), generator=torch.Generator().manual_seed(0))
     weights = weights_of_one_pass(models[kinds[0]])
-    layers = 7 * size.blocks
     found: list[Measurement] = []
     works: dict[str, tuple[Callable[[Any, Tensor], Callable[[], None]], float]] = {
         f"forward of {size.prompt} tokens": (_forward, size.attention((size.prompt + 1) / 2)),
@@ -70,7 +74,7 @@ def measure(size: Size, kinds: Sequence[str], rounds: int, folder: Path) -> list
         samples = interleave(contenders, rounds, warm_ups=3)
         plain = weights.backbone + weights.head + attention
         for kind in kinds:
-            limit = (plain + weights.experts + layers * ROUTERS[kind](size)) / plain
+            limit = (plain + weights.experts + ROUTERS[kind](size)) / plain
             pair = {"base": samples["base"], "loramix": samples[kind]}
             facts = {"router": kind, "experts": size.experts}
             found.append(Measurement(work, pair, limit, TARGET * limit, facts))

@@ -1,4 +1,4 @@
-"""The mixtures that routers are measured on: the demo's, and one with experts for other texts, made here.
+"""The mixtures that routers are measured on: the demo's, one with experts for other texts, and both together.
 
 The second one adds three experts to the demo's base model: C++ (the headers that come with torch), Python (the sources
 of transformers) and English (the descriptions of the installed packages). One file in eight is held out.
@@ -43,6 +43,7 @@ class Case:
         train: training windows of each expert, labelled by it.
         heldout: held-out passages of each expert's text.
         switching: held-out passages that switch between these.
+        trains: whether routers are trained on it as well.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     train: dict[str, list[list[int]]]
     heldout: dict[str, list[Passage]]
     switching: list[Passage]
+    trains: bool = True
 
     def mixture(self, router: str = "prototypes", **config: Any) -> XLoraModel:
         """A new mixture of these experts, its router at its start."""
@@ -67,8 +69,8 @@ class Case:
         return get_peft_model(base, settings).eval()
 
 
-def demo() -> Case:
-    """The mixture that ships with loramix."""
+def demo(folder: Path | None = None) -> Case:
+    """The mixture that ships with loramix; it needs no folder."""
     tokenizer, domains = bundle.tokenizer(), corpus.DOMAINS
     return Case(
         "demo",
@@ -116,6 +118,22 @@ def installed_passages(name: str, held: Sequence[str]) -> list[Passage]:
     """The first two windows of each of these texts."""
     tokenizer = bundle.tokenizer()
     return [p for text in held for p in list(cut_passages(tokenizer, [(text, name)], window=WINDOW))[:2]]
+
+
+def together(folder: Path) -> Case:
+    """The experts and the text of both: a mixture on which no start and no setting was chosen."""
+    one, other = demo(), installed(folder)
+    heldout = one.heldout | other.heldout
+    return Case(
+        "together",
+        one.base,
+        one.experts | other.experts,
+        one.tokenizer,
+        one.train | other.train,
+        heldout,
+        [*one.switching, *other.switching],
+        trains=False,
+    )
 
 
 def _switching(pools: Sequence[list[Passage]]) -> list[Passage]:

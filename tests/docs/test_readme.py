@@ -80,6 +80,11 @@ def test_the_figures_are_those_of_the_benchmarks() -> None:
     )
 
 
+def test_the_figures_of_routers_are_those_of_the_benchmarks() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "make_routers.py"))
+    assert script["page"]() == (ROOT / "docs" / "routers.md").read_text(), "run `make docs`"
+
+
 def test_the_readme_shows_what_the_demo_printed_and_drew() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "make_demo.py"))
     _, found, rest = (ROOT / "README.md").read_text().partition(script["BEGIN"])
