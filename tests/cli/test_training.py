@@ -69,7 +69,7 @@ def test_a_run_prints_its_evaluation_and_eval_prints_the_same(
 def test_new_experts_are_made_from_a_file_or_from_options(loramix: Command, files: Files, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words to learn from, and more of them " * 8)
-    content = files.settings(tmp_path / "run", data={"train": str(text), "eval": str(text)})
+    content = files.settings(tmp_path / "run", data={"train": str(text), "eval": str(files.held_out)})
     path = tmp_path / "new.yaml"
     path.write_text(yaml.safe_dump({**content, "experts": {"math": files.experts["math"], "new": 2, "r": 3}}))
     dry = loramix("train", path, "--dry-run")

@@ -20,13 +20,14 @@ from transformers import DynamicCache, StaticCache
 
 from loramix import TwoPassCache, XLoraConfig, get_peft_model
 from loramix._compat import enable_checkpointing
+from loramix.passes.cache import FollowedCache
 from support.generation import MODES, NEW, generated, recomputed
 from support.mixtures import logits_of
 from support.tiny import ARCHITECTURES, gemma3, llama, tokens
 from support.versions import is_older
 
 Experts = Callable[[str], dict[str, str]]
-KINDS = ("static", "arrow", "norm", "linear")
+KINDS = ("static", "arrow", "norm", "linear", "evidence")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 GATING: dict[str, Any] = {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2}
 
@@ -125,7 +126,7 @@ def test_a_given_cache_stays_the_users_and_serves_several_turns(
         assert torch.equal(text, whole)
         assert mine.get_seq_length() == text.shape[1] - 1
         text = torch.cat([text, tokens(1, 3, seed=10 + turn)], dim=1)
-    assert type(mine) in (DynamicCache, StaticCache)
+    assert isinstance(mine, FollowedCache) if kind == "evidence" else type(mine) in (DynamicCache, StaticCache)
 
 
 @every_kind

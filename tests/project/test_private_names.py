@@ -45,7 +45,7 @@ NAMES = {  # name -> the file that leans on it
     "_backward_pre_hooks": "layers/stack.py",
     "_has_any_global_hook": "layers/stack.py",
     "_modules": "layers/layer.py",
-    "_parameters": "layers/linear.py",
+    "_parameters": "layers/stack.py",
     "_buffers": "model/several.py",
     "_non_persistent_buffers_set": "model/several.py",
     "_replicate_for_data_parallel": "model/several.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,23 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
-from loramix import CacheError, ConfigurationError, ModelError, UnsupportedOperationError, XLoraConfig, get_peft_model
+from loramix import (
+    CacheError,
+    ConfigurationError,
+    ModelError,
+    RoutingError,
+    UnsupportedOperationError,
+    XLoraConfig,
+    get_peft_model,
+)
+from loramix.passes.text_pass import real_and_first
 from loramix.routers import EvidenceRouter, RouterSizes, gating_of
 from loramix.routers.evidence import accumulated
 from loramix.routers.linear import normalised
 from loramix.routers.start import Moments
+from loramix.training import init_router
 from support.tiny import build, llama, save_expert, tokens
 
 Experts = Callable[[str], dict[str, str]]
@@ -75,10 +86,10 @@ def test_the_logits_are_those_of_the_equation() -> None:
     x, real = torch.randn(1, 6, 8), torch.ones(1, 6, dtype=torch.bool)
     found = router.distinct(router.read(x, real, ~real, None))
     decay = torch.sigmoid(router.memory).detach()
-    z = torch.zeros(5, 3)
+    y = torch.zeros(5, 3)
     for t in range(6):
-        z = decay * z + (router.weight @ x[0, t] + router.bias).reshape(5, 3)
-        assert_close(found[0, t], z, atol=1e-4, rtol=1e-5)
+        y = decay * y + (router.weight @ x[0, t] + router.bias).reshape(5, 3)
+        assert_close(found[0, t], router.prior.reshape(5, 3) + y, atol=1e-4, rtol=1e-5)
 
 
 def test_texts_that_are_packed_into_a_row_do_not_hear_of_each_other(experts: Experts) -> None:
@@ -88,6 +99,62 @@ def test_texts_that_are_packed_into_a_row_do_not_hear_of_each_other(experts: Exp
     together = model.get_latest_scalings()
     model(ids[:, 4:], use_cache=False)
     assert_close(together[:, 4:], model.get_latest_scalings())
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_of_pairs_tells_padding_and_texts(additive: bool, experts: Experts) -> None:
+    model, ids = mixture(experts), tokens(1)
+    blocks = torch.block_diag(torch.ones(4, 4), torch.ones(5, 5)).tril().bool()
+    blocks[:, 0] = False  # padding
+    mask = torch.where(blocks, -1e-3, torch.finfo(torch.float32).min) if additive else blocks
+    positions = torch.cat([torch.tensor([0]), torch.arange(3), torch.arange(5)]).unsqueeze(0) + 7  # no 0
+    model(ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False)
+    together = model.get_latest_scalings()
+    for part in (slice(1, 4), slice(4, 9)):
+        model(ids[:, part], use_cache=False)
+        assert_close(together[:, part], model.get_latest_scalings())
+
+
+def test_packed_texts_with_positions_of_several_axes(experts: Experts) -> None:
+    arguments = {"attention_mask": None, "position_ids": torch.tensor([[[0, 1, 0, 0, 2]], [[0, 1, 0, 1, 2]]])}
+    _, first = real_and_first(arguments, torch.Size([1, 5]), 0)
+    assert first.tolist() == [[True, False, True, False, False]]
+
+
+def test_a_mask_that_is_too_short_is_refused(experts: Experts) -> None:
+    with pytest.raises(RoutingError, match=r"which tokens are padding[\s\S]*\(2, 5\) for 9 tokens"):
+        mixture(experts)(tokens(), attention_mask=torch.ones(2, 5))
+
+
+def test_a_pickled_cache_goes_on(experts: Experts) -> None:
+    model, ids = mixture(experts), tokens()
+    cache = pickle.loads(pickle.dumps(model(ids[:, :5], use_cache=True).past_key_values))
+    expected = logits(model, ids, use_cache=False)[:, 5:]
+    assert_close(logits(model, ids[:, 5:], past_key_values=cache), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_static_cache_keeps_its_shapes_and_is_not_cropped(experts: Experts) -> None:
+    model, ids = mixture(experts), tokens()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    whole = logits(model, ids, use_cache=False)
+    logits(model, ids[:, :5], past_key_values=cache)
+    kept = next(each for each in vars(cache)["followers"])
+    for t in range(5, 9):
+        found = logits(model, ids[:, t : t + 1], past_key_values=cache)
+        assert_close(found[:, 0], whole[:, t], atol=1e-5, rtol=1e-5)
+        assert kept.rows.shape[1] == 1
+    with pytest.raises(CacheError, match="a static cache that is cropped"):
+        kept.cropped(2)
+
+
+def test_a_share_for_the_base_alone_starts_as_for_any_kind(experts: Experts) -> None:
+    config = {"gating": "with-none", "gating_settings": {"none_logit": 2.0}}
+    settings = XLoraConfig(adapters=experts("llama"), router="evidence", **config)
+    model: Any = get_peft_model(llama(), settings).eval()
+    for _ in range(2):
+        model(tokens())
+        assert_close(model.get_latest_scalings(), torch.full_like(model.get_latest_scalings(), 0.25))
+        init_router(model, "zeros")
 
 
 def test_embeddings_may_be_given(experts: Experts) -> None:
@@ -130,7 +197,7 @@ def test_a_cache_that_it_did_not_fill_is_refused(experts: Experts) -> None:
     with pytest.raises(CacheError, match="another model filled"):
         model(ids, past_key_values=foreign)
     own = model(ids, use_cache=True).past_key_values
-    with pytest.raises(CacheError, match="another model filled"):
+    with pytest.raises(CacheError, match="another mixture filled"):
         mixture(experts)(ids, past_key_values=own)
     with model.disable_adapter(), torch.no_grad():
         model(ids, past_key_values=own)

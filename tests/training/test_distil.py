@@ -74,7 +74,7 @@ def test_a_student_that_reads_the_text_comes_closer_than_a_constant(layerwise: b
     assert found.agreement > 0.6
 
 
-@pytest.mark.parametrize("kind", ["linear", "static"])
+@pytest.mark.parametrize("kind", ["evidence", "linear", "static"])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_constant_teacher_is_met_exactly(kind: Any, layerwise: bool, experts: Any) -> None:
     model = teacher(experts, layerwise_scalings=layerwise, sharp=0.0)
@@ -82,7 +82,7 @@ def test_a_constant_teacher_is_met_exactly(kind: Any, layerwise: bool, experts: 
         model.router.layers[0].bias.normal_()
         expected = model(tokens()).logits
         scalings = model.get_latest_scalings()
-    if kind == "linear":
+    if kind != "static":
         with pytest.warns(UserWarning, match=r'hardly depend on the text[\s\S]*"static"'):
             found = distil_router(model, kind, texts(), steps=2)
     else:

@@ -107,9 +107,9 @@ def test_what_would_stop_a_run_stops_it_before_weights_load(
         run_training(settings(files, tmp_path / "out", experts, data=texts(tmp_path), **changes))
 
 
-def texts(folder: Path) -> str:
-    path = folder / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{i} and some words more"}) + "\n" for i in range(8)))
+def texts(folder: Path, first: int = 0) -> str:
+    path = folder / f"text-{first}.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{first + i} and some words more"}) + "\n" for i in range(8)))
     return str(path)
 
 
@@ -145,7 +145,7 @@ def test_a_run_trains_new_experts_and_resumes_as_if_it_had_not_stopped(
 
 
 def test_a_training_that_only_makes_the_mixture_worse_ends_with_its_start(files: Files, tmp_path: Path) -> None:
-    data = {"train": texts(tmp_path), "eval": texts(tmp_path)}
+    data = {"train": texts(tmp_path), "eval": texts(tmp_path, first=100)}
     worse = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # each step makes it smaller
     run_training(settings(files, tmp_path / "run", data=data, trainer=worse))
     mixture = tmp_path / "run" / "mixture"
@@ -201,7 +201,7 @@ def test_a_run_tells_dead_experts_by_name(
     evaluated: bool, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "_initialise", lambda model, _: never(model, "e1"))
-    data = {"train": texts(tmp_path), **({"eval": texts(tmp_path)} if evaluated else {})}
+    data = {"train": texts(tmp_path), **({"eval": texts(tmp_path, first=100)} if evaluated else {})}
     told = list[str]()
     chosen = settings(files, tmp_path / "run", data=data, mixture={"router": "static"})
     done = run_training(chosen, tell=told.append)

@@ -327,7 +327,7 @@ class LayerRouting:
         expansion = self._expansions.get(stack.layout)
         if expansion is None:
             chosen = F.one_hot(stack.expert_of_rank, weighted.shape[-1])
-            expansion = self._expansions[stack.layout] = chosen * stack.rank_scale.unsqueeze(-1)
+            expansion = self._expansions[stack.layout] = chosen * stack.rank_scale.to(weighted).unsqueeze(-1)
         made = F.linear(weighted, expansion)  # one entry a row: exact, and on a CPU faster than choosing columns
         return made if made.dtype == low_rank.dtype else made.to(low_rank.dtype)
 

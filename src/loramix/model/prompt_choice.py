@@ -255,7 +255,7 @@ def _on_device(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _answers(stack: ExpertStack, h: Float[Tensor, "B R"], experts: int) -> Float[Tensor, "B E N"]:
     """c_e B_e h_e of each expert; 0 of one that is absent."""
-    up, of_rank = stack.lora_B[:, : stack.rank].float(), stack.expert_of_rank[: stack.rank]
+    up, of_rank = stack.whole("lora_B")[:, : stack.rank].float(), stack.expert_of_rank[: stack.rank]
     scaled = h.float() * stack.rank_scale[: stack.rank]
     members = torch.arange(experts, device=of_rank.device).unsqueeze(1) == of_rank
     return (scaled.unsqueeze(1) * members) @ up.T

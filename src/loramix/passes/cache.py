@@ -236,6 +236,27 @@ def refuse_two_pass_cache(cache: Any) -> None:
         )
 
 
+def claim(cache: Any, owner: str) -> None:
+    """Note which mixture fills a cache of one pass, and refuse one that another mixture has filled.
+
+    A cache that a single pass has filled, of the base model or with fixed scalings, may be continued.
+
+    Raises:
+        CacheError: another mixture filled it.
+    """
+    if torch.compiler.is_compiling() or not isinstance(cache, Cache):
+        return
+    known = vars(cache).get(_FILLED_BY)
+    if known == owner:
+        return
+    if known is not None and tokens_in(cache) > 0:
+        raise _foreign("a cache that another mixture filled")
+    vars(cache)[_FILLED_BY] = owner
+
+
+_FILLED_BY = "_loramix_owner"
+
+
 @functools.cache
 def _subclass(own: type[FollowedCache], kind: type[Cache]) -> type[FollowedCache]:
     """The run-time subclass of a cache's class, with the same names."""

@@ -17,7 +17,7 @@ from loramix.experts.layer_use import TokenOrder
 from loramix.experts.offload import with_weights
 from loramix.layers.routing import LayerRouting
 from loramix.layers.slot import routed
-from loramix.passes.cache import follow, refuse_two_pass_cache
+from loramix.passes.cache import claim, follow, refuse_two_pass_cache
 from loramix.passes.call import KEEP, BackboneCall, as_tokens
 from loramix.passes.hooks import join_losses
 from loramix.passes.state import MixtureState
@@ -28,9 +28,10 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
     """A forward of a mixture whose router reads a layer's low-rank activation, or nothing.
 
     Raises:
-        CacheError: a cache of two passes.
+        CacheError: a cache of two passes, or one that another mixture filled.
     """
     refuse_two_pass_cache(call.cache)
+    claim(call.cache, state.owner)
     state.check_settings()
     if state.hooks and isinstance(call.cache, Cache):
         follow(call.cache)
@@ -51,6 +52,7 @@ def one_pass(state: MixtureState, call: BackboneCall) -> Any:
     output = state.gated(logits, call.hook_inputs, call.training, call.role == "encoder")
     join_losses(out, state.publish(output))
     made = None if call.cache is not None else out.get(call.signature.cache)
+    claim(made, state.owner)
     if state.hooks and made is not None:
         for hook in state.hooks:
             hook.cached(follow(made))

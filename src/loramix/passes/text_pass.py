@@ -7,9 +7,8 @@ B, S: batch, sequence. T: tokens in the cache. H: hidden size. F: width of a sum
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +19,7 @@ from loramix.errors import CacheError, RoutingError
 from loramix.experts.offload import with_weights
 from loramix.layers.layer import XLoraLayer
 from loramix.layers.slot import routed
-from loramix.passes.cache import follow, refuse_two_pass_cache
+from loramix.passes.cache import claim, follow, refuse_two_pass_cache, tokens_in
 from loramix.passes.call import BackboneCall
 from loramix.passes.hooks import CacheFollower, join_losses
 from loramix.passes.state import MixtureState
@@ -39,13 +38,14 @@ def text_pass(state: MixtureState, call: BackboneCall) -> Any:
     """
     refuse_shared_state(state, call)
     refuse_two_pass_cache(call.cache)
+    claim(call.cache, state.owner)
     router = state.router
     assert isinstance(router, TextRouter)
-    summaries = None if call.cache is None else _summaries_in(call.cache, state.owner)
+    whole = bool(state.uses.seeing_cached) or not getattr(call.cache, "is_compileable", False)
+    summaries = None if call.cache is None else _summaries_in(call.cache, state.owner, whole=whole)
     embeddings = _embeddings(call)
-    past = 0 if summaries is None else summaries.length
-    real = _real_tokens(call.arguments.get("attention_mask"), embeddings.shape[:2], past)
-    first = _first_tokens(call.arguments.get("position_ids"), real)
+    past = 0 if summaries is None else summaries.length if whole else tokens_in(cast(Cache, call.cache))
+    real, first = real_and_first(call.arguments, embeddings.shape[:2], past)
     before = None if summaries is None else summaries.last
     embeddings, real, first = (each.to(_device_of(router, embeddings)) for each in (embeddings, real, first))
     read = with_weights(router, router.read, embeddings, real, first, before)
@@ -59,6 +59,7 @@ def text_pass(state: MixtureState, call: BackboneCall) -> Any:
     out = routed(by_tokens(state, call, made.routing, cached), call.run)
     join_losses(out, made.losses)
     new = None if call.cache is not None else out.get(call.signature.cache)
+    claim(new, state.owner)
     if isinstance(new, Cache):
         followed = follow(new)
         followed.followers = (*followed.followers, Summaries(state.owner, read.detach()))
@@ -73,11 +74,13 @@ class Summaries(CacheFollower):
     Args:
         owner: the mixture that filled the cache.
         rows: (B, T, F), the summaries; None while the cache is empty.
+        whole: whether all are kept; else the last one alone, so that shapes stay as they are.
     """
 
-    def __init__(self, owner: str, rows: Float[Tensor, "B T F"] | None = None) -> None:
+    def __init__(self, owner: str, rows: Float[Tensor, "B T F"] | None = None, *, whole: bool = True) -> None:
         self.owner = owner
         self._rows = rows
+        self._whole = whole
 
     @property
     def rows(self) -> Float[Tensor, "B T F"]:
@@ -87,7 +90,7 @@ class Summaries(CacheFollower):
 
     @property
     def length(self) -> int:
-        """T."""
+        """T; 1 if only the last one is kept."""
         return 0 if self._rows is None else self._rows.shape[1]
 
     @property
@@ -97,7 +100,10 @@ class Summaries(CacheFollower):
 
     def add(self, rows: Float[Tensor, "B S F"]) -> None:
         """So many tokens more."""
-        self._rows = rows if not self.length else torch.cat([self.rows, rows], 1)
+        if not self._whole:
+            self._rows = rows[:, -1:].contiguous()
+        else:
+            self._rows = rows if not self.length else torch.cat([self.rows, rows], 1)
 
     def reordered(self, rows: Tensor) -> None:
         if self._rows is not None:
@@ -108,17 +114,31 @@ class Summaries(CacheFollower):
             self._rows = self._rows.repeat_interleave(times, 0)
 
     def cropped(self, tokens: int) -> None:
-        if self._rows is not None:
+        if self._rows is not None and tokens:
+            if not self._whole:
+                raise CacheError(
+                    "A router of text goes back to an earlier token where it has kept what it knew there.",
+                    received="a static cache that is cropped",
+                    remedy="use a dynamic cache, or reset this one",
+                )
             self._rows = self._rows[:, : self.length - tokens]
 
     def emptied(self) -> None:
         self._rows = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Summaries:
-        return Summaries(self.owner, copy.deepcopy(self._rows, memo))
+    def holds(self, tokens: int | None) -> bool:
+        """Whether these are the summaries of so many tokens; None: of an unknown number."""
+        return tokens is None or not self._whole or tokens == self.length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _summaries, (self.owner, self._rows, self._whole)
 
 
-def _summaries_in(cache: Any, owner: str) -> Summaries:
+def _summaries(owner: str, rows: Tensor | None, whole: bool) -> Summaries:
+    return Summaries(owner, rows, whole=whole)
+
+
+def _summaries_in(cache: Any, owner: str, *, whole: bool) -> Summaries:
     """The summaries of a cache's tokens; an empty cache gains them now.
 
     Raises:
@@ -132,21 +152,24 @@ def _summaries_in(cache: Any, owner: str) -> Summaries:
         )
     followed = follow(cache)
     own = next((each for each in followed.followers if isinstance(each, Summaries)), None)
+    if own is None or own.owner != owner:
+        if tokens_in(followed) > 0:
+            raise _foreign("a cache that another model filled")
+        others = tuple(each for each in followed.followers if each is not own)
+        own = Summaries(owner, whole=whole)
+        followed.followers = (*others, own)
     held = _held(followed)
-    if own is not None and not own.length and not held:
-        own.owner = owner
-    if own is None and not held:
-        own = Summaries(owner)
-        followed.followers = (*followed.followers, own)
-    if own is None or own.owner != owner or held not in (None, own.length):
-        raise CacheError(
-            "A mixture whose router reads the text continues only a cache that it filled itself.",
-            received="a cache that another model filled"
-            if own is None or own.owner != owner
-            else f"{held} tokens in the cache, {own.length} of which were routed",
-            remedy="pass an empty cache, or one that this mixture returned",
-        )
+    if not own.holds(held):
+        raise _foreign(f"{held} tokens in the cache, {own.length} of which were routed")
     return own
+
+
+def _foreign(received: str) -> CacheError:
+    return CacheError(
+        "A mixture whose router reads the text continues only a cache that it filled itself.",
+        received=received,
+        remedy="pass an empty cache, or one that this mixture returned",
+    )
 
 
 def _held(cache: Cache) -> int | None:
@@ -157,8 +180,7 @@ def _held(cache: Cache) -> int | None:
         found = cache.get_seq_length()
     except ValueError:  # a cache of states only, such as Mamba's
         return None if cache.has_previous_state() else 0
-    waits = isinstance(found, Tensor) and found.device.type != "cpu"
-    return None if waits else int(found)
+    return None if isinstance(found, Tensor) and found.device.type != "cpu" else int(found)
 
 
 def embedding_of(model: Any) -> nn.Module:
@@ -195,32 +217,41 @@ def _device_of(router: nn.Module, like: Tensor) -> torch.device:
     return like.device if parameter.is_meta else parameter.device
 
 
-def _real_tokens(mask: Any, tokens: torch.Size, past: int) -> Bool[Tensor, "B S"]:
-    """Which tokens are no padding: by a mask of tokens, or by one of pairs, in which nobody attends to padding.
+def real_and_first(
+    arguments: Mapping[str, Any], tokens: torch.Size, past: int | Tensor
+) -> tuple[Bool[Tensor, "B S"], Bool[Tensor, "B S"]]:
+    """Which tokens are no padding, and which begin a further text in their row.
+
+    Padding is told by a mask of tokens, or by one of pairs, in which nobody attends to padding; a further text by
+    positions that begin again at 0, or by a mask of pairs, in which its first token does not attend to the one before.
 
     Raises:
-        RoutingError: another kind of mask.
+        RoutingError: a mask that tells neither.
     """
+    mask, positions, length = arguments.get("attention_mask"), arguments.get("position_ids"), tokens[1]
     if isinstance(mask, Mapping):  # one for each kind of attention: the widest tells
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    length = tokens[1]
-    if mask is None:
-        return torch.ones(tokens, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise RoutingError(
-            "A router of text is told which tokens are padding.",
-            received=f"attention_mask of the type {type(mask).__name__}",
-            remedy='pass a mask (B, S) of zeros and ones, or use attn_implementation="sdpa"',
-        )
-    if mask.dim() == 4:
-        allowed = mask if mask.dtype == torch.bool else mask == 0
-        mask = allowed.any(1).any(1)
-    start = past if mask.shape[1] >= past + length else mask.shape[1] - length
-    return mask[:, start : start + length].bool().expand(tokens)
-
-
-def _first_tokens(positions: Any, real: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
-    """The tokens at position 0, where several texts are packed into a row."""
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return torch.zeros_like(real)
-    return (positions.to(real.device) == 0).expand(real.shape) & real
+    real, first = torch.ones(tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.bool)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < length:
+            shape = f" of the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
+            raise RoutingError(
+                "A router of text is told which tokens are padding.",
+                received=f"attention_mask of the type {type(mask).__name__}{shape} for {length} tokens",
+                remedy='pass a mask (B, S) of zeros and ones, or use attn_implementation="sdpa"',
+            )
+        last = mask.shape[-1] - length
+        start = past.clamp(max=last).to(mask.device) if isinstance(past, Tensor) else min(past, last)
+        columns = start + torch.arange(length, device=mask.device)
+        if mask.dim() == 4:
+            allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            seen = allowed.any(1).index_select(-1, columns)
+            real = seen.any(-2).expand(tokens)
+            follows = seen.diagonal(offset=-1, dim1=-2, dim2=-1)
+            first = nn.functional.pad(~follows, (1, 0)).expand(tokens)
+        else:
+            real = mask.bool().index_select(-1, columns).expand(tokens)
+    if isinstance(positions, Tensor) and positions.dim() in (2, 3):
+        at_start = (positions if positions.dim() == 3 else positions.unsqueeze(0)) == 0
+        first = first | at_start.all(0).expand(tokens).to(first.device)
+    return real, first.to(real.device) & real

@@ -23,7 +23,7 @@ from loramix.routers.start import ClosedForm, LinearRouter, Method, Moments
 
 @register_router
 class EvidenceRouter(TextRouter):
-    """z_t = λ z_{t−1} + W x_t + b,  z_0 = 0
+    """z_t = a + y_t,  y_t = λ y_{t−1} + W x_t + b,  y_0 = 0
 
     x_t is the embedding of token t as it enters the base model, divided by its rms. W x + b is what one token says, by
     itself, of the text's expert: the logarithm of p(x | expert), up to a constant. If a text's tokens were independent,
@@ -32,16 +32,18 @@ class EvidenceRouter(TextRouter):
     the ones before have said, and their sum counts it many times; embeddings do not.
 
     W and b are a logistic regression onto labels (`init_router`), distilled, or trained, and λ with them. Built, it is
-    the uniform mixture: W = 0, b = 0.
+    the uniform mixture: W = 0, b = 0, and a of `Gating.uniform`.
 
     Args:
         hidden_size: H, which is the width of the embeddings.
         distinct: 1, or L with `layerwise_scalings`.
         experts: E.
+        start: every entry of a.
 
     Attributes:
         weight: (E, H), or (L · E, H): W.
         bias: (E,), or (L · E,): b.
+        prior: (E,), or (L · E,): a, what is known before the text.
         distinct_layers: 1, or L.
         memory: (1,): ln(λ / (1 − λ)).
 
@@ -50,21 +52,23 @@ class EvidenceRouter(TextRouter):
 
     kind = "evidence"
 
-    def __init__(self, hidden_size: int, distinct: int, experts: int) -> None:
+    def __init__(self, hidden_size: int, distinct: int, experts: int, start: float) -> None:
         super().__init__()
         self.distinct_layers = distinct
         self.weight = nn.Parameter(torch.zeros(distinct * experts, hidden_size))
         self.bias = nn.Parameter(torch.zeros(distinct * experts))
+        self.prior = nn.Parameter(torch.full((distinct * experts,), start))
         self.memory = nn.Parameter(torch.full((1,), math.log(_KEPT / (1 - _KEPT))))
 
     @classmethod
     def build(cls, config: XLoraConfig, sizes: RouterSizes) -> Self:
-        return cls(sizes.hidden_size, sizes.layers if config.layerwise_scalings else 1, sizes.experts)
+        distinct = sizes.layers if config.layerwise_scalings else 1
+        return cls(sizes.hidden_size, distinct, sizes.experts, gating_of(config).uniform(sizes.experts))
 
     @classmethod
     def shapes(cls, config: XLoraConfig, sizes: RouterSizes) -> Shapes:
         rows = sizes.experts * (sizes.layers if config.layerwise_scalings else 1)
-        return {"weight": (rows, sizes.hidden_size), "bias": (rows,), "memory": (1,)}
+        return {"weight": (rows, sizes.hidden_size), "bias": (rows,), "prior": (rows,), "memory": (1,)}
 
     @classmethod
     def check(cls, config: XLoraConfig) -> None:
@@ -84,11 +88,13 @@ class EvidenceRouter(TextRouter):
     def start_uniform(self, gating: Gating) -> None:
         self.weight.zero_()
         self.bias.zero_()
+        self.prior.fill_(gating.uniform(len(self.prior) // self.distinct_layers))
 
     @torch.no_grad()
     def start_from(self, moments: Sequence[Moments], method: ClosedForm, gating: Gating) -> LinearRouter:
         """Logistic regression onto the experts, whatever the method: its logits are what naive Bayes adds up."""
         found = moments[0].fit_logistic(gating)
+        self.start_uniform(gating)
         self.weight.copy_((found.scale * found.weight).repeat(self.distinct_layers, 1))
         self.bias.copy_((found.scale * found.bias).repeat(self.distinct_layers))
         return found
@@ -102,9 +108,8 @@ class EvidenceRouter(TextRouter):
         share: float,
         offset: float,
     ) -> dict[str, Tensor]:
-        """As for any kind at a text's first token; later tokens add to the offset, so that the logit is lower still."""
-        weight, bias = (share * columns[name].mean(-1) for name in ("weight", "bias"))
-        return {"weight": weight, "bias": bias + offset}
+        new = {name: share * columns[name].mean(-1) for name in ("weight", "bias", "prior")}
+        return new | {"prior": new["prior"] + offset}
 
     def read(
         self,
@@ -124,7 +129,7 @@ class EvidenceRouter(TextRouter):
             return accumulated(said, F.logsigmoid(self.memory), real, first, before)
 
     def distinct(self, read: Float[Tensor, "B S distinct_E"]) -> Float[Tensor, "B S distinct E"]:
-        return read.unflatten(-1, (self.distinct_layers, -1))
+        return (self.prior + read).unflatten(-1, (self.distinct_layers, -1))
 
 
 def accumulated(

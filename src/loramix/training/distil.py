@@ -118,7 +118,7 @@ def distil_router(
     start = state_of(model).gating.temperature * mean.clamp_min(_SMALL).log()
     closed_form: float | None = None
     if kind == "static":
-        config.layerwise_scalings |= bool((start != start[:1]).any())
+        config.layerwise_scalings |= _differ(start)
         student: Student = StaticRouter.build(config, sizes).to(device_of(model))
         student.assign(start if config.layerwise_scalings else start[0])
         first = found = task.score(student)
@@ -128,7 +128,10 @@ def distil_router(
             with torch.no_grad():
                 student.bias.copy_(start)
         else:
+            config.layerwise_scalings |= _differ(start)
             student = EvidenceRouter.build(config, sizes).to(device_of(model))
+            with torch.no_grad():
+                student.prior.copy_((start if config.layerwise_scalings else start[0]).flatten())
         first = found = task.score(student)
         fitted = copy.deepcopy(student)
         if isinstance(fitted, LinearRouter):
@@ -150,6 +153,11 @@ def distil_router(
     )
     replace_router(model, student, config)
     return result
+
+
+def _differ(logits: Float[Tensor, "L E"]) -> bool:
+    """Whether layers have different ones."""
+    return bool((logits != logits[:1]).any())
 
 
 def _check(model: XLoraModel, kind: str, batches: Sequence[Batch]) -> None:
@@ -266,7 +274,7 @@ class _Task:
             real = real_tokens(self.train[number])
             with torch.enable_grad():
                 q = self.state.gating.activate(kind.make(self.train[number]))
-                p = taught[number][:, :, distinct].to(q.device)
+                p = taught[number][:, :, distinct].to(q.device).nan_to_num(0.0)  # of layers that saw other tokens
                 loss = _divergence(p.clamp_min(_SMALL).log(), q.clamp_min(_SMALL).log())[real.to(q.device)].mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -338,6 +346,8 @@ class _Task:
             if logits is None:
                 continue
             p, q = taught.scalings[:, :, layer], gating.activate(logits)
+            if bool(p.isnan().any()):  # the teacher's layer saw other tokens
+                continue
             divergences.append(_divergence(p.clamp_min(_SMALL).log(), q.clamp_min(_SMALL).log())[real].mean())
             agreements.append((p.argmax(-1) == q.argmax(-1))[real].float().mean())
         return torch.stack(divergences).mean(), torch.stack(agreements).mean()

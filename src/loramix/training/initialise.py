@@ -39,8 +39,8 @@ Start = Method | Literal["random"]
 """How a router begins: in one of the ways of `init_router`, or as it was built."""
 
 STARTS: dict[Start, str] = {
-    "labels": "ridge regression onto the experts that the training text names",
-    "text": "ridge regression onto the experts that predict some of the training text best",
+    "labels": "regression onto the experts that the training text names",
+    "text": "regression onto the experts that predict some of the training text best",
     "prompts": "a linear discriminant of the prompts of each expert",
     "zeros": "every expert alike",
     "random": "as it was built",
