@@ -65,8 +65,9 @@ def reorder(router: Any, order: list[int]) -> None:
         elif router.kind == "static":
             router.logits.copy_(router.logits[:, order])
         elif router.kind == "prototypes" or router.kind == "evidence":
-            for parameter in (router.weight, router.bias):
-                parameter.copy_(rows(parameter))
+            for name, parameter in router.named_parameters():
+                if name in ("weight", "bias", "prior"):
+                    parameter.copy_(rows(parameter))
         elif router.kind == "linear":
             router.weight.copy_(columns(router.weight))
             router.bias.copy_(router.bias[:, order])
