@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing import assert_close
 
 import loramix
 from loramix import ConfigurationError, LoraConfig, PeftModel, XLoraConfig, create_reference_model, get_peft_model
 from loramix.config.xlora import as_adapters
 from loramix.model.peft_methods import layers_of
+from loramix.model.prompt_choice import Responses
 from support.mixtures import HARD, SPARSE, logits_of
 from support.peft_side import PEFT_WARNINGS
 from support.tiny import MOES, TARGETS, llama, save_expert, tokens
@@ -70,6 +72,14 @@ def test_new_experts_change_nothing_at_their_start(experts: Experts) -> None:
     alone, mixed = build(dict(old)).eval(), build({"a": new(), **old, "b": new()}).eval()
     with alone.fixed_scalings([0.5, 0.3, 0.1]), mixed.fixed_scalings([0.7, 0.5, 0.3, 0.1, 0.9]):
         torch.testing.assert_close(logits_of(mixed), logits_of(alone))
+
+
+def test_weights_are_chosen_by_a_prompt_for_new_experts_beside_frozen_ones(experts: Experts) -> None:
+    model = build({"math": experts("llama")["math"], "e0": new()})
+    train(model)
+    mixed = Responses()(model, {"input_ids": tokens()})
+    assert_close(mixed.sum(-1), torch.ones(2))
+    assert (mixed > 0).all()
 
 
 def test_new_experts_differ_and_follow_the_seed() -> None:

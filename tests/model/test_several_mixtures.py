@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from loramix import PeftModel, XLoraModel, create_reference_model, errors
+from loramix import PeftModel, XLoraConfig, XLoraModel, create_reference_model, errors, get_peft_model
 from loramix._compat import enable_checkpointing
 from loramix.evaluation import evaluate
 from loramix.evaluation.passages import Passage
@@ -183,6 +183,20 @@ def test_a_cache_that_one_filled_is_refused_by_the_other(folders: dict[str, Path
     model = both(folders)
     cache = model(tokens(), use_cache=True).past_key_values
     with model.use_mixture("b"), pytest.raises(errors.CacheError, match="another mixture filled"):
+        model(tokens(2, 1), past_key_values=cache)
+    model(tokens(2, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["linear", "evidence"])
+def test_a_cache_of_one_pass_is_refused_by_the_other_too(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        mixture = alone(folders["a"])
+        config = XLoraConfig(adapters={n: str(folders["a"] / n) for n in mixture.expert_names}, router=kind)
+        get_peft_model(llama(), config).save_pretrained(tmp_path / name)
+    model: Any = PeftModel.from_pretrained(llama(), tmp_path / "one", adapter_name="one")
+    model.load_mixture(tmp_path / "two", "two")
+    cache = model(tokens(), use_cache=True).past_key_values
+    with model.use_mixture("two"), pytest.raises(errors.CacheError, match="another mixture filled"):
         model(tokens(2, 1), past_key_values=cache)
     model(tokens(2, 1), past_key_values=cache)
 

@@ -74,6 +74,20 @@ def test_a_student_that_reads_the_text_comes_closer_than_a_constant(layerwise: b
     assert found.agreement > 0.6
 
 
+def test_a_teacher_whose_layers_differ_gets_a_student_of_layers(experts: Any) -> None:
+    model: Any = get_peft_model(llama(), XLoraConfig(adapters=experts("llama"), router="linear")).eval()
+    with torch.no_grad():
+        model.router.bias.normal_(std=2.0)
+        model(tokens())
+    taught = model.get_latest_scalings()
+    with pytest.warns(UserWarning, match="hardly depend on the text"):
+        found = distil_router(model, "evidence", texts(), steps=0)
+    with torch.no_grad():
+        model(tokens())
+    assert found.agreement == 1
+    assert_close(model.get_latest_scalings(), taught, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["evidence", "linear", "static"])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_constant_teacher_is_met_exactly(kind: Any, layerwise: bool, experts: Any) -> None:

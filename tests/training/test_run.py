@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -120,6 +121,14 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(files: Files, tmp_p
         with pytest.warns(UserWarning, match="max_steps"):
             run_training(longer)
         assert not same(output / "mixture", output / "first")
+
+
+def test_a_run_starts_and_trains_a_router_of_evidence(files: Files, tmp_path: Path) -> None:
+    run_training(settings(files, tmp_path, mixture={"router": "evidence"}))
+    loaded: Any = PeftModel.from_pretrained(llama(), tmp_path / "mixture")
+    assert loaded.router.kind == "evidence"
+    assert loaded.router.weight.abs().max() > 0
+    assert float(loaded.router.memory) != pytest.approx(math.log(9), abs=1e-7)
 
 
 def test_the_best_mixture_is_the_one_that_is_kept(files: Files, tmp_path: Path) -> None:
