@@ -45,7 +45,7 @@ def distil(
     ] = None,
     limit: Annotated[int, typer.Option(min=2, help="The most passages; a fifth of them is held out.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Passages in a batch.")] = 4,
-    steps: Annotated[int, typer.Option(min=0, help="Steps of Adam, each with one batch.")] = 100,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of Adam for `linear`, each with one batch.")] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Give a mixture a router that needs one pass, which learns from the router that it has.

@@ -83,15 +83,15 @@ def distil_router(
 
     The student starts as the mean teacher: W = 0, and b the logarithm of the mean scalings, so that a constant teacher
     is met exactly. `static` is then done. `linear` is fitted by ridge regression onto the teacher's centred
-    log-scalings, `evidence` by Adam on D_s, which needs no forward of the model. Both then go on by Adam, which
-    minimises D_o + D_s / 50: scalings count as far as they change what is predicted. Of all these the router with the
-    least D_o on held-out batches is kept. Experts and gating stay.
+    log-scalings, and then by Adam, which minimises D_o + D_s / 50: scalings count as far as they change what is
+    predicted. `evidence` is fitted by Adam on D_s alone, which needs no more forwards of the model. Of all these the
+    router with the least D_o on held-out batches is kept. Experts and gating stay.
 
     Args:
         model: the mixture, a causal language model; its router is the teacher.
         kind: "evidence", "linear" or "static".
         batches: `input_ids` and, where there is padding, `attention_mask`; at least two. The last fifth is held out.
-        steps: of Adam, each with one batch; 0 keeps the closed form.
+        steps: of Adam for `linear`, each with one batch; 0 keeps the closed form.
         learning_rate: of Adam, at the first step; it falls to 0 as a cosine.
 
     Raises:
@@ -142,7 +142,8 @@ def distil_router(
         closed_form = fit.divergence
         if fit.divergence < found.divergence:
             student, found = fitted, fit
-        student, found = task.descend(student, found, steps, learning_rate)
+        if isinstance(student, LinearRouter):  # evidence that is fitted gained nothing by it, on two mixtures
+            student, found = task.descend(student, found, steps, learning_rate)
     result = Distillation(
         kind,
         first.divergence,
@@ -281,7 +282,9 @@ class _Task:
             optimizer.step()
             schedule.step()
 
-    def descend(self, student: Student, found: _Score, steps: int, learning_rate: float) -> tuple[Student, _Score]:
+    def descend(
+        self, student: LinearRouter, found: _Score, steps: int, learning_rate: float
+    ) -> tuple[LinearRouter, _Score]:
         """Adam on D_o + D_s / 50; the best of what is met on the way."""
         best, student = student, copy.deepcopy(student)
         optimizer, schedule = _adam(student.requires_grad_(True), learning_rate, steps)
