@@ -281,6 +281,7 @@ class _Task:
                 loss.backward()
             optimizer.step()
             schedule.step()
+        optimizer.zero_grad()
 
     def descend(
         self, student: LinearRouter, found: _Score, steps: int, learning_rate: float
