@@ -209,7 +209,7 @@ def test_a_cache_that_it_did_not_fill_is_refused(experts: Experts) -> None:
     "settings",
     [
         {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 3, "eos_token_id": 2},
         {"num_beams": 3},
         {"do_sample": True, "num_return_sequences": 2},
         {"prefill_chunk_size": 4},
@@ -224,7 +224,7 @@ def test_transformers_own_generation_gives_the_same_tokens_as_without_a_cache(
     if "prompt_lookup_num_tokens" in settings:
         ids, mask = ids[:1].repeat(1, 2), torch.ones(1, 18, dtype=torch.long)
     plain = {"do_sample": False, **settings}
-    plain = {k: v for k, v in plain.items() if k in ("do_sample", "num_beams", "num_return_sequences")}
+    plain = {k: v for k, v in plain.items() if k in ("do_sample", "num_beams", "num_return_sequences", "eos_token_id")}
     torch.manual_seed(0)
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=8, use_cache=False, **plain)
     torch.manual_seed(0)
@@ -253,7 +253,7 @@ def test_what_it_cannot_do_is_refused_by_name(experts: Experts) -> None:
 BLOCKS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 OTHERS: dict[str, tuple[type[Any], dict[str, Any], str, str]] = {
     "two texts": (hf.T5ForConditionalGeneration, {"d_model": 64, "d_ff": 96, "num_layers": 1}, "q", "a text each"),
-    "images": (hf.ViTModel, {**BLOCKS, "image_size": 8, "patch_size": 4}, "q_proj", "no embedding of tokens"),
+    "images": (hf.ViTModel, {**BLOCKS, "image_size": 8, "patch_size": 4}, "q_proj query", "no embedding of tokens"),
     "narrow": (hf.ElectraModel, {**BLOCKS, "embedding_size": 32}, "query", "embeddings of the width 32"),
 }
 
@@ -262,7 +262,7 @@ OTHERS: dict[str, tuple[type[Any], dict[str, Any], str, str]] = {
 def test_a_base_model_without_one_text_of_its_width_is_refused(name: str, tmp_path: Path) -> None:
     kind, config, target, received = OTHERS[name]
     base = build(kind, **config)
-    folders = {n: save_expert(tmp_path / n, base, target_modules=[target], task_type=None) for n in ("a", "b")}
+    folders = {n: save_expert(tmp_path / n, base, target_modules=target.split(), task_type=None) for n in ("a", "b")}
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with pytest.raises(ModelError, match=received):
         get_peft_model(base, XLoraConfig(hidden_size=64, adapters=folders, router="evidence"))
