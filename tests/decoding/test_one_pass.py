@@ -58,6 +58,8 @@ def forwards_of(model: Any) -> list[int]:
 def test_cached_equals_recomputed(kind: str, architecture: str, mode: str, experts: Experts) -> None:
     if mode == "prompt lookup" and is_older(5, 18):
         pytest.skip("transformers before 5.18: prompt lookup needs an end token")
+    if mode == "prefill in chunks" and architecture == "gemma3" and is_older(5, 8):
+        pytest.skip("transformers before 5.8: a text is not read in chunks without a cache of the user")
     model, base = mixture(kind, experts, architecture), ARCHITECTURES[architecture]()
     inputs = MODES[mode](base)
     found = generated(model, **inputs, return_dict_in_generate=True)
