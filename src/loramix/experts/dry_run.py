@@ -156,9 +156,10 @@ def _by_token(hidden: Tensor, width: int | None) -> Tensor:
 
 def _embedding(model: PreTrainedModel) -> nn.Module | None:
     try:
-        return model.get_input_embeddings()
+        found: Any = model.get_input_embeddings()
     except NotImplementedError:
         return None
+    return found if isinstance(found, nn.Module) else None  # Perceiver's is a parameter
 
 
 MARKED = (2, 2)
