@@ -37,8 +37,8 @@ WINDOWS = (4, 16, TRAIN)
 LABELLED, UNLABELLED = 16, 30
 """Windows an expert: labelled ones of most rows, and the ones after them for a distillation."""
 
-KEPT, STEPS, BATCH, RATE = 8, 24, 6, 2e-3
-USUAL_STEPS, DISTILLED_STEPS = 100, 60
+KEPT, STEPS, BATCH, RATE = 8, 24, 6, 1e-3
+USUAL_STEPS, USUAL_RATE, DISTILLED_STEPS = 100, 2e-3, 60
 CHANGE = 0.01
 """Of the ceiling on text that switches domain; 0 on the other."""
 
@@ -145,7 +145,7 @@ def distilled(case: Case, kind: str) -> Row:
 def usual(case: Case) -> Row:
     """X-LoRA's classifier as it is trained today: from a random start, on the language-model loss."""
     model = case.mixture("classifier", xlora_depth=1)
-    train(model, _windows(case, _last(case)), rate=RATE, steps=USUAL_STEPS, batch=BATCH, warmup=4)
+    train(model, _windows(case, _last(case)), rate=USUAL_RATE, steps=USUAL_STEPS, batch=BATCH, warmup=4)
     return f"classifier, random start, {USUAL_STEPS} steps", "the training text", figures(model.eval(), case)
 
 
