@@ -6,7 +6,6 @@ mix the experts by the scalings. There are three families:
 - A `HiddenStateRouter` reads the last hidden state of a scaling pass: two passes, and two caches in generation.
 - A `LayerRouter` reads what a layer computes anyway, its low-rank activation h = A x, or nothing at all: one pass, with
   the base model's own cache.
-
 - A `TextRouter` reads the input embeddings of the text so far: one pass, with the logits known before it begins.
 
 B, S: batch, sequence. H: hidden size. L: adapted layers. E: experts. R: total rank of a layer.

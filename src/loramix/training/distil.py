@@ -21,7 +21,6 @@ from torch import Tensor
 from loramix.config.checks import require_integer
 from loramix.errors import ConfigurationError, DataError, UnsupportedOperationError
 from loramix.experts.base_layers import device_of
-from loramix.layers.slot import override
 from loramix.model.build import XLoraModel
 from loramix.model.peft_methods import layers_of
 from loramix.model.replace_router import config_with_router, replace_router, sizes_of_mixture
@@ -31,7 +30,16 @@ from loramix.routers.evidence import EvidenceRouter
 from loramix.routers.linear import LinearRouter, normalised
 from loramix.routers.none import NoneGating
 from loramix.routers.static import StaticRouter
-from loramix.training.layer_start import Batch, LayerPass, Moments, Nats, inputs_of, real_tokens, uniform_scalings
+from loramix.training.layer_start import (
+    Batch,
+    LayerPass,
+    Moments,
+    Nats,
+    forward_with,
+    inputs_of,
+    real_tokens,
+    uniform_scalings,
+)
 
 Student = EvidenceRouter | LinearRouter | StaticRouter
 STUDENTS = (EvidenceRouter.kind, LinearRouter.kind, StaticRouter.kind)
@@ -389,9 +397,7 @@ class _TextStudent:
         """The forward of the backbone, or of the whole model; in evaluation mode."""
         gating, self._made = self._state.gating, self.make(batch)
         routing = self._state.routing(gating.select(gating.activate(self._made)))
-        with evaluating(self._model), override(self._state, lambda: routing):
-            called = self._model if whole else self._model.base_model
-            return called(**inputs_of(self._model, batch), use_cache=False)
+        return forward_with(self._model, lambda: routing, batch, whole=whole)
 
     def logits(self, layer: int, tokens: torch.Size) -> Float[Tensor, "B S E"] | None:
         """Those of the last pass."""

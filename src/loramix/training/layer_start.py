@@ -20,7 +20,7 @@ from loramix.evaluation.losses import token_nats
 from loramix.experts.base_layers import device_of
 from loramix.experts.layer_use import TokenOrder
 from loramix.layers.routing import LayerRouting
-from loramix.layers.slot import override
+from loramix.layers.slot import Override, override
 from loramix.model.build import XLoraModel
 from loramix.model.peft_methods import layers_of
 from loramix.passes.hooks import EXPERT_IDS
@@ -117,6 +117,13 @@ def labelled_tokens(batch: Batch, experts: int) -> tuple[Int[Tensor, "B S"], Boo
     return ids, (ids != IGNORED) & real_tokens(batch).cpu()
 
 
+def forward_with(model: XLoraModel, make: Override, batch: Batch, *, whole: bool) -> Any:
+    """A pass with the routing that `make()` returns, of the backbone or of the whole model; in evaluation mode."""
+    with evaluating(model), override(state_of(model), make):
+        called = model if whole else model.base_model
+        return called(**inputs_of(model, batch), use_cache=False)
+
+
 class LayerPass:
     """One pass in which a function makes the scalings of each layer, and what the layers saw.
 
@@ -133,9 +140,7 @@ class LayerPass:
         """The forward of the backbone, or of the whole model; in evaluation mode."""
         self._seen = {}
         weight = self._state.config.global_scaling_weight
-        with evaluating(self._model), override(self._state, lambda: LayerRouting(self._make, weight)):
-            called = self._model if whole else self._model.base_model
-            return called(**inputs_of(self._model, batch), use_cache=False)
+        return forward_with(self._model, lambda: LayerRouting(self._make, weight), batch, whole=whole)
 
     def _make(self, layer: int, low_rank: Tensor) -> Tensor:
         self._seen[layer] = low_rank.float()
